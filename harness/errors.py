@@ -1,0 +1,43 @@
+"""The errors that a user can meet, and the exit code that each one ends a command with.
+
+    HarnessError            1   anything that went wrong and has a name
+    ├── RecipeError         2   the recipe, an override or the command line is wrong
+    ├── DataError           2   a row, a file or a mixture of data is wrong
+    ├── ModelError          1   the model, its tokenizer or its adapter is not what the recipe says
+    ├── CheckpointError     1   something saved is missing, torn or not what it claims to be
+    ├── EvaluationError     1   a model cannot be measured as asked
+    └── LaunchError         1   ranks, backend and machine do not fit together, or a rank failed
+
+A message says where, what was found and what would be right, in that order:
+`configs/dpo/x.yaml: train.beta = -0.1; must be > 0 (0.1 is usual)`.
+"""
+
+
+class HarnessError(Exception):
+    """Base of every error that is meant for a person; commands print its message without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(HarnessError):
+    exit_code = 2
+
+
+class DataError(HarnessError):
+    exit_code = 2
+
+
+class ModelError(HarnessError):
+    pass
+
+
+class CheckpointError(HarnessError):
+    pass
+
+
+class EvaluationError(HarnessError):
+    pass
+
+
+class LaunchError(HarnessError):
+    pass
