@@ -1,0 +1,183 @@
+"""What no single field can say: combinations that cannot work, each refused with its reason and the remedy.
+
+A rule yields `dotted.key = value; reason; remedy`. What depends on the machine (ranks, GPUs) is checked where the machine is known, in launch.
+"""
+
+from collections.abc import Iterator
+
+from harness.errors import RecipeError
+from harness.recipe.schema import Recipe
+
+
+def check_rules(recipe: Recipe) -> list[str]:
+    """Every rule that the recipe breaks, in the order of its sections; empty when all hold."""
+    problems = [problem for rule in (_model_rules, _data_rules, _schedule_rules, _precision_rules, _evaluation_rules) for problem in rule(recipe)]
+    return problems + list(_backend_rules(recipe))
+
+
+def _model_rules(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if (model.name_or_path is None) == (model.init is None):
+        yield "model: give exactly one of `name_or_path` (weights that exist) and `init` (a config from which weights are drawn)"
+    if model.init and model.lora:
+        yield "model.lora: an adapter on random weights learns little and saves only itself; train `init` models in full"
+    if model.init and model.quantization:
+        yield "model.quantization: random weights must be trained, and 4-bit weights cannot be; remove it"
+    if model.init and model.revision:
+        yield f"model.revision = {model.revision}; `init` draws weights from a config, which has no revision; remove it"
+    if model.quantization and not model.lora:
+        yield "model.quantization: 4-bit weights cannot be trained; add a `model.lora` section (QLoRA), or remove it for full fine-tuning"
+    if model.quantization and model.quantization.bnb_4bit_compute_dtype == "float16" and model.dtype == "bfloat16":
+        yield "model.quantization.bnb_4bit_compute_dtype = float16; model.dtype is bfloat16 and the two would mix in every layer; make them equal"
+    if model.lora:
+        yield from _lora_rules(recipe)
+
+
+def _lora_rules(recipe: Recipe) -> Iterator[str]:
+    lora = recipe.model.lora
+    targets = () if lora.target_modules == "all-linear" else lora.target_modules
+    if lora.target_modules == ():
+        yield "model.lora.target_modules = []; an adapter on nothing trains nothing; name modules or write all-linear"
+    for name in targets:
+        if name.split(".")[-1] in ("lm_head", "embed_out", "output"):
+            yield f"model.lora.target_modules holds {name}; the loss multiplies by the head's own weight, so an adapter on it would never be trained; remove it"
+    both = set(targets) & set(lora.modules_to_save)
+    if both:
+        yield f"model.lora.modules_to_save: {', '.join(sorted(both))} also stands in target_modules; a module is adapted or trained whole, not both"
+    if "lm_head" in lora.modules_to_save:
+        yield "model.lora.modules_to_save holds lm_head; the fused loss reads the frozen head, so its copy would never be trained; remove it"
+    if recipe.model.quantization and lora.use_dora:
+        yield "model.lora.use_dora = true; DoRA's norms need whole weights, and 4-bit ones would be unpacked at every step; use plain LoRA or drop quantization"
+
+
+def _data_rules(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    given = [name for name, value in (("eval", data.eval), ("eval_fraction", data.eval_fraction), ("eval_rows", data.eval_rows)) if value]
+    if len(given) > 1:
+        yield f"data: {' and '.join(given)} each say what is held out; keep one"
+    if data.packing is True and recipe.model.attn_implementation == "eager":
+        yield "data.packing = true; with attn_implementation eager the whole [T, T] matrix of a pack stands in memory; use auto, varlen, sdpa or flash_attention_2"
+    if data.chat_template and data.train_on == "all":
+        yield "data.train_on = all; a chat_template of your own says what is trained by its {% generation %} marks; remove one of the two"
+
+
+_SCHEDULER_KEYS = {
+    "cosine": {"num_cycles"},
+    "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
+    "warmup_stable_decay": {"num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"},
+    "polynomial": {"power", "lr_end"},
+}
+
+
+def _schedule_rules(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
+    if train.max_steps and train.num_train_epochs:
+        yield f"train.num_train_epochs = {train.num_train_epochs}; max_steps = {train.max_steps} already says when to stop; keep one"
+    if train.warmup_steps is not None and train.warmup_ratio is not None:
+        yield f"train.warmup_ratio = {train.warmup_ratio}; warmup_steps = {train.warmup_steps} says the same thing; keep one"
+    if train.max_steps and train.warmup_steps and train.warmup_steps >= train.max_steps:
+        yield f"train.warmup_steps = {train.warmup_steps}; the run ends after max_steps = {train.max_steps}, before the rate has risen; make it smaller"
+    if train.warmup_steps and train.lr_scheduler_type == "constant":
+        yield "train.warmup_steps: the scheduler `constant` has no warm-up; use constant_with_warmup"
+    if train.warmup_ratio and train.lr_scheduler_type == "constant":
+        yield "train.warmup_ratio: the scheduler `constant` has no warm-up; use constant_with_warmup"
+    given = {key for key, value in train.lr_scheduler_kwargs if value is not None}
+    for key in sorted(given - _SCHEDULER_KEYS.get(train.lr_scheduler_type, set())):
+        known = ", ".join(sorted(_SCHEDULER_KEYS.get(train.lr_scheduler_type, ()))) or "none"
+        yield f"train.lr_scheduler_kwargs.{key}: the scheduler {train.lr_scheduler_type} takes {known}; remove it or choose another scheduler"
+    if train.lr_scheduler_type == "cosine_with_min_lr" and not given & {"min_lr", "min_lr_rate"}:
+        yield "train.lr_scheduler_type = cosine_with_min_lr; say the floor: lr_scheduler_kwargs.min_lr_rate: 0.1"
+    if {"min_lr", "min_lr_rate"} <= given:
+        yield "train.lr_scheduler_kwargs: min_lr and min_lr_rate both say the floor; keep one"
+    if train.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
+        yield "train.lr_scheduler_type = warmup_stable_decay; say how long it decays: lr_scheduler_kwargs.num_decay_steps"
+    if train.global_batch_size and train.gradient_accumulation_steps:
+        yield f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps}; it follows from global_batch_size = {train.global_batch_size} and the number of ranks; keep one"
+    if train.global_batch_size and train.global_batch_size % train.per_device_train_batch_size:
+        yield (
+            f"train.global_batch_size = {train.global_batch_size}; no number of ranks makes it from per_device_train_batch_size = "
+            f"{train.per_device_train_batch_size}; make it a multiple"
+        )
+
+
+def _precision_rules(recipe: Recipe) -> Iterator[str]:
+    train, model = recipe.train, recipe.model
+    if train.fp16 and train.bf16 is True:
+        yield "train.fp16 = true; bf16 is true as well; keep one (bf16 where the card has it)"
+    if train.fp16 and model.dtype == "float16" and not model.lora:
+        yield "model.dtype = float16; fp16 training needs float32 weights to scale its gradients; use float32 with fp16: true, or bfloat16"
+    if train.fp16 and model.dtype == "bfloat16":
+        yield "train.fp16 = true; model.dtype is bfloat16; use bf16: true"
+    if train.bf16 is True and model.dtype == "float16":
+        yield "train.bf16 = true; model.dtype is float16; make it bfloat16 or float32"
+    if train.gradient_checkpointing_kwargs.use_reentrant is not None and not train.gradient_checkpointing:
+        yield "train.gradient_checkpointing_kwargs.use_reentrant: gradient_checkpointing is off; switch it on or remove this"
+    if train.optim in ("adafactor", "sgd") and (train.adam_beta1 != 0.9 or train.adam_beta2 != 0.999):
+        yield f"train.adam_beta1/adam_beta2: the optimiser {train.optim} has none; remove them"
+    if train.neftune_noise_alpha and recipe.backend in ("zero3", "zero3-offload"):
+        yield f"train.neftune_noise_alpha: backend {recipe.backend} holds the embedding in shares when the noise is drawn; use ddp or zero2"
+
+
+def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
+    train, data = recipe.train, recipe.data
+    held_out = bool(data.eval or data.eval_fraction or data.eval_rows)
+    for key in ("eval_steps", "eval_on_start", "metric_for_best_model", "early_stopping_patience"):
+        if getattr(train, key) and not held_out:
+            yield f"train.{key} = {getattr(train, key)}; there is nothing to evaluate on; give data.eval, data.eval_fraction or data.eval_rows"
+    if train.eval_strategy in ("steps", "epoch") and not held_out:
+        yield f"train.eval_strategy = {train.eval_strategy}; there is nothing to evaluate on; give data.eval, data.eval_fraction or data.eval_rows"
+    if train.eval_strategy == "steps" and not train.eval_steps:
+        yield "train.eval_strategy = steps; say how often: eval_steps"
+    if train.eval_steps and train.eval_strategy in ("no", "epoch"):
+        yield f"train.eval_steps = {train.eval_steps}; eval_strategy is {train.eval_strategy}; make it steps, or remove one"
+    if train.eval_strategy == "no" and train.metric_for_best_model:
+        yield "train.metric_for_best_model: eval_strategy is no, so it would never be measured; remove one"
+    if train.early_stopping_patience and not train.metric_for_best_model:
+        yield "train.early_stopping_patience: say by which metric: metric_for_best_model: eval/loss"
+    if train.early_stopping_threshold and not train.early_stopping_patience:
+        yield "train.early_stopping_threshold: has no effect without early_stopping_patience; add it or remove this"
+    if train.greater_is_better is not None and not train.metric_for_best_model:
+        yield "train.greater_is_better: has no effect without metric_for_best_model; add it or remove this"
+    metric = train.metric_for_best_model
+    if metric and metric not in ("eval/loss", "eval/mean_token_accuracy", "eval/entropy"):
+        yield f"train.metric_for_best_model = {metric}; known are eval/loss, eval/mean_token_accuracy and eval/entropy"
+    if metric and recipe.checkpoint.every_steps:
+        yield "checkpoint.every_steps: with metric_for_best_model a checkpoint is written whenever that metric improves; remove one of the two"
+
+
+def _backend_rules(recipe: Recipe) -> Iterator[str]:
+    # Imported here: the backend module validates its own files with the same functions as the recipe, in `load`.
+    from harness.recipe.backend import load_backend
+
+    try:
+        backend = load_backend(recipe.backend)
+    except RecipeError as error:
+        yield f"backend = {recipe.backend}; {error}"
+        return
+    model, train = recipe.model, recipe.train
+    storage = model.quantization and model.quantization.bnb_4bit_quant_storage
+    compute = model.quantization and (model.quantization.bnb_4bit_compute_dtype or (model.dtype if model.dtype != "auto" else None))
+    if backend.shards_parameters and storage == "uint8":
+        yield (
+            f"model.quantization.bnb_4bit_quant_storage = uint8; backend {recipe.backend} cannot shard it and every GPU would hold the whole base; "
+            "leave it out (it becomes the compute dtype)"
+        )
+    elif backend.shards_parameters and storage and compute and storage != compute:
+        yield f"model.quantization.bnb_4bit_quant_storage = {storage}; backend {recipe.backend} shards only weights of one type, and the compute dtype is {compute}; leave it out"
+    if backend.shards_parameters and model.quantization and compute and model.dtype not in ("auto", compute):
+        yield f"model.quantization.bnb_4bit_compute_dtype = {compute}; backend {recipe.backend} needs it equal to model.dtype = {model.dtype}"
+    if backend.kind == "deepspeed" and backend.zero_stage == 3 and model.lora:
+        if train.gradient_checkpointing_kwargs.use_reentrant is False:
+            yield "train.gradient_checkpointing_kwargs.use_reentrant = false; an adapter under ZeRO-3 needs reentrant checkpointing (parameters are gathered anew); leave it out"
+        if not backend.saves_16bit:
+            yield f"backend {recipe.backend}: zero3_save_16bit_model is false, which would save an empty (40-byte) adapter; set it to true"
+    if backend.offloads and train.optim not in ("adamw_torch_fused", "adamw_torch"):
+        yield f"train.optim = {train.optim}; backend {recipe.backend} keeps the optimiser on the host, where only AdamW runs (DeepSpeedCPUAdam); use adamw_torch"
+    if backend.kind == "fsdp" and "8bit" in train.optim:
+        yield f"train.optim = {train.optim}; bitsandbytes' 8-bit states are not sharded by FSDP2; use adamw_torch_fused"
+    if backend.kind == "deepspeed" and train.torch_compile:
+        yield f"train.torch_compile = true; backend {recipe.backend} wraps the model in hooks that break every graph; use single, ddp or fsdp2"
+    if backend.kind == "fsdp" and train.fp16:
+        yield "train.fp16 = true; FSDP2 shards its gradient scaler on no released version; use bf16"
+    if backend.kind == "deepspeed" and train.full_determinism:
+        yield "train.full_determinism = true; DeepSpeed's reductions are not bound to an order; use single or ddp"

@@ -1,0 +1,237 @@
+"""The sections of a recipe. Leaf keys are the names that TrainingArguments, TRL, PEFT and bitsandbytes use for the same thing.
+
+Every section is frozen and refuses unknown keys; a field's docstring says its meaning, unit and consequence.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Quantization(Section):
+    """4-bit weights by bitsandbytes (QLoRA); the frozen base only, so a recipe with it needs `model.lora`."""
+
+    load_in_4bit: Literal[True] = True
+    """Written out because everyone looks for it; 8-bit bases are not supported (no backend shards them)."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the constants too: 0.37 bit per weight less, at no measurable loss."""
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Matrix products run in this type; `model.dtype` when left out."""
+    bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] | None = None
+    """The type that packs the 4-bit weights. Left out: the compute dtype, which ZeRO-3 and FSDP2 need to shard them."""
+
+
+class Lora(Section):
+    """A low-rank adapter by PEFT; only the adapter is trained and saved."""
+
+    r: PositiveInt = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter's output is scaled by alpha / r (by alpha / sqrt(r) with `use_rslora`)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names. `all-linear` is every linear layer but the head; PEFT's own default for Llama is q_proj and v_proj alone."""
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained and saved whole, beside the adapter. Makes the adapter large and keeps it out of most servers."""
+
+
+class Model(Section):
+    name_or_path: str | None = None
+    """A folder or a hub id. Exactly one of `name_or_path` and `init` is given."""
+    init: str | None = None
+    """A config.json or its folder: weights are drawn from it with the run's seed and kept in the run folder."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """A folder or a hub id, when the tokenizer does not lie beside the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which weights are loaded. `auto` is bfloat16 where the accelerator has it and float32 on a CPU.
+    Full fine-tuning in bfloat16 without DeepSpeed rounds small updates away: there `auto` is float32, with bf16 autocast."""
+    attn_implementation: Literal["auto", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager"] = "auto"
+    """`auto` is the fastest that this machine has and that keeps packed samples apart; `varlen` is torch's own (CUDA)."""
+    trust_remote_code: bool = False
+    """Run Python code from the model's repository. Off: a model is data."""
+    quantization: Quantization | None = None
+    lora: Lora | None = None
+
+
+class Source(Section):
+    """One file, folder, glob or hub data set."""
+
+    path: str
+    """A file (.jsonl, .json, .parquet, .jsonl.gz), a folder, a glob, or a hub id. Relative paths start where the command is run."""
+    format: Literal["auto", "messages", "prompt_completion", "text", "xlam", "apibench"] = "auto"
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How many times an epoch sees each row: 2 is twice, 0.5 is a seeded half."""
+    max_rows: PositiveInt | None = None
+
+
+def _as_sources(value):
+    """`train: rows.jsonl` and `train: {path: rows.jsonl}` mean a list of one."""
+    if isinstance(value, str):
+        value = {"path": value}
+    return [value] if isinstance(value, dict) else value
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(strict=False)]
+
+
+class Data(Section):
+    train: Annotated[Sources, Field(min_length=1)]
+    """A path, or a list of sources."""
+    eval: Sources = ()
+    """Held-out files. Alternatives: `eval_fraction` or `eval_rows`, taken from `train`."""
+    eval_fraction: Fraction | None = None
+    """Share of `train` that is held out, chosen by the content of a row: the same rows in any order, and duplicates never on both sides."""
+    eval_rows: PositiveInt | None = None
+    """The same, as a number of rows."""
+    max_length: Annotated[int, Field(ge=8)] = 2048
+    """In tokens."""
+    too_long: Literal["drop_turns", "drop_row", "fail"] = "drop_turns"
+    """A row over `max_length` loses whole turns from its end, or goes; it never keeps half a call."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """`assistant`: only what the assistant says is trained. `all`: every token, tool results too."""
+    packing: Literal["auto"] | bool = "auto"
+    """Several samples in one sequence, kept apart by the attention. `auto`: on a GPU with a kernel for it; elsewhere batches of like length."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A row that cannot be read: stop and name it, or skip it, count it and list it."""
+    chat_template: str | None = None
+    """A Jinja file that takes the place of the tokenizer's own template; with {% generation %} marks it also says what is trained."""
+    num_proc: PositiveInt | None = None
+    """Processes that tokenise; left out: one per core, at most 8."""
+    cache_dir: str | None = None
+    """Left out: $HARNESS_CACHE, else ~/.cache/harness."""
+    seed: int = 42
+    """Of weights, held-out rows and packing; apart from `train.seed`, so that a seed sweep sees the same data."""
+
+
+Optimizer = Literal[
+    "adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "lion_32bit", "adafactor", "sgd"
+]
+Scheduler = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay", "inverse_sqrt", "polynomial"
+]
+
+
+class SchedulerKwargs(Section):
+    """What the scheduler takes beyond warm-up; a key that the chosen scheduler does not know is refused."""
+
+    num_cycles: Annotated[float, Field(gt=0)] | None = None
+    min_lr: Annotated[float, Field(ge=0)] | None = None
+    min_lr_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
+    num_decay_steps: PositiveInt | None = None
+    num_stable_steps: NonNegativeInt | None = None
+    min_lr_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    power: Annotated[float, Field(gt=0)] | None = None
+    lr_end: Annotated[float, Field(ge=0)] | None = None
+
+
+class CheckpointingKwargs(Section):
+    use_reentrant: bool | None = None
+    """Left out: what the backend needs (reentrant for an adapter under ZeRO-3, non-reentrant elsewhere)."""
+
+
+class Train(Section):
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """One, when neither this nor `max_steps` is given."""
+    max_steps: PositiveInt | None = None
+    """Optimiser steps, in place of epochs."""
+    per_device_train_batch_size: PositiveInt = 8
+    """Rows (packs, with packing) that one rank takes through the model at once."""
+    per_device_eval_batch_size: PositiveInt | None = None
+    """Left out: as in training."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches per optimiser step; 1, or what `global_batch_size` asks for."""
+    global_batch_size: PositiveInt | None = None
+    """Rows per optimiser step over all ranks. The accumulation follows from it, so the run is the same on any number of ranks."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    lr_scheduler_type: Scheduler = "cosine"
+    lr_scheduler_kwargs: SchedulerKwargs = SchedulerKwargs()
+    warmup_steps: NonNegativeInt | None = None
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of all steps, in place of `warmup_steps`."""
+    optim: Optimizer = "adamw_torch_fused"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are clipped to this norm; 0 switches clipping off."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    """`dft` weighs each token's loss by its probability (arXiv 2508.05629)."""
+    bf16: Literal["auto"] | bool = "auto"
+    """bf16 autocast; `auto` is on where the accelerator has it."""
+    fp16: bool = False
+    tf32: Literal["auto"] | bool = "auto"
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, for models that would not fit otherwise."""
+    gradient_checkpointing_kwargs: CheckpointingKwargs = CheckpointingKwargs()
+    use_liger_kernel: bool = False
+    """Liger's fused layers (RMSNorm, RoPE, SwiGLU); needs a GPU and the `liger` extra."""
+    torch_compile: bool = False
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    logging_steps: PositiveInt = 10
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    """Left out: `steps` when `eval_steps` is given, else `epoch` when there is held-out data, else `no`."""
+    eval_steps: PositiveInt | None = None
+    eval_on_start: bool = False
+    metric_for_best_model: str | None = None
+    """Such as `eval/loss`. The best model by it is kept and exported in place of the last."""
+    greater_is_better: bool | None = None
+    """Left out: false for a metric that ends in `loss`, true for others."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after this many evaluations without a better `metric_for_best_model`."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    dataloader_num_workers: NonNegativeInt = 0
+    ddp_timeout: PositiveInt = 1800
+    """Seconds that a collective waits for a missing rank."""
+    seed: int = 42
+    """Of weights, adapter, order and dropout."""
+    full_determinism: bool = False
+
+
+class Checkpoint(Section):
+    every_steps: PositiveInt | None = None
+    """Left out: no checkpoints but the final export (with `metric_for_best_model`: whenever it improves)."""
+    keep: PositiveInt = 2
+    """How many checkpoints stay; the best one always does."""
+
+
+class Tracking(Section):
+    """Weights & Biases, and metrics.jsonl beside it with the same keys and steps."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online when this machine has a W&B key, offline otherwise."""
+    project: str = "harness"
+    entity: str | None = None
+    name: str | None = None
+    """Left out: the name of the run folder."""
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class Recipe(Section):
+    task: Literal["sft"] = "sft"
+    model: Model
+    data: Data
+    train: Train = Train()
+    backend: str = "single"
+    """How the run is sharded: single, ddp, zero1, zero2, zero3, zero3-offload, fsdp2, or the path of an Accelerate config file."""
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    output_dir: str | None = None
+    """The run folder. Left out: runs/<name of the recipe file>."""

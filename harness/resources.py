@@ -1,0 +1,34 @@
+"""Where the files that ship with harness lie: configs/, slurm/ and launch/.
+
+In a checkout they stand at the top level; in a wheel the same folders lie in `harness/shipped/`. This is the only place that knows.
+"""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(*parts: str) -> Path:
+    """The path of a shipped file or folder, e.g. `shipped("configs", "backends")`; it need not exist."""
+    installed = _PACKAGE / "shipped"
+    root = installed if installed.is_dir() else _PACKAGE.parent
+    return root.joinpath(*parts)
+
+
+def shipped_names(folder: str) -> list[str]:
+    """The names by which the YAML files below `configs/<folder>` can be asked for, sorted."""
+    root = shipped("configs", folder)
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def find_config(name: str, folder: str = "", base_dir: Path | None = None) -> Path | None:
+    """The file that `name` means: a path as it is, then beside `base_dir`, then a shipped name below `configs/<folder>`."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if base_dir is not None and (base_dir / path).is_file():
+        return base_dir / path
+    for candidate in (shipped("configs", folder, f"{name}.yaml"), shipped("configs", folder, name)):
+        if candidate.is_file():
+            return candidate
+    return None
