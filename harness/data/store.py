@@ -1,0 +1,165 @@
+"""The cache of prepared data: a folder per content, complete or absent.
+
+    <cache_dir>/<digest>/
+        manifest.json         what is here: rows and bytes of every file, and the report of how it was made
+        train-00000.arrow …   Arrow streams, one per tokenising process, in the order of the rows
+        eval-00000.arrow …    only where something is held out
+
+Columns of samples: input_ids, labels (-100 where not trained), length, sample (row_digest), location; of packs: packing.py.
+
+Promise: a folder with that name loads whole or not at all. It is written under another name, flushed to the disk, and then renamed in
+one step; the process that loses a race for the name takes the winner's. A reader believes nothing but the manifest, and checks it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from harness.data.report import Dropped, PrepareReport
+from harness.errors import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+SAMPLE_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "length": Value("int32"),
+        "sample": Value("string"),
+        "location": Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Memory-mapped datasets that training reads as they are."""
+
+    train: Dataset
+    eval: Dataset | None
+    report: PrepareReport
+    folder: Path
+
+    @property
+    def digest(self) -> str:
+        return self.folder.name
+
+    def with_skipped(self, skipped: Dropped) -> Prepared:
+        return replace(self, report=replace(self.report, skipped=skipped))
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `folder` when the block ends well, and vanishes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{socket.gethostname()}.{os.getpid()}.", dir=folder.parent))
+    try:
+        yield scratch
+        for path in scratch.iterdir():
+            _flush(path)
+        _flush(scratch)
+        _rename(scratch, folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_manifest(scratch: Path, report: PrepareReport, files: dict[str, list[Path]]) -> None:
+    """The last file to be written: `files` are those of each split, in the order of the rows."""
+    listed = {
+        split: [{"name": path.name, "rows": Dataset.from_file(str(path)).num_rows, "bytes": path.stat().st_size} for path in paths]
+        for split, paths in files.items()
+    }
+    manifest = {"format": FORMAT, "files": listed, "report": asdict(report)}
+    (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def load_prepared(folder: str | Path) -> Prepared:
+    """Open what `prepare` wrote; never tokenises, and reads no row. Raises DataError if the folder is missing, torn or foreign."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no {MANIFEST}, so this is no prepared data; run `harness prepare RECIPE`") from None
+    except ValueError as error:
+        raise DataError(f"{folder / MANIFEST}: not readable ({error}); remove the folder and prepare again") from error
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{folder}: format {manifest.get('format')} of prepared data; this version reads {FORMAT}; prepare again")
+    splits = {split: _open_split(folder, files) for split, files in manifest["files"].items()}
+    return Prepared(splits["train"], splits.get("eval"), PrepareReport.from_json(manifest["report"]), folder)
+
+
+def is_complete(folder: Path) -> bool:
+    try:
+        load_prepared(folder)
+    except DataError:
+        return False
+    return True
+
+
+def _open_split(folder: Path, files: list[dict]) -> Dataset:
+    parts = []
+    for file in files:
+        path = folder / file["name"]
+        if not path.exists() or path.stat().st_size != file["bytes"]:
+            found = f"{path.stat().st_size} bytes" if path.exists() else "nothing"
+            raise DataError(f"{path}: {found} where the manifest says {file['bytes']} bytes; remove {folder} and prepare again")
+        try:
+            part = Dataset.from_file(str(path))
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path}: not an Arrow stream ({error}); remove {folder} and prepare again") from error
+        if part.num_rows != file["rows"]:
+            raise DataError(f"{path}: {part.num_rows} rows where the manifest says {file['rows']}; remove {folder} and prepare again")
+        parts.append(part)
+    return concatenate_datasets(parts)
+
+
+def _rename(scratch: Path, folder: Path) -> None:
+    try:
+        scratch.rename(folder)
+    except OSError:  # the name is taken: by a process that was faster, or by a folder that is torn
+        if is_complete(folder):
+            return
+        folder.rename(scratch.with_name(f"{scratch.name}.torn"))
+        scratch.rename(folder)
+        shutil.rmtree(scratch.with_name(f"{scratch.name}.torn"), ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Scratch folders of this digest whose process on this host is gone (killed while it prepared)."""
+    mine = f".{folder.name}.{socket.gethostname()}."
+    for scratch in folder.parent.glob(f"{mine}*"):
+        pid = scratch.name.removeprefix(mine).split(".")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
