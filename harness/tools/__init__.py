@@ -1,0 +1,26 @@
+"""Tool schemas, calls read from text, and the one scorer. No torch: it runs on a login node."""
+
+from harness.tools.calls import ParsedCalls, ToolCall, parse_calls, read_call
+from harness.tools.match import FAILURES, Match, Score, json_equal, match_calls, same_call, score, summarise
+from harness.tools.schema import Problem, check_call, did_you_mean, normalise_tool, normalise_tools, parse_type
+
+__all__ = [
+    "FAILURES",
+    "Match",
+    "ParsedCalls",
+    "Problem",
+    "Score",
+    "ToolCall",
+    "check_call",
+    "did_you_mean",
+    "json_equal",
+    "match_calls",
+    "normalise_tool",
+    "normalise_tools",
+    "parse_calls",
+    "parse_type",
+    "read_call",
+    "same_call",
+    "score",
+    "summarise",
+]

@@ -1,0 +1,187 @@
+"""The one scorer of tool calls: evaluation reports it, reinforcement learning is paid by it.
+
+Exact means: the same calls, each with the same name and equal arguments, none more and none fewer, and no malformed attempt beside them.
+Values are equal as JSON values: 1 and 1.0 are one number, true is not 1, "1" is not 1, text is equal letter by letter, lists in order,
+objects by key. An argument that gold leaves out is wrong even if it repeats the tool's default. What needs no call is right when nothing
+was attempted and something was said: silence would otherwise be the cheapest way to be paid.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from harness.tools.calls import ToolCall, parse_calls
+from harness.tools.schema import check_call
+
+# From the gravest; an answer with several failures is counted under the first of them.
+FAILURES = (
+    "malformed",
+    "no_call",
+    "unneeded_call",
+    "no_answer",
+    "wrong_count",
+    "wrong_tool",
+    "missing_argument",
+    "extra_argument",
+    "wrong_type",
+    "wrong_value",
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """`matched` gold calls have a predicted call of their own; `failure` is None exactly when the match is exact."""
+
+    exact: bool
+    matched: int
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One answer. `valid_json` and `valid_schema` are None where gold has no call, `abstained_correctly` is None where it has one."""
+
+    exact: bool
+    valid_json: bool | None
+    valid_schema: bool | None
+    abstained_correctly: bool | None
+    failure: str | None
+
+
+def json_equal(a: object, b: object) -> bool:
+    """Equality of JSON values: numbers by value, everything else by type and content."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return a == b
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(json_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(json_equal, a, b))
+    return a == b
+
+
+def same_call(predicted: ToolCall, gold: ToolCall) -> bool:
+    return predicted.name == gold.name and json_equal(predicted.arguments, gold.arguments)
+
+
+def match_calls(
+    predicted: Sequence[ToolCall],
+    gold: Sequence[ToolCall],
+    order: str = "any",
+    accepts: Callable[[ToolCall, ToolCall], bool] = same_call,
+) -> Match:
+    """Matches calls one to one. `order` is "any" (parallel calls) or "strict" (the k-th with the k-th).
+
+    `accepts(predicted, gold)` may be looser than equality, as with gold that lists alternatives. Then taking the first fit can starve a
+    later call (BFCL's parallel_178 passes in one order and fails in the other), so the matching is a maximum one.
+    """
+    if order not in ("any", "strict"):
+        raise ValueError(f'order = "{order}"; must be "any" or "strict"')
+    if order == "strict":
+        partner = {i: i for i in range(min(len(predicted), len(gold))) if accepts(predicted[i], gold[i])}
+    else:
+        partner = _maximum_matching([[j for j, p in enumerate(predicted) if accepts(p, g)] for g in gold])
+    exact = len(partner) == len(gold) == len(predicted)
+    return Match(exact, len(partner), None if exact else _failure(predicted, gold, partner, order))
+
+
+def _maximum_matching(candidates: list[list[int]]) -> dict[int, int]:
+    """gold index -> predicted index, as many as possible (Kuhn's augmenting paths)."""
+    owner: dict[int, int] = {}
+
+    def place(g: int, tried: set[int]) -> bool:
+        for p in candidates[g]:
+            if p not in tried:
+                tried.add(p)
+                if p not in owner or place(owner[p], tried):
+                    owner[p] = g
+                    return True
+        return False
+
+    for g in range(len(candidates)):
+        place(g, set())
+    return {g: p for p, g in owner.items()}
+
+
+def _failure(predicted: Sequence[ToolCall], gold: Sequence[ToolCall], partner: dict[int, int], order: str) -> str:
+    if not predicted:
+        return "no_call"
+    if not gold:
+        return "unneeded_call"
+    if len(predicted) != len(gold):
+        return "wrong_count"
+    taken = set(partner.values())
+    left = [p for j, p in enumerate(predicted) if j not in taken]
+    failures = set()
+    for i, wanted in enumerate(gold):
+        if i in partner:
+            continue
+        # The nearest of what is left: same name first, then most arguments right. In strict order it can only be the one in its place.
+        nearest = left[0] if order == "strict" else max(left, key=lambda p: (p.name == wanted.name, _arguments_right(p, wanted)))
+        left.remove(nearest)
+        failures.add(_call_failure(nearest, wanted))
+    return min(failures, key=FAILURES.index)
+
+
+def _arguments_right(predicted: ToolCall, gold: ToolCall) -> int:
+    return sum(key in predicted.arguments and json_equal(predicted.arguments[key], value) for key, value in gold.arguments.items())
+
+
+def _call_failure(predicted: ToolCall, gold: ToolCall) -> str:
+    if predicted.name != gold.name:
+        return "wrong_tool"
+    if gold.arguments.keys() - predicted.arguments.keys():
+        return "missing_argument"
+    if predicted.arguments.keys() - gold.arguments.keys():
+        return "extra_argument"
+    wrong = [(predicted.arguments[key], value) for key, value in gold.arguments.items() if not json_equal(predicted.arguments[key], value)]
+    return "wrong_type" if any(_json_type(p) != _json_type(g) for p, g in wrong) else "wrong_value"
+
+
+def _json_type(value: object) -> type:
+    return float if type(value) is int else type(value)
+
+
+def score(text: str, gold_calls: Sequence[ToolCall], tools: list[dict], order: str = "any") -> Score:
+    """Scores what a model wrote against the calls it should have made (none: it should have answered in words). Any `text` gets a score."""
+    parsed = parse_calls(text)
+    match = match_calls(parsed.calls, gold_calls, order)
+    failure = "malformed" if parsed.malformed else match.failure
+    if not gold_calls:
+        if failure is None and not parsed.text:
+            failure = "no_answer"
+        return Score(failure is None, None, None, failure is None, failure)
+    valid_json = bool(parsed.calls) and not parsed.malformed
+    valid_schema = valid_json and not any(check_call(call, tools) for call in parsed.calls)
+    return Score(failure is None, valid_json, valid_schema, None, failure)
+
+
+def summarise(scores: Sequence[Score]) -> dict:
+    """Rates over answers, with their denominators; a rate over nothing is None.
+
+    exact_match, valid_json, valid_schema: over the answers that need a call. right_abstention: over those that need none. correct: over
+    all. The first two kinds are kept apart because a model that never calls abstains perfectly, and would otherwise look part right.
+    """
+    calls = [s for s in scores if s.abstained_correctly is None]
+    abstentions = [s for s in scores if s.abstained_correctly is not None]
+    failures = Counter(s.failure for s in scores if s.failure)
+    return {
+        "exact_match": _rate([s.exact for s in calls]),
+        "valid_json": _rate([s.valid_json for s in calls]),
+        "valid_schema": _rate([s.valid_schema for s in calls]),
+        "right_abstention": _rate([s.abstained_correctly for s in abstentions]),
+        "correct": _rate([s.exact for s in scores]),
+        "count": len(scores),
+        "call_count": len(calls),
+        "abstention_count": len(abstentions),
+        "failures": {name: failures[name] for name in FAILURES if failures[name]},
+    }
+
+
+def _rate(hits: Sequence[bool | None]) -> float | None:
+    return sum(map(bool, hits)) / len(hits) if hits else None
