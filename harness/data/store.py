@@ -19,10 +19,12 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
@@ -31,6 +33,7 @@ from harness.errors import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+ABANDONED_AFTER_S = 600
 
 SAMPLE_FEATURES = Features(
     {
@@ -139,22 +142,14 @@ def _rename(scratch: Path, folder: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Scratch folders of this digest whose process on this host is gone (killed while it prepared)."""
+    """Scratch folders of this digest whose process is gone from this host, and in which nothing was written for a while."""
     mine = f".{folder.name}.{socket.gethostname()}."
     for scratch in folder.parent.glob(f"{mine}*"):
         pid = scratch.name.removeprefix(mine).split(".")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        # The age guards against a process of another container under the same host name, whose id means nothing here.
+        written = max(path.stat().st_mtime for path in (scratch, *scratch.iterdir()))
+        if time.time() - written > ABANDONED_AFTER_S and not psutil.pid_exists(int(pid)):
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flush(path: Path) -> None:

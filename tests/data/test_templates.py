@@ -265,7 +265,7 @@ def test_an_end_of_turn_at_which_generation_does_not_stop_is_found():
     tokenizer = chat_tokenizer("qwen2_5", eos="<|endoftext|>")
     im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert Renderer(tokenizer).end_of_turn_ids() == {im_end}
-    with pytest.raises(ModelError, match="<|im_end|>.*stops at.*<|endoftext|>"):
+    with pytest.raises(ModelError, match=r"<\|im_end\|>.*stops at .*<\|endoftext\|>"):
         check_tokenizer(tokenizer, stop_ids=[tokenizer.eos_token_id])
     check_tokenizer(tokenizer, stop_ids=[tokenizer.eos_token_id, im_end])
 
