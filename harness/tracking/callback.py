@@ -1,0 +1,102 @@
+"""TrackingCallback: everything that the trainer logs goes to metrics.jsonl and to W&B, under the same keys and at the same steps."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from harness.tracking.metrics import MetricsFile, metric_values, name_non_finite
+from harness.tracking.wandb_run import TrackingSection, WandbRun
+
+PACKAGES = ("harness", "torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
+
+
+def installed_versions() -> dict[str, str]:
+    """Version of Python and of every package that shapes a result and is installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit(file: Path) -> str | None:
+    """Commit of the checkout in which `file` is tracked, with "-dirty" if tracked files differ from it; None for an installed copy."""
+    git = ["git", "-C", str(file.parent)]
+    try:
+        # an installed copy may lie in the .venv of some other project's checkout, whose commit would say nothing
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10).returncode == 0
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip() or None if tracked else None
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+
+
+class TrackingCallback(TrainerCallback):
+    """Give it to the trainer on every rank; only the main one (`is_main`) writes.
+
+    `config` is the resolved recipe. Add it after `Throughput`, whose values it records, and call `finish(exit_code)` when the process ends:
+    training's end is too early, because the export still has to be logged.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        tracking: TrackingSection,
+        config: dict[str, Any],
+        is_main: bool,
+        *,
+        backend: str | None = None,
+        world_size: int = 1,
+    ):
+        self.run_folder = Path(run_folder)
+        self._tracking = tracking
+        self._config = config
+        self._is_main = is_main
+        self._launch = {"backend": backend, "world_size": world_size}
+        self._file: MetricsFile | None = None
+        self._wandb: WandbRun | None = None
+
+    def start(self) -> None:
+        """Open metrics.jsonl and the W&B run. Training's begin does it; call it earlier to have the start-up's metrics recorded too."""
+        if self._file is not None or not self._is_main:
+            return
+        self._file = MetricsFile(self.run_folder)
+        about = {"git_commit": git_commit(Path(__file__)), "versions": installed_versions(), **self._launch}
+        self._wandb = WandbRun.start(self.run_folder, self._tracking, {**self._config, "harness": about})
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.log(state.global_step, logs)
+
+    def log(self, step: int, logs: dict[str, Any]) -> None:
+        """Record one line: keys as the trainer says them (`eval_loss`) or as `area/name`. Nothing happens on other ranks."""
+        if not self._is_main:
+            return
+        self.start()
+        values = name_non_finite(metric_values(logs))
+        row = self._file.rows
+        self._file.append(step, values)
+        if self._wandb is not None:
+            self._wandb.log(row, step, values)
+
+    def log_artifact(self, export_folder: Path, lineage: dict[str, Any]) -> None:
+        """The export as a W&B artifact of type "model". `lineage`: base model, data fingerprint, recipe digest."""
+        if self._wandb is not None:
+            self._wandb.log_artifact(Path(export_folder), lineage)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close both, with the exit code that the process is going to return. May be called twice."""
+        if self._wandb is not None:
+            self._wandb.finish(exit_code)
+            self._wandb = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None

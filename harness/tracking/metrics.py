@@ -1,0 +1,156 @@
+"""metrics.jsonl (format: see the package) and the names of metrics: `area/name`, units in the name."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from harness.errors import HarnessError
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "metrics.jsonl"
+# Keys that begin with one of these are ours already. TRL's own `rewards/chosen` is not, and becomes train/rewards/chosen.
+AREAS = ("train", "eval", "run", "speed", "memory", "tools")
+
+
+def metric_key(key: str) -> str:
+    """The `area/name` of a key of transformers or TRL: loss -> train/loss, eval_loss -> eval/loss, train_runtime -> run/runtime_s."""
+    if key.partition("/")[0] in AREAS and "/" in key:
+        return key
+    if key.startswith("eval_"):
+        area, name = "eval", key.removeprefix("eval_")
+    elif key == "train_loss":  # the mean over the run, in the trainer's last line; not the loss of a step
+        area, name = "run", "mean_train_loss"
+    elif key.startswith("train_") or key == "total_flos":
+        area, name = "run", key.removeprefix("train_")
+    else:
+        area, name = "train", key
+    if name == "runtime":
+        name = "runtime_s"
+    return f"{area}/{name.removesuffix('_per_second') + '_per_s' if name.endswith('_per_second') else name}"
+
+
+def metric_values(logs: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's logs under our names, as plain Python values (a 0-d tensor or a NumPy scalar becomes its number)."""
+    return {metric_key(key): _plain(value) for key, value in logs.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # tensors and NumPy, of any shape
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def name_non_finite(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` and, if any of them is not finite, the key that says which and how."""
+    found = [f"{key}={value}" for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {**values, "non_finite": " ".join(found)} if found else values
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+class MetricsFile:
+    """Appends lines to a run folder's metrics.jsonl, each one flushed. `rows` counts the lines of all lives."""
+
+    def __init__(self, run_folder: Path, now: Callable[[], float] = time.time):
+        self._now = now
+        path = Path(run_folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_bytes() if path.exists() else b""
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # 1: every line reaches the system when it is written
+        if before and not before.endswith(b"\n"):
+            self._file.write("\n")  # a life that was killed in mid-line must not spoil the next one's first line
+        self.rows = len(before.splitlines())
+
+    def append(self, step: int, values: dict[str, Any]) -> None:
+        line = {"step": step, "time": round(self._now(), 3), **_finite(values)}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self.rows += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl, in the order in which they were written.
+
+    A torn line (a life of the run was killed while it wrote) is left out, and a warning in the log says so.
+    Raises HarnessError where there is no metrics.jsonl.
+    """
+    path = Path(run_folder) / FILE_NAME
+    if not path.is_file():
+        raise HarnessError(f"{path}: not there; expected the folder of a run that has logged at least once")
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        elif text.strip():
+            logger.warning("%s:%d: torn line, left out (the run was stopped while it wrote): %.60s", path, number, text)
+    return lines
+
+
+def loss_curve(lines: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, by rising step. A step that was trained again after a resume counts as it went the last time."""
+    latest = {line["step"]: line[key] for line in lines if line.get(key) is not None}
+    return sorted(latest), [latest[step] for step in sorted(latest)]
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start (as Adam does), so that the first points are not pulled towards zero."""
+    smoothed, mean = [], 0.0
+    for count, value in enumerate(values, start=1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**count))
+    return smoothed
+
+
+def plot_losses(run_folders: Path | str | Iterable[Path | str], path: Path | str) -> Path:
+    """Draw train and eval loss over steps, one colour per run, into a PNG at `path`; returns the path. Works without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    folders = [run_folders] if isinstance(run_folders, str | Path) else list(run_folders)
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # not pyplot: no global state, no window
+    axes = figure.add_subplot()
+    for index, folder in enumerate(folders):
+        lines, colour = read_metrics(folder), f"C{index}"
+        prefix = f"{Path(folder).resolve().name}: " if len(folders) > 1 else ""
+        steps, losses = loss_curve(lines, "train/loss")
+        if len(steps) > 60:
+            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=f"{prefix}train (smoothed)")
+        else:
+            axes.plot(steps, losses, color=colour, linewidth=1.8, label=f"{prefix}train")
+        steps, losses = loss_curve(lines, "eval/loss")
+        if steps:
+            eval_colour = colour if len(folders) > 1 else "C1"
+            axes.plot(steps, losses, color=eval_colour, linestyle="--", marker="o", markersize=4, linewidth=1.2, label=f"{prefix}held out")
+    axes.set(xlabel="step", ylabel="loss", title=Path(folders[0]).resolve().name if len(folders) == 1 else "loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
