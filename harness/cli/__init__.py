@@ -1,0 +1,61 @@
+"""The `harness` command. One file per verb, imported when that verb is asked for, so that `harness check` never pays for torch."""
+
+import sys
+from importlib import import_module
+
+import click
+
+from harness import __version__
+from harness.errors import HarnessError
+
+# Verb -> what it does, in the order of a first day; the help text is here so that `harness --help` imports nothing.
+VERBS = {
+    "quickstart": "Train, adapt and score a tiny tool-calling model on this machine.",
+    "check": "Print a recipe as it will run, or say what is wrong with it.",
+    "prepare": "Tokenise a recipe's data once, on a CPU.",
+    "preview": "Show a few rows with the trained tokens marked.",
+    "run": "Train: start the ranks of a recipe on this machine.",
+    "export": "Verify a run's export, or merge its adapter into its base.",
+}
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx):
+        return list(VERBS)
+
+    def get_command(self, ctx, name):
+        return import_module(f"harness.cli.{name}").command if name in VERBS else None
+
+    def resolve_command(self, ctx, args):
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            raise click.UsageError(f"no such verb: {args[0]!r}; verbs are {', '.join(VERBS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="harness")
+def group():
+    """From a base model to a reliable tool-calling agent: one recipe, one command."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command and leave with its exit code; an error with a name is one message, without a traceback."""
+    try:
+        sys.exit(group.main(argv, standalone_mode=False) or 0)
+    except HarnessError as error:
+        click.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # `harness preview | head`: the reader has what it wanted.
+        sys.stderr.close()
+        sys.exit(0)

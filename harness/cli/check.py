@@ -1,0 +1,18 @@
+import click
+import yaml
+
+from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.recipe import render_recipe
+from harness.recipe.load import difference_from_defaults
+
+
+@click.command("check", context_settings=RECIPE_CONTEXT)
+@recipe_argument
+def command(recipe: str, overrides: tuple[str, ...]):
+    """Print RECIPE as it will run and how it differs from the defaults, or leave with 2 and everything that is wrong with it."""
+    resolved = load_recipe(recipe, overrides)
+    click.echo(render_recipe(resolved), nl=False)
+    click.echo("\n# Differs from the defaults in:")
+    for key, value in difference_from_defaults(resolved).items():
+        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+        click.echo(f"#   {key}: {text}")

@@ -1,0 +1,107 @@
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.errors import LaunchError
+from harness.failures import explain_failure
+from harness.launcher import BACKEND_VARIABLE, Machines, plan_launch
+from harness.recipe import Recipe
+from harness.recipe.backend import load_backend
+from harness.run import ATTEMPT_VARIABLE, RunDir
+
+
+@click.command("run", context_settings=RECIPE_CONTEXT)
+@click.option("--backend", help="Shard by this backend instead of the recipe's: single, ddp, zero1, zero2, zero3, zero3-offload, fsdp2, or a file.")
+@click.option("--processes", type=click.IntRange(1), help="Ranks on this machine.  [default: 1, or one per GPU with a backend of several ranks]")
+@click.option("--smoke", is_flag=True, help="Two steps on the longest rows, report the memory, and stop.")
+@click.option("--fresh", is_flag=True, help="Delete the run folder first, if there is one.")
+@recipe_argument
+def command(recipe: str, overrides: tuple[str, ...], backend: str | None, processes: int | None, smoke: bool, fresh: bool):
+    """Train RECIPE on this machine; on several with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set (launch/multi-node.sh)."""
+    more = [f"backend={backend}"] if backend else []
+    resolved = load_recipe(recipe, (*overrides, *more))
+    if smoke:
+        # A folder of its own: a smoke test must not stand in the way of the run that it is for.
+        resolved = resolved.model_copy(update={"output_dir": f"{resolved.output_dir}-smoke"})
+        fresh = True
+    processes = processes or default_processes(resolved)
+    machines = Machines.from_environment(processes, dict(os.environ))
+    exit_code = run_recipe(resolved, machines, smoke=smoke, fresh=fresh)
+    if exit_code:
+        sys.exit(exit_code)
+
+
+def default_processes(recipe: Recipe) -> int:
+    """One per visible GPU where the backend takes several ranks, else one."""
+    if load_backend(recipe.backend).kind == "single":
+        return 1
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return max(1, len([device for device in visible.split(",") if device.strip()]))
+    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+def run_recipe(recipe: Recipe, machines: Machines, *, smoke: bool = False, fresh: bool = False) -> int:
+    """Make the run folder, prepare the data, start the ranks, wait. Returns the exit code, after saying why it is not 0."""
+    first_machine = machines.index == 0
+    run = RunDir.create(recipe, fresh=fresh) if first_machine else RunDir.of(recipe)
+    argv = plan_launch(recipe, machines, ["--recipe", str(run.recipe), *(["--smoke"] if smoke else [])])
+    environment = rank_environment(recipe, machines)
+    if machines.count == 1:
+        attempt = run.open_attempt()
+        environment[ATTEMPT_VARIABLE] = str(attempt)
+    if machines.processes > 1:
+        prepare(recipe)
+    click.echo(f"run folder: {run.path}")
+    click.echo(f"$ {shlex.join(argv)}")
+    code = watch(argv, environment)
+    if code == 0:
+        return 0
+    attempt = run.attempts()[-1] if run.attempts() else 0
+    failure = explain_failure(run, attempt, code)
+    click.echo(f"\n{failure.text}", err=True)
+    return failure.exit_code
+
+
+def prepare(recipe: Recipe) -> None:
+    """Tokenise before any rank starts, so that no GPU waits for it."""
+    from harness.data import prepare_recipe
+    from harness.model import load_tokenizer
+    from harness.tasks.templates import training_template
+
+    prepared = prepare_recipe(recipe, load_tokenizer(recipe), packing=recipe.data.packing is True, training_template=training_template)
+    click.echo(f"data: {len(prepared.train):,} rows prepared in {prepared.folder}")
+
+
+def rank_environment(recipe: Recipe, machines: Machines) -> dict[str, str]:
+    environment = dict(os.environ)
+    package_parent = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
+    environment[BACKEND_VARIABLE] = str(load_backend(recipe.backend).file)
+    # Accelerate would give each rank one thread; on a CPU the ranks share the cores.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machines.processes)))
+    return environment
+
+
+def watch(argv: list[str], environment: dict[str, str]) -> int:
+    """Run argv on this terminal; returns its exit code, negative for a signal."""
+    try:
+        process = subprocess.Popen(argv, env=environment)
+    except OSError as error:
+        raise LaunchError(f"{argv[0]} cannot be started: {error}") from error
+    previous = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # The terminal sent it to the ranks as well; let them end.
+        process.wait()
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

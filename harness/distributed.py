@@ -1,0 +1,119 @@
+"""Ranks and what they agree on: the only file that calls torch.distributed.
+
+A rank is what a launcher started; its numbers come from the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK), and `start` checks that
+the process group really has that many ranks: Accelerate makes one process out of many, and says nothing, when it believes it should use the CPU.
+"""
+
+import os
+
+from harness.errors import LaunchError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def start(timeout_s: int, *, group_of_one: bool = False) -> None:
+    """Join the process group, on CPU with gloo where there is no accelerator. Raises LaunchError unless its size is the launcher's.
+
+    group_of_one: make a group even for a single rank, which DeepSpeed wants (it would ask MPI for one).
+    """
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+
+    # With cpu=True Accelerate asks the launcher's variables for the world; without it, on a machine without an accelerator, it assumes one rank.
+    on_cpu = not torch.cuda.is_available()
+    if group_of_one and world_size() == 1 and not os.environ.get("MASTER_ADDR"):
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()})
+    state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
+    if state.num_processes != world_size():
+        raise LaunchError(
+            f"the launcher started {world_size()} ranks (WORLD_SIZE) but the process group has {state.num_processes}; "
+            "do not set use_cpu, ACCELERATE_USE_CPU or `accelerate launch --cpu`: the rank program chooses the device itself"
+        )
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _group():
+    """torch.distributed when a group of several ranks exists, else None."""
+    import torch.distributed as dist
+
+    return dist if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+def barrier() -> None:
+    dist = _group()
+    if dist:
+        dist.barrier()
+
+
+def all_reduce_sum(values: list[float]) -> list[float]:
+    """The sum over all ranks, element by element; every rank must call it with the same number of values."""
+    dist = _group()
+    if not dist:
+        return list(values)
+    import torch
+
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def all_reduce_max(values: list[float]) -> list[float]:
+    dist = _group()
+    if not dist:
+        return list(values)
+    import torch
+
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def agree(flag: bool) -> bool:
+    """True on every rank when it is true on any: a decision that all ranks take at the same place."""
+    return all_reduce_max([float(flag)])[0] > 0
+
+
+def broadcast_object(value):
+    """Rank 0's value, on every rank. Small picklable values from our own code only."""
+    dist = _group()
+    if not dist:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _device():
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def shutdown() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

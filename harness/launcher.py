@@ -1,0 +1,163 @@
+"""How ranks are started, and which backend rules in them.
+
+The parent side is pure: `plan_launch` turns a recipe and counts into the argv that `harness run` prints and executes.
+The rank side is `rule_backend`: a launcher's own Accelerate config beats the recipe's `backend`; without one the recipe's is put into the
+environment by Accelerate's own functions, so that torchrun and deepspeed start the same job as `accelerate launch`.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import LaunchError
+from harness.recipe import Recipe
+from harness.recipe.backend import Backend, load_backend
+from harness.resources import shipped
+
+BACKEND_VARIABLE = "HARNESS_BACKEND"
+"""Path of the backend file that a `harness run` parent gave to `accelerate launch`; names the backend in its ranks."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where ranks run. One machine by default; several are described by the variables that torchrun's users know."""
+
+    processes: int
+    """Ranks on each machine."""
+    count: int = 1
+    index: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+    """0: a free one (one machine only)."""
+
+    @classmethod
+    def from_environment(cls, processes: int, environment: dict[str, str]) -> "Machines":
+        """Read NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. Raises LaunchError when several machines are not fully described."""
+        count = _whole_number(environment, "NNODES", 1)
+        if count == 1:
+            return cls(processes)
+        missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+        if missing:
+            raise LaunchError(f"NNODES is {count}, but {', '.join(missing)} is not set; set it on every machine (NODE_RANK from 0 to {count - 1})")
+        index = _whole_number(environment, "NODE_RANK", 0)
+        if index >= count:
+            raise LaunchError(f"NODE_RANK is {index}; with NNODES = {count} it goes from 0 to {count - 1}")
+        return cls(processes, count, index, environment["MASTER_ADDR"], _whole_number(environment, "MASTER_PORT", 0))
+
+    @property
+    def world_size(self) -> int:
+        return self.processes * self.count
+
+
+def _whole_number(environment: dict[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "") or str(default)
+    if not text.isdigit():
+        raise LaunchError(f"{name} is {text!r}; it must be a whole number")
+    return int(text)
+
+
+def plan_launch(recipe: Recipe, machines: Machines, arguments: list[str], python: str = sys.executable) -> list[str]:
+    """The argv that starts the ranks on this machine. `arguments` go to launch/train.py."""
+    backend = load_backend(recipe.backend)
+    check_world(recipe, backend, machines.world_size)
+    script = [str(shipped("launch", "train.py")), *arguments]
+    if backend.kind == "single":
+        return [python, *script]
+    argv = [python, "-m", "accelerate.commands.launch", "--config_file", str(backend.file), "--num_processes", str(machines.world_size)]
+    argv += ["--num_machines", str(machines.count), "--machine_rank", str(machines.index)]
+    argv += ["--main_process_ip", machines.address, "--main_process_port", str(machines.port)]
+    # Said, so that Accelerate does not print a page of defaults that it chose.
+    argv += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return argv + script
+
+
+def check_world(recipe: Recipe, backend: Backend, world_size: int) -> None:
+    """Raises LaunchError when so many ranks cannot run this recipe."""
+    if backend.kind == "single" and world_size > 1:
+        raise LaunchError(f"backend = {backend.name} is one process, but {world_size} were asked for; use backend=ddp, zero2 or zero3")
+    accumulation_steps(recipe, world_size)
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Micro-batches per optimiser step. Raises LaunchError when the ranks cannot make the global batch."""
+    train = recipe.train
+    if train.global_batch_size is None:
+        return train.gradient_accumulation_steps or 1
+    per_micro_step = train.per_device_train_batch_size * world_size
+    if train.global_batch_size % per_micro_step:
+        possible = [n for n in range(1, 2 * world_size + 1) if train.global_batch_size % (train.per_device_train_batch_size * n) == 0]
+        raise LaunchError(
+            f"train.global_batch_size = {train.global_batch_size}; {world_size} ranks with per_device_train_batch_size = "
+            f"{train.per_device_train_batch_size} take {per_micro_step} rows at once, which does not divide it; "
+            f"use {' or '.join(map(str, possible))} ranks, or another per_device_train_batch_size"
+        )
+    return train.global_batch_size // per_micro_step
+
+
+# ---- inside a rank -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RuledBackend:
+    backend: Backend
+    ruled_by: str
+    """`launcher` or `recipe`."""
+
+
+def rule_backend(recipe: Recipe, environment: dict[str, str], *, has_gpu: bool) -> RuledBackend:
+    """Decide which backend this rank runs under, put it into `environment` (os.environ) when it is the recipe's, and refuse what cannot be."""
+    # `accelerate launch` always sets this one; torchrun, deepspeed and plain python never do.
+    if "ACCELERATE_MIXED_PRECISION" in environment:
+        ruled = RuledBackend(_launchers_backend(environment), "launcher")
+    else:
+        backend = load_backend(recipe.backend)
+        world_size = int(environment.get("WORLD_SIZE", 1))
+        check_world(recipe, backend, world_size)
+        environment.update(accelerate_environment(backend, world_size))
+        ruled = RuledBackend(backend, "recipe")
+    # These make one process out of many on a machine without an accelerator, and say nothing.
+    for variable in ("ACCELERATE_USE_CPU", "FORCE_CPU"):
+        environment.pop(variable, None)
+    if ruled.backend.kind == "fsdp" and not has_gpu:
+        raise LaunchError(
+            f"backend {ruled.backend.name}: this machine has no GPU, and Accelerate 1.15 drops FSDP on a CPU without a word, so nothing would be "
+            "sharded; use zero3, which shards on CPU too"
+        )
+    return ruled
+
+
+def _launchers_backend(environment: dict[str, str]) -> Backend:
+    """The backend that `accelerate launch` has put into the environment; `harness run` also says from which file."""
+    if environment.get(BACKEND_VARIABLE):
+        return load_backend(environment[BACKEND_VARIABLE])
+    nowhere = Path("(accelerate launch)")
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
+        devices = [environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")]
+        saves = environment.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false").lower() == "true" or stage != 3
+        return Backend(f"zero{stage}", nowhere, "deepspeed", stage, any(device != "none" for device in devices), saves)
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if environment.get("FSDP_VERSION") != "2":
+            raise LaunchError("accelerate launch asks for FSDP1, which is deprecated; set fsdp_version: 2 in its config, or use configs/backends/fsdp2.yaml")
+        return Backend("fsdp2", nowhere, "fsdp", offloads=environment.get("FSDP_OFFLOAD_PARAMS") == "true")
+    world_size = int(environment.get("WORLD_SIZE", 1))
+    return Backend("ddp" if world_size > 1 else "single", nowhere, "ddp" if world_size > 1 else "single")
+
+
+def accelerate_environment(backend: Backend, world_size: int) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file <backend>` would give to its ranks, by Accelerate's own functions."""
+    if backend.kind in ("single", "ddp"):
+        return {}
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    # Port 0: the launch that we only imitate must not look whether the real one's port is in use.
+    argv = ["--config_file", str(backend.file), "--num_processes", str(world_size), "--main_process_port", "0", "--mixed_precision", "no", "-"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    if backend.kind == "deepspeed":
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, planned = prepare_deepspeed_cmd_env(args)
+    else:
+        planned = prepare_multi_gpu_env(args)
+    return {key: value for key, value in planned.items() if key.startswith(("ACCELERATE_", "FSDP_")) and os.environ.get(key) != value}

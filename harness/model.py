@@ -1,0 +1,414 @@
+"""Tokenizer, base, 4-bit, adapter: built from the recipe, checked when loaded, and what is exported is reopened and compared.
+
+The only file that imports peft and bitsandbytes (the latter through transformers). Weights are read from safetensors alone, and code from a
+model's repository runs only where the recipe says `trust_remote_code: true`.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import ModelError
+from harness.recipe import Recipe
+from harness.recipe.backend import Backend
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "harness.json"
+"""Stands in every export: what it was made from, and the digest of each of its files."""
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_source(recipe: Recipe) -> str:
+    model = recipe.model
+    if model.tokenizer:
+        return model.tokenizer
+    if model.init:
+        path = Path(model.init).expanduser()
+        return str(path if path.is_dir() else path.parent)
+    return model.name_or_path
+
+
+def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
+    """The tokenizer, with the recipe's chat template in it if there is one, and a pad token.
+
+    Raises ModelError when it cannot be loaded or has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    source, model = tokenizer_source(recipe), recipe.model
+    revision = None if model.tokenizer else model.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model: no tokenizer at {source}: {_first_line(error)}; set model.tokenizer to a folder or hub id that has one") from error
+    if recipe.data.chat_template:
+        path = Path(recipe.data.chat_template).expanduser()
+        if not path.is_file():
+            raise ModelError(f"data.chat_template = {recipe.data.chat_template}; no such file; give the path of a Jinja file")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model: the tokenizer at {source} has no end-of-sequence token, so nothing would teach the model to stop; set eos_token in it")
+    if tokenizer.pad_token_id is None:
+        # Safe here: what is trained is decided by the template, never by token ids, so eos as pad masks no real eos.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- base ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> str:
+    """The type in which weights are loaded, for `dtype: auto` and otherwise as the recipe says.
+
+    float32 for full fine-tuning without DeepSpeed: AdamW on bfloat16 weights loses updates below 1/256 of a weight. DeepSpeed keeps float32
+    masters itself, and frozen bases are never updated.
+    """
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    if not bf16_hardware or recipe.train.fp16:
+        return "float32"
+    return "bfloat16" if recipe.model.lora or backend.kind == "deepspeed" else "float32"
+
+
+def quantization_config(recipe: Recipe, dtype: str):
+    """bitsandbytes' config, or None. The storage type is the compute type unless the recipe says otherwise: only so do ZeRO-3 and FSDP2 shard."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    asked = recipe.model.quantization
+    if asked is None:
+        return None
+    compute = asked.bnb_4bit_compute_dtype or dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, compute),
+        bnb_4bit_quant_storage=getattr(torch, asked.bnb_4bit_quant_storage or compute),
+    )
+
+
+def draw_weights(recipe: Recipe, folder: Path) -> None:
+    """For `model.init`: draw weights from the config with the run's seed and keep them in `folder`, so that every backend starts from the same.
+
+    Only rank 0 calls this, before anything is sharded.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    if (folder / "config.json").is_file():
+        return
+    source = Path(recipe.model.init).expanduser()
+    if not (source / "config.json" if source.is_dir() else source).is_file():
+        raise ModelError(f"model.init = {recipe.model.init}; holds no config.json; give a config file or its folder")
+    config = AutoConfig.from_pretrained(str(source), trust_remote_code=recipe.model.trust_remote_code)
+    set_seed(recipe.train.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+
+
+def load_base(
+    recipe: Recipe, source: str, dtype: str, attention: str, backend: Backend, device: "torch.device"
+) -> "PreTrainedModel":
+    """The base model of this rank; under ZeRO-3 its shard, if TrainingArguments were made before (they switch `zero.Init` on).
+
+    Raises ModelError when there are no safetensors, no such model, or not enough of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quantized = quantization_config(recipe, dtype)
+    placed: dict = {}
+    if quantized is not None and not backend.shards_parameters:
+        # bitsandbytes packs weights where they land; "auto" would spread one rank's model over all cards.
+        placed["device_map"] = {"": device}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
+            use_safetensors=True,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            quantization_config=quantized,
+            output_loading_info=True,
+            **placed,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model: {source} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(loading.get("missing_keys", ()))
+    if missing:
+        raise ModelError(f"model: {source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, …); they would be random; fetch it again")
+    model.config.use_cache = False
+    return model
+
+
+def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises ModelError when a token has no row in the embedding, or pad and eos lie outside it."""
+    rows, tokens = model.config.get_text_config().vocab_size, len(tokenizer)
+    if tokens > rows:
+        raise ModelError(
+            f"model: the tokenizer has {tokens} tokens but the embedding has {rows} rows; token ids from {rows} up would fail or read foreign "
+            "memory; use the tokenizer that belongs to this model"
+        )
+    if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings() is not None:
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        if head is not embedding:
+            raise ModelError("model: config.json says that embeddings are tied, but head and embedding are two tensors; fix tie_word_embeddings")
+
+
+def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let the model stop where the tokenizer's turns end: configs and generation config name the same pad and eos."""
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if tokenizer.eos_token_id not in stops:
+        stops.insert(0, tokenizer.eos_token_id)
+    model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
+# ---- adapter -------------------------------------------------------------------------------------------------------------------------------
+
+
+def attach_adapter(model: "PreTrainedModel", recipe: Recipe, backend: Backend, dtype: str):
+    """The model with a LoRA adapter on it; the base is frozen.
+
+    The adapter is float32, except under ZeRO-3, whose gathers need one type for all persistent parameters (DeepSpeed keeps float32 masters there).
+    Raises ModelError when a target does not exist.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+
+    lora = recipe.model.lora
+    if recipe.model.quantization:
+        # Norms in float32 as in the QLoRA paper, except where one type must serve all; checkpointing is switched on by the trainer.
+        if backend.shards_parameters:
+            model.requires_grad_(False)
+        else:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules if lora.target_modules == "all-linear" else list(lora.target_modules),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=not backend.shards_parameters)
+    except ValueError as error:
+        leaves = sorted({name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
+        raise ModelError(f"model.lora.target_modules: {_first_line(error)}; modules with weights are: {', '.join(leaves)}") from error
+    settle_adapter_dtype(adapted, backend, dtype)
+    return adapted
+
+
+def settle_adapter_dtype(model, backend: Backend, dtype: str) -> None:
+    """Give every trainable tensor the adapter's type; TRL casts them to bfloat16 for a 4-bit base, on which AdamW would round updates away."""
+    import torch
+
+    wanted = getattr(torch, dtype) if backend.shards_parameters else torch.float32
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != wanted:
+            parameter.data = parameter.data.to(wanted)
+
+
+def trainable_names(model) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def describe_parameters(model) -> str:
+    """`Trained 33,280 of 293,312 parameters (11.3 %)`; counts whole tensors also when this rank holds shares, and 4-bit weights as weights."""
+    total = trained = 0
+    for parameter in model.parameters():
+        count = getattr(parameter, "ds_numel", None) or parameter.numel()
+        if getattr(parameter, "quant_state", None) is not None:
+            count = math.prod(parameter.quant_state.shape)
+        total += count
+        trained += count if parameter.requires_grad else 0
+    return f"trains {trained:,} of {total:,} parameters ({trained / max(total, 1):.2%})"
+
+
+def check_4bit_is_sharded(model, world_size: int) -> str:
+    """After preparation under ZeRO-3 or FSDP2: the bytes of 4-bit weights on this rank are a share of the whole.
+
+    Raises ModelError when this rank holds (nearly) everything, which is what happens in silence when the storage type is uint8.
+    """
+    local = whole = 0
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ != "Params4bit" and not hasattr(parameter, "quant_state"):
+            continue
+        if ".lora_" in name:
+            continue
+        share = getattr(parameter, "ds_tensor", None)
+        share = share if share is not None else parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        local += share.numel() * share.element_size()
+        whole += (getattr(parameter, "ds_numel", None) or parameter.numel()) * parameter.element_size()
+    if whole == 0:
+        raise ModelError("model.quantization: after preparation no weight is in 4 bits; the base would be trained against in full precision")
+    # A share is rounded up so that it divides; 20 % is far above that and far below a whole copy on two ranks.
+    if local > whole / world_size * 1.2 + 4096:
+        raise ModelError(
+            f"model.quantization: this rank holds {local:,} of {whole:,} bytes of 4-bit weights, not a share of 1/{world_size}; "
+            "leave bnb_4bit_quant_storage out, so that it becomes the compute dtype"
+        )
+    return f"4-bit weights: {local:,} of {whole:,} bytes on this rank"
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------------------------------
+
+
+def check_gradients(model, *, gradient_of=lambda parameter: parameter.grad) -> None:
+    """After the first backward: every trainable tensor has a finite gradient and no frozen one has.
+
+    `gradient_of` looks a gradient up (under DeepSpeed `.grad` is empty). Raises ModelError that says which tensors.
+    """
+    import torch
+
+    without, strange, frozen = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            if parameter.grad is not None:
+                frozen.append(name)
+            continue
+        gradient = gradient_of(parameter)
+        if gradient is None:
+            without.append(name)
+        elif not torch.isfinite(gradient).all():
+            strange.append(name)
+    for names, what in (
+        (without, "have no gradient, so they would never be trained"),
+        (strange, "have a gradient that is not finite"),
+        (frozen, "are frozen but have a gradient"),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ModelError(f"after the first backward {len(names)} tensors {what}: {shown}")
+
+
+# ---- export --------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_export(folder: Path, expected: dict[str, tuple[int, ...]] | None, *, adapter: bool, moved: bool = True) -> dict[str, str]:
+    """Reopen an export and compare: number of tensors, no empty shape, finite values, an adapter that is not zero. Returns file digests.
+
+    expected: tensor name -> shape as the model in memory has it, or None to check the folder alone. moved: training took at least one step.
+    Raises ModelError; the 40-byte adapter (no tensors at all) is the case that gave this function its reason.
+    """
+    import torch
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder}: holds no safetensors file; the export failed, and the run's last checkpoint is what is left")
+    shapes: dict[str, tuple[int, ...]] = {}
+    lora_b = []
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                value = tensors.get_tensor(name)
+                shapes[name] = tuple(value.shape)
+                if value.numel() == 0:
+                    raise ModelError(f"{file}: tensor {name} is empty, shape {tuple(value.shape)}; weights were not gathered before they were saved")
+                if value.is_floating_point() and not torch.isfinite(value).all():
+                    raise ModelError(f"{file}: tensor {name} holds values that are not finite; training diverged")
+                if ".lora_B." in name or name.endswith("lora_B"):
+                    lora_b.append(bool(value.any()))
+    if not shapes:
+        raise ModelError(f"{folder}: {files[0].name} holds no tensor ({files[0].stat().st_size} bytes): an empty adapter is the base model")
+    if adapter and not lora_b:
+        raise ModelError(f"{folder}: holds no lora_B tensor among {len(shapes)}; it is not a LoRA adapter")
+    if adapter and moved and not any(lora_b):
+        raise ModelError(f"{folder}: every lora_B is zero, so the adapter does nothing; it was saved before it was trained or was never trained")
+    if expected is not None and shapes != expected:
+        lacking, foreign = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+        other = [name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name]]
+        raise ModelError(
+            f"{folder}: is not the model that was trained: {len(lacking)} tensors lacking {lacking[:2]}, {len(foreign)} foreign {foreign[:2]}, "
+            f"{len(other)} of another shape {other[:2]}"
+        )
+    return {file.name: digest_file(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name != MANIFEST}
+
+
+def digest_file(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_base(source: str) -> str | None:
+    """A digest of the base's weights: of its safetensors files when it is a folder, None for a hub id (its revision says which it is)."""
+    files = sorted(Path(source).glob("*.safetensors"))
+    if not files:
+        return None
+    return hashlib.sha256("".join(f"{file.name} {digest_file(file)}\n" for file in files).encode()).hexdigest()
+
+
+def verify_export(folder: Path) -> dict:
+    """The manifest of an export whose every file still has the digest that was recorded. Raises ModelError that names the first that has not."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise ModelError(f"{folder}: holds no {MANIFEST}, so it is not an export of harness or it is not finished")
+    content = json.loads(manifest.read_text())
+    for name, digest in content["files"].items():
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: {name} is gone; it was there when the export was made")
+        if digest_file(folder / name) != digest:
+            raise ModelError(f"{folder / name}: is not what was exported (its digest differs); copy the export again")
+    return content
+
+
+# ---- merge ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def merge_adapter(adapter: Path, base: str, revision: str | None, target: Path, token_rows: list[list[int]], trust_remote_code: bool = False) -> dict:
+    """Merge an adapter into its base in bfloat16, save it to `target`, reopen it, and measure what the merge changed.
+
+    token_rows: token ids to compare on. Returns {"max_abs", "mean_abs", "kl"}: logit differences and nats per token (fp32 softmax) of
+    base + adapter against the reopened merged model, both in bfloat16.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def load(source):
+        return AutoModelForCausalLM.from_pretrained(
+            str(source), revision=revision if source == base else None, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=trust_remote_code
+        ).eval()
+
+    model = PeftModel.from_pretrained(load(base), str(adapter)).eval()
+    before = _logits(model, token_rows)
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(target)
+    after = _logits(load(target), token_rows)
+    return compare_logits(before, after)
+
+
+def _logits(model, token_rows: list[list[int]]):
+    import torch
+
+    with torch.no_grad():
+        return [model(torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in token_rows]
+
+
+def compare_logits(before: list["torch.Tensor"], after: list["torch.Tensor"]) -> dict[str, float]:
+    """Differences of logits [T, V], float32, over rows: largest and mean absolute, and mean KL(before || after) in nats per token."""
+    import torch
+
+    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(before, after, strict=True)])
+    divergences = [
+        torch.nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        for a, b in zip(before, after, strict=True)
+    ]
+    return {"max_abs": gaps.max().item(), "mean_abs": gaps.mean().item(), "kl": torch.cat(divergences).mean().item()}

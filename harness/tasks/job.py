@@ -1,0 +1,319 @@
+"""What every rank does, from top to bottom: join, prepare, load, train, export.
+
+`train_recipe` is the whole job; launch/train.py and nothing else calls it. Each step is a phase, whose name stands in the report of a rank that fails.
+"""
+
+import json
+import os
+import socket
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import distributed
+from harness.errors import LaunchError
+from harness.launcher import RuledBackend, check_world, rule_backend
+from harness.logs import open_log
+from harness.recipe import Recipe, recipe_digest
+from harness.run import ATTEMPT_VARIABLE, RankReport, RunDir, write_text_atomically
+
+PREPARED_POLL_S = 0.5
+
+
+@dataclass
+class Job:
+    """What the steps hand to each other on one rank."""
+
+    recipe: Recipe
+    run: RunDir
+    attempt: int
+    ruled: RuledBackend
+    report: RankReport
+    smoke: bool = False
+
+    @property
+    def backend(self):
+        return self.ruled.backend
+
+
+def train_recipe(recipe: Recipe, *, smoke: bool = False, fresh: bool = False) -> None:
+    """Run a recipe on this rank. Raises HarnessError for whatever has a name; every exception is in the run folder's report before it leaves."""
+    job = join(recipe, smoke=smoke, fresh=fresh)
+    try:
+        _train(job)
+        job.report.enter("finished")
+    except BaseException as error:
+        job.report.failed(error)
+        traceback.print_exc()
+        raise
+    finally:
+        distributed.shutdown()
+
+
+def join(recipe: Recipe, *, smoke: bool, fresh: bool) -> Job:
+    """Join the group under the backend that rules, and the run folder that rank 0 (or the parent command) has made."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    ruled = rule_backend(recipe, os.environ, has_gpu=has_gpu)
+    if has_gpu:
+        torch.cuda.set_device(distributed.local_rank())
+    distributed.start(recipe.train.ddp_timeout, group_of_one=ruled.backend.kind == "deepspeed")
+    check_world(recipe, ruled.backend, distributed.world_size())
+    opened = (RunDir.of(recipe), int(os.environ.get(ATTEMPT_VARIABLE, 0)))
+    if distributed.is_main() and not opened[1]:
+        run = RunDir.create(recipe, fresh=fresh)
+        opened = (run, run.open_attempt())
+    run, attempt = distributed.broadcast_object(opened)
+    open_log(run.attempt(attempt) / f"rank-{distributed.rank()}.log", to_terminal=distributed.is_main())
+    report = RankReport(run, attempt, distributed.rank())
+    if distributed.is_main():
+        run.write_manifest(
+            recipe, backend=ruled.backend.name, backend_ruled_by=ruled.ruled_by, world_size=distributed.world_size(), attempt=attempt, smoke=smoke
+        )
+    return Job(recipe, run, attempt, ruled, report, smoke)
+
+
+def _train(job: Job) -> None:
+    import torch
+    from transformers import PrinterCallback
+
+    from harness.attention import PACKING_KERNELS, choose_attention
+    from harness.model import (
+        attach_adapter,
+        check_4bit_is_sharded,
+        check_vocabulary,
+        choose_dtype,
+        describe_parameters,
+        draw_weights,
+        follow_tokenizer,
+        load_base,
+        load_tokenizer,
+        settle_adapter_dtype,
+    )
+    from harness.tasks import sft
+    from harness.tasks.arguments import evaluates, training_arguments
+    from harness.tasks.trainer import pad_for_ranks
+
+    recipe, backend, world_size = job.recipe, job.backend, distributed.world_size()
+    has_gpu = torch.cuda.is_available()
+    bf16_hardware = has_gpu and torch.cuda.is_bf16_supported()
+    dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
+    attention = choose_attention(recipe.model.attn_implementation, dtype, has_gpu)
+    packing = attention in PACKING_KERNELS if recipe.data.packing == "auto" else recipe.data.packing
+    flattens = packing or attention == "varlen"
+
+    job.report.enter("loading data")
+    tokenizer = load_tokenizer(recipe)
+    prepared = load_data(job, tokenizer, packing)
+    train_rows, eval_rows = prepared.train, prepared.eval if evaluates(recipe) else None
+    if job.smoke:
+        recipe, train_rows, eval_rows = _smoke(recipe, train_rows, world_size)
+
+    # Before the model: under ZeRO-3 these make `from_pretrained` read weights straight into shards.
+    arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=has_gpu, bf16_hardware=bf16_hardware)
+    args = sft.build_arguments(recipe, arguments, flattens=flattens)
+
+    job.report.enter("loading model")
+    source = recipe.model.name_or_path
+    if recipe.model.init:
+        source = str(job.run.init)
+        if distributed.is_main():
+            _without_zero_init(draw_weights, recipe, job.run.init)
+        distributed.barrier()
+    torch.manual_seed(recipe.train.seed)
+    model = load_base(recipe, source, dtype, attention, backend, args.device)
+    check_vocabulary(model, tokenizer)
+    follow_tokenizer(model, tokenizer)
+    if recipe.model.lora:
+        torch.manual_seed(recipe.train.seed)
+        model = attach_adapter(model, recipe, backend, dtype)
+
+    job.report.enter("building trainer")
+    if eval_rows is not None:
+        eval_rows = pad_for_ranks(eval_rows, args.per_device_eval_batch_size * world_size)
+    callbacks, tracking, throughput = build_callbacks(job, model, args, len(train_rows))
+    trainer = sft.build_trainer(args, model, tokenizer, train_rows, eval_rows, callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.configure(throughput=throughput, isolates=flattens, group_by_length=not packing)
+    if recipe.model.lora:
+        settle_adapter_dtype(model, backend, dtype)
+    if distributed.is_main():
+        say(f"{describe_parameters(model)}; {attention} attention, {'packed' if packing else 'padded batches of like length'}, {dtype} weights")
+    if recipe.model.quantization and backend.shards_parameters:
+        trainer.add_callback(_on_train_begin(lambda: check_4bit_is_sharded(model, world_size)))
+
+    exit_code = 1
+    try:
+        job.report.enter("training")
+        trainer.train()
+        job.report.enter("exporting")
+        if not job.smoke:
+            export(job, trainer, tokenizer, prepared.digest, source, tracking)
+        exit_code = 0
+    finally:
+        tracking.finish(exit_code)
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def load_data(job: Job, tokenizer, packing: bool):
+    """The prepared data set, memory-mapped. Where `harness run` or `harness prepare` has not made it, one rank per machine does, and the others
+    wait without a collective, so that no watchdog runs while a CPU tokenises."""
+    from harness.data import prepare_recipe
+    from harness.data.store import load_prepared
+    from harness.tasks.templates import training_template
+
+    marker = job.run.attempt(job.attempt) / f"prepared-{socket.gethostname()}.json"
+    if distributed.local_rank() == 0:
+        prepared = prepare_recipe(job.recipe, tokenizer, packing=packing, training_template=training_template)
+        write_text_atomically(marker, json.dumps({"folder": str(prepared.folder)}))
+    else:
+        errors = job.run.attempt(job.attempt) / "errors"
+        while not marker.is_file():
+            if any(errors.glob("rank-*.json")):
+                raise LaunchError("the rank that prepares the data failed; its own error says why")
+            time.sleep(PREPARED_POLL_S)
+    distributed.barrier()
+    return load_prepared(json.loads(marker.read_text())["folder"])
+
+
+def _smoke(recipe: Recipe, rows, world_size: int):
+    """Two steps on the longest rows: if they fit, every batch of the run does."""
+    from harness.launcher import accumulation_steps
+
+    needed = 2 * recipe.train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
+    lengths = list(rows["length"]) if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
+    longest = sorted(range(len(rows)), key=lambda index: -lengths[index])[:needed]
+    train = recipe.train.model_copy(
+        update={"max_steps": 2, "num_train_epochs": None, "logging_steps": 1, "eval_strategy": "no", "eval_steps": None, "eval_on_start": False}
+        | {"metric_for_best_model": None, "early_stopping_patience": None, "warmup_steps": None, "warmup_ratio": None}
+    )
+    checkpoint = recipe.checkpoint.model_copy(update={"every_steps": None})
+    return recipe.model_copy(update={"train": train, "checkpoint": checkpoint}), rows.select(longest), None
+
+
+# ---- trainer -------------------------------------------------------------------------------------------------------------------------------
+
+
+def build_callbacks(job: Job, model, args, rows: int):
+    """(callbacks, tracking, throughput); tracking last, so that it records what the others add to a log line."""
+    from transformers import EarlyStoppingCallback
+
+    from harness.tracking.callback import TrackingCallback
+    from harness.tracking.progress import ProgressCallback
+    from harness.tracking.throughput import Throughput
+
+    recipe = job.recipe
+    throughput = Throughput.for_model(model, world_size=distributed.world_size(), rank=distributed.rank())
+    tracking = TrackingCallback(
+        job.run.path,
+        recipe.tracking.model_copy(update={"name": recipe.tracking.name or job.run.path.name}),
+        recipe.model_dump(mode="json"),
+        distributed.is_main(),
+        backend=job.backend.name,
+        world_size=distributed.world_size(),
+    )
+    callbacks = [throughput, tracking, ProgressCallback(distributed.is_main())]
+    if recipe.train.early_stopping_patience and not job.smoke:
+        callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping_patience, recipe.train.early_stopping_threshold))
+    return callbacks, tracking, throughput
+
+
+def _on_train_begin(act):
+    from transformers import TrainerCallback
+
+    class AfterPreparation(TrainerCallback):
+        """Weights are sharded between the trainer's construction and this moment."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            message = act()
+            if distributed.is_main():
+                say(message)
+
+    return AfterPreparation()
+
+
+def _without_zero_init(function, *arguments) -> None:
+    """Call it with transformers' ZeRO-3 switch off: rank 0 draws whole weights alone."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    if not is_deepspeed_zero3_enabled():
+        function(*arguments)
+        return
+    from transformers.integrations import deepspeed as seam
+
+    config: HfDeepSpeedConfig = seam._hf_deepspeed_config_weak_ref()
+    unset_hf_deepspeed_config()
+    try:
+        function(*arguments)
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+# ---- export --------------------------------------------------------------------------------------------------------------------------------
+
+
+def export(job: Job, trainer, tokenizer, data_digest: str, source: str, tracking) -> None:
+    """final/: gathered by all ranks, written beside its place, reopened and compared, and only then renamed to `final`."""
+    from harness.model import MANIFEST, check_export, digest_base
+
+    staging = job.run.path / "final.incomplete"
+    # A collective under ZeRO and FSDP: every rank calls it, rank 0 writes.
+    trainer.save_model(str(staging))
+    if not distributed.is_main():
+        distributed.barrier()
+        return
+    adapter = bool(job.recipe.model.lora)
+    expected = None if adapter else _expected_shapes(trainer.model)
+    files = check_export(staging, expected, adapter=adapter, moved=trainer.state.global_step > 0)
+    base = job.recipe.model.name_or_path or job.recipe.model.init
+    manifest = {
+        "task": job.recipe.task,
+        "base": base,
+        "base_revision": job.recipe.model.revision,
+        "base_digest": digest_base(source),
+        "adapter": adapter,
+        "data": data_digest,
+        "recipe_digest": recipe_digest(job.recipe),
+        "step": trainer.state.global_step,
+        "best_metric": trainer.state.best_metric,
+        "files": files,
+    }
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    replace_folder(staging, job.run.final)
+    lineage = {key: manifest[key] for key in ("base", "base_revision", "base_digest", "data", "recipe_digest", "step")}
+    tracking.log_artifact(job.run.final, lineage)
+    say(f"exported {len(files)} files to {job.run.final} (reopened and verified)")
+    distributed.barrier()
+
+
+def _expected_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> whole shape of what a full export must hold; tied weights are stored once, under the name that transformers keeps."""
+    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
+    persistent = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {
+        name for name, _ in model.named_buffers() if name in model.state_dict()
+    }
+    return {
+        name: tuple(getattr(tensor, "ds_shape", tensor.shape))
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+        if name in persistent and name not in tied
+    }
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Rename, with what stood there before put out of the way first: at no time is `target` half old and half new."""
+    import shutil
+
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.is_dir():
+        os.rename(target, old)
+    os.rename(staging, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,132 @@
+"""What our trainers do beyond TRL's: a mixin over transformers.Trainer, one method per seam.
+
+    get_batch_samples    measures the wait for data
+    training_step        counts tokens; checks isolation before the first step and gradients after the first backward
+    _get_train_sampler   orders samples by the global batch, so that any number of ranks sees the same batches
+    evaluation_loop      a held-out loss that is the mean over tokens, whatever the batches and ranks
+    _save                no pickle among the weights
+"""
+
+from typing import TYPE_CHECKING
+
+from harness import distributed
+from harness.attention import check_isolation
+from harness.model import check_gradients
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+
+class HarnessTrainer:
+    """Mixed in before a trainer of TRL. `configure` must follow construction."""
+
+    def configure(self, *, throughput, isolates: bool = False, group_by_length: bool = False) -> None:
+        """throughput: counts tokens and waits (harness.tracking). isolates: batches are flattened, so samples must not see each other.
+        group_by_length: batches of like length, for padded batches."""
+        self._throughput = throughput
+        self._checks_isolation = isolates
+        self._groups_by_length = group_by_length
+        self._first_step = True
+        self._eval_nll: list[torch.Tensor] = []
+        self._eval_tokens: list[torch.Tensor] = []
+
+    # ---- training --------------------------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        return super().get_batch_samples(self._throughput.watch(epoch_iterator), *args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self._throughput.count(inputs)
+        if not self._first_step:
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._first_step = False
+        if self._checks_isolation:
+            check_isolation(model, self.model.config.get_text_config().vocab_size, self.args.device)
+        if self.is_deepspeed_enabled:
+            self._check_gradients_before_engine_step()
+            return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        check_gradients(self.model)
+        return loss
+
+    def _check_gradients_before_engine_step(self) -> None:
+        """DeepSpeed steps inside `backward` and leaves `.grad` empty: look between the two, once."""
+        from deepspeed.utils import safe_get_full_grad
+
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        step = engine.step
+
+        def checked_step(*args, **kwargs):
+            engine.step = step
+            # A collective under ZeRO-3, called on every rank for every trainable tensor in the same order.
+            check_gradients(self.model, gradient_of=safe_get_full_grad)
+            return step(*args, **kwargs)
+
+        engine.step = checked_step
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self._groups_by_length:
+            return super()._get_train_sampler(train_dataset)
+        import torch
+        from transformers.trainer_pt_utils import LengthGroupedSampler
+
+        # transformers groups by one rank's batch, so that the order would change with the number of ranks.
+        args = self.args
+        global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        generator = torch.Generator().manual_seed(args.data_seed if args.data_seed is not None else args.seed)
+        return LengthGroupedSampler(global_batch, lengths=list(self.train_dataset["length"]), generator=generator)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        # Loss only, whatever was asked: logits are never kept.
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        self._eval_nll.append(loss.detach().float() * tokens.to(loss.device))
+        self._eval_tokens.append(tokens)
+        return loss, None, None
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._eval_nll.clear()
+        self._eval_tokens.clear()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        batches = len(self._eval_tokens)
+        sums = distributed.all_reduce_sum([float(value) for value in (*self._eval_nll, *self._eval_tokens)])
+        nll, tokens = sums[:batches], sums[batches:]
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(nll) / max(sum(tokens), 1)
+        # TRL keeps one value per batch, already over all ranks; their plain mean would weigh a short last batch like a full one.
+        for values in self._metrics["eval"].values():
+            if len(values) == batches:
+                values[:] = [sum(value * count for value, count in zip(values, tokens, strict=True)) / max(sum(tokens), 1)]
+        return output
+
+    # ---- saving ----------------------------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            from pathlib import Path
+
+            # A pickle of our own settings, which the recipe already holds as text.
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL writes one into every checkpoint; an export has its manifest instead."""
+
+
+def pad_for_ranks(dataset: "Dataset", multiple: int) -> "Dataset":
+    """Held-out rows made up to a multiple with rows that count nothing (every label -100).
+
+    Accelerate fills the last batch with rows from the front, which would count twice in the held-out loss.
+    """
+    from datasets import concatenate_datasets
+
+    lacking = -len(dataset) % multiple
+    if not lacking:
+        return dataset
+    shortest = min(range(len(dataset)), key=list(dataset["length"]).__getitem__) if "length" in dataset.column_names else 0
+    filler = dataset.select([shortest] * lacking).map(
+        lambda row: {"labels": [-100] * len(row["labels"])}, features=dataset.features, load_from_cache_file=False, keep_in_memory=True
+    )
+    return concatenate_datasets([dataset, filler])
