@@ -45,6 +45,7 @@ __all__ = ["Prepared", "fit", "load_prepared", "prepare", "row_digest"]
 TOKENISATION = 1  # raise it when the same row would give other tokens or labels than before
 ROWS_PER_BATCH = 500
 ROWS_PER_PROCESS = 2000  # below that, starting another process costs more than it saves
+MOST_PROCESSES = 8  # unless more are asked for
 
 TOO_LONG = "longer than max_length"
 UNTRAINED = "no trained token"
@@ -91,7 +92,7 @@ def prepare(
 
     train, eval: canonical rows (shared with sources.py) in the order in which training shall meet them.
     max_length: tokens of the longest row, and of a pack. packing: rows of up to max_length tokens, several samples in each.
-    num_proc: processes that tokenise; by default as many as there are cores and work for them.
+    num_proc: processes that tokenise; by default as many as there are cores and work for them, at most 8.
     skipped: rows that the sources left out; only passed on into the report.
     """
     renderer = Renderer(tokenizer, training_template, train_on)
@@ -108,7 +109,7 @@ def prepare(
 
 
 def fit(renderer: Renderer, row: dict, location: str, max_length: int, too_long: str) -> tuple[Rendered | None, int]:
-    """The row in at most `max_length` tokens, and how many assistant turns it lost for that; (None, 0) if it has to go.
+    """The row in at most `max_length` tokens, and how many messages it lost for that; (None, 0) if it has to go.
 
     Turns are cut off the end and the rest is rendered again, as a template may write the last turn differently. What is left ends with
     an assistant turn, and has one that is trained.
@@ -132,7 +133,7 @@ def fit(renderer: Renderer, row: dict, location: str, max_length: int, too_long:
             continue
         shorter = renderer.render({**row, "messages": row["messages"][: ends[kept - 1]]}, location)
         if len(shorter.ids) <= max_length:
-            return shorter, len(ends) - kept
+            return shorter, len(row["messages"]) - ends[kept - 1]
     return None, 0
 
 
@@ -145,7 +146,8 @@ def row_digest(row: dict) -> str:
 
 
 def _hash(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()[:32]
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _digest(splits: dict[str, Sequence[SourceRow]], renderer: Renderer, rules: Rules) -> str:
@@ -168,7 +170,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _tokenise(folder: Path, splits: dict[str, Sequence[SourceRow]], renderer: Renderer, rules: Rules, num_proc: int | None) -> None:
     total = sum(map(len, splits.values()))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = num_proc or min(cores, 1 + total // ROWS_PER_PROCESS)
+    processes = num_proc or min(cores, MOST_PROCESSES, 1 + total // ROWS_PER_PROCESS)
     with building(folder) as scratch:
         shards = [shard for split, rows in splits.items() for shard in _cut(split, rows, processes, scratch)]
         reports = _run_here(shards, renderer, rules) if processes == 1 else _run_processes(shards, renderer, rules, processes)
@@ -284,11 +286,13 @@ def _sample(source: SourceRow, renderer: Renderer, rules: Rules, report: SplitRe
     if not trained_tokens:
         report.drop(UNTRAINED, source.location)
         return None
+    if control := renderer.control_token_in(source.row):
+        report.control_tokens.add(1, [f"{source.location}: {control}"])
     report.rows += 1
     report.tokens += len(labels)
     report.trained_tokens += trained_tokens
     report.shortened_rows += lost > 0
-    report.dropped_turns += lost
+    report.dropped_messages += lost
     return {
         "input_ids": rendered.ids,
         "labels": labels,

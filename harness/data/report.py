@@ -10,7 +10,7 @@ EXAMPLES = 5  # locations that a report names per reason
 
 @dataclass
 class Dropped:
-    """Rows that did not make it, and where the first few of them were."""
+    """How many rows, and where the first few of them are."""
 
     rows: int = 0
     locations: list[str] = field(default_factory=list)
@@ -28,9 +28,10 @@ class SplitReport:
     rows: int = 0
     dropped: dict[str, Dropped] = field(default_factory=dict)  # reason -> rows
     shortened_rows: int = 0
-    dropped_turns: int = 0  # assistant turns cut off the end of rows longer than max_length
+    dropped_messages: int = 0  # cut off the end of rows longer than max_length
     tokens: int = 0
     trained_tokens: int = 0
+    control_tokens: Dropped = field(default_factory=Dropped)  # rows kept, in whose words a control token of the tokenizer stands
     length_percentiles: dict[str, int] = field(default_factory=dict)
     packs: int | None = None
     fill_rate: float | None = None  # share of the packs' tokens that are not empty
@@ -40,10 +41,11 @@ class SplitReport:
 
     def merge(self, other: SplitReport) -> None:
         """Add the counts of rows that come after these."""
-        for name in ("rows_in", "rows", "shortened_rows", "dropped_turns", "tokens", "trained_tokens"):
+        for name in ("rows_in", "rows", "shortened_rows", "dropped_messages", "tokens", "trained_tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, dropped in other.dropped.items():
             self.dropped.setdefault(reason, Dropped()).add(dropped.rows, dropped.locations)
+        self.control_tokens.add(other.control_tokens.rows, other.control_tokens.locations)
 
 
 @dataclass
@@ -55,7 +57,10 @@ class PrepareReport:
     @classmethod
     def from_json(cls, value: dict) -> PrepareReport:
         def split(raw: dict | None) -> SplitReport | None:
-            return raw and SplitReport(**{**raw, "dropped": {reason: Dropped(**d) for reason, d in raw["dropped"].items()}})
+            if raw is None:
+                return None
+            dropped = {reason: Dropped(**counts) for reason, counts in raw["dropped"].items()}
+            return SplitReport(**{**raw, "dropped": dropped, "control_tokens": Dropped(**raw["control_tokens"])})
 
         return cls(split(value["train"]), split(value["eval"]), Dropped(**value["skipped"]))
 
@@ -72,7 +77,9 @@ def render_report(report: PrepareReport) -> str:
         if counts.packs is not None:
             lines.append(f"  packs           {counts.packs:,}, {counts.fill_rate:.1%} full, {counts.rows / counts.packs:.1f} rows in each")
         if counts.shortened_rows:
-            lines.append(f"  shortened       {counts.shortened_rows:,} rows by {counts.dropped_turns:,} assistant turns, to fit max_length")
+            lines.append(f"  shortened       {counts.shortened_rows:,} rows by {counts.dropped_messages:,} messages, to fit max_length")
+        if counts.control_tokens.rows:
+            lines += _dropped_lines("kept, but a control token stands in the words", counts.control_tokens)
         for reason, dropped in counts.dropped.items():
             lines += _dropped_lines(f"dropped, {reason}", dropped)
     if report.skipped.rows:

@@ -140,12 +140,12 @@ class Renderer:
     def render(self, row: dict, location: str = "row") -> Rendered:
         if "messages" in row:
             return self._render_conversation(row, location)
-        return self._render_text(row.get("prompt", ""), row["completion"] if "completion" in row else row["text"])
+        return self._render_text(row.get("prompt", ""), row["completion"] if "completion" in row else row["text"], location)
 
     # ---- plain text -------------------------------------------------------------------------------------------------------
 
-    def _render_text(self, prompt: str, completion: str) -> Rendered:
-        tokens = self._tokenise(prompt + completion, add_special_tokens=True)
+    def _render_text(self, prompt: str, completion: str, location: str) -> Rendered:
+        tokens = self._tokenise(prompt + completion, location, add_special_tokens=True)
         everything = self.train_on == "all" or not prompt
         start = 0 if everything else len(prompt)
         trained = set(tokens.inside((start, len(tokens.text))))
@@ -163,7 +163,7 @@ class Renderer:
         tools = row.get("tools") or None  # templates write boilerplate for an empty list
         template = self.template(tools)
         text, spans = self._write(template, messages, tools, location)
-        tokens = self._tokenise(text)
+        tokens = self._tokenise(text, location)
         if self.train_on == "all":
             self._check_shown(template, messages, tools, text, text, location)
             return Rendered(tokens.ids, [True] * len(tokens.ids), [len(tokens.ids)])
@@ -326,7 +326,7 @@ class Renderer:
         said = [("user", "q"), ("assistant", middle), ("user", "q"), ("assistant", final)]
         messages = [{"role": role, "content": text} for role, text in said]
         try:
-            tokens = self._tokenise(self._write(template, messages, None, "probe")[0])
+            tokens = self._tokenise(self._write(template, messages, None, "probe")[0], "probe")
         except DataError:  # a template for other conversations than this; each row's own tokens decide then
             return frozenset()
 
@@ -340,6 +340,17 @@ class Renderer:
         if not found & set(at_end):
             found |= set(at_end[:1])
         return frozenset(found)
+
+    def control_token_in(self, row: dict) -> str | None:
+        """A control token that stands in the row's own words: the tokenizer takes it for a real one, as the end of a turn."""
+        words = json.dumps(row.get("messages", ()), ensure_ascii=False)
+        found = self._control_tokens.search(words)
+        return found and found.group()
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern:
+        tokens = sorted(self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids)), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
     @cached_property
     def _special_ids(self) -> set[int]:
@@ -366,7 +377,12 @@ class Renderer:
             raise DataError(f"{location}: the chat template of {self.name} refuses this row: {error}") from error
         return texts[0], spans[0] if marked else []
 
-    def _tokenise(self, text: str, add_special_tokens: bool = False) -> _Tokens:
+    def _tokenise(self, text: str, location: str, add_special_tokens: bool = False) -> _Tokens:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise DataError(f"{location}: {half!r} is half of a surrogate pair, no character; write the file as UTF-8 again") from None
         encoded = self.tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )

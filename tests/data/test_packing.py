@@ -17,10 +17,10 @@ def mixed_lengths(n, capacity, seed=0):
 
 def samples(lengths):
     """Samples whose tokens say where they are from: 1000 * sample + position."""
-    rows = [
-        {"input_ids": [1000 * i + t for t in range(n)], "labels": [1000 * i + t for t in range(n)], "length": n, "sample": f"s{i}", "location": f"f:{i}"}
-        for i, n in enumerate(lengths)
-    ]  # fmt: skip
+    rows = []
+    for i, n in enumerate(lengths):
+        tokens = [1000 * i + t for t in range(n)]
+        rows.append({"input_ids": tokens, "labels": tokens, "length": n, "sample": f"s{i}", "location": f"f:{i}"})
     return Dataset.from_list(rows, features=SAMPLE_FEATURES)
 
 
@@ -71,7 +71,9 @@ def test_a_pack_keeps_its_samples_whole_and_says_where_each_begins():
         start = 0
         for length, sample in zip(row["seq_lengths"], row["samples"], strict=True):
             seen[int(sample[1:])] = row["input_ids"][start : start + length]
-            assert row["labels"][start] == -100 and row["labels"][start + 1 : start + length] == row["input_ids"][start + 1 : start + length]
+            assert (
+                row["labels"][start] == -100 and row["labels"][start + 1 : start + length] == row["input_ids"][start + 1 : start + length]
+            )
             start += length
     assert seen == {i: [1000 * i + t for t in range(n)] for i, n in enumerate(lengths)}
 

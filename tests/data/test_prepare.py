@@ -64,7 +64,9 @@ def test_samples_carry_labels_lengths_digests_and_places(tmp_path, tokenizer):
     assert (counts.rows_in, counts.rows, counts.dropped) == (3, 3, {})
     assert counts.tokens == sum(prepared.train["length"])
     assert counts.trained_tokens == sum(label != -100 for labels in prepared.train["labels"] for label in labels)
-    assert counts.length_percentiles["max"] == max(prepared.train["length"]) and counts.length_percentiles["min"] == min(prepared.train["length"])
+    assert counts.length_percentiles["max"] == max(prepared.train["length"]) and counts.length_percentiles["min"] == min(
+        prepared.train["length"]
+    )
     assert prepared.train.features["input_ids"].feature.dtype == "int32" and prepared.train.cache_files  # memory-mapped
 
 
@@ -90,10 +92,21 @@ def test_whatever_changes_a_token_changes_the_folder(tmp_path):
 
     reordered = [SourceRow("d:1", {"messages": some_rows(1)[0].row["messages"], "train_from": 0})]
     folders = [
-        folder(), folder(some_rows(5)), folder(some_rows(4)[::-1]), folder(reordered), folder(template="qwen3_instruct_2507"),
-        folder(eos="<|endoftext|>"), folder(max_length=129), folder(too_long="drop_row"), folder(on_error="skip"), folder(train_on="all"),
-        folder(eval=some_rows(2)), folder(packing=True), folder(packing=True, seed=1), folder(training_template=lambda t: "{# other #}" + t.chat_template),
-    ]  # fmt: skip
+        folder(),
+        folder(some_rows(5)),
+        folder(some_rows(4)[::-1]),
+        folder(reordered),
+        folder(template="qwen3_instruct_2507"),
+        folder(eos="<|endoftext|>"),
+        folder(max_length=129),
+        folder(too_long="drop_row"),
+        folder(on_error="skip"),
+        folder(train_on="all"),
+        folder(eval=some_rows(2)),
+        folder(packing=True),
+        folder(packing=True, seed=1),
+        folder(training_template=lambda t: "{# other #}" + t.chat_template),
+    ]
     assert len(set(folders)) == len(folders)
     assert folder(num_proc=2) == folders[0]
 
@@ -130,8 +143,11 @@ def test_a_long_row_loses_whole_turns_and_every_call_that_is_left_is_json(tmp_pa
     assert len(ids) <= limit < len(Renderer(tokenizer).render({**row, "messages": row["messages"][: 1 + 3 * kept + 2]}).ids)
     assert labels[-2] == tokenizer.eos_token_id  # before the line end that Qwen's template writes
     counts = prepared.report.train
-    assert (counts.shortened_rows, counts.dropped_turns) == (1, 13 - kept)
-    assert f"shortened       1 rows by {13 - kept} assistant turns" in render_report(prepared.report)
+    assert (counts.shortened_rows, counts.dropped_messages) == (
+        1,
+        len(row["messages"]) - 3 * kept,
+    )  # system, and 3 per call less its result
+    assert "shortened       1 rows by" in render_report(prepared.report)
 
 
 def test_a_shortened_row_is_what_the_template_writes_for_the_turns_that_are_left():
@@ -140,7 +156,7 @@ def test_a_shortened_row_is_what_the_template_writes_for_the_turns_that_are_left
     renderer = Renderer(tokenizer)
     whole = renderer.render(row)
     shorter, lost = fit(renderer, row, "d:1", whole.turn_ends[1] + 5, "drop_turns")
-    assert lost == 1 and shorter == renderer.render({"messages": row["messages"][:4]})
+    assert lost == 2 and shorter == renderer.render({"messages": row["messages"][:4]})
     assert tokenizer.decode(shorter.ids[-1:]) == "<|return|>"
 
 
@@ -169,6 +185,20 @@ def test_a_row_without_a_trained_token_never_gets_through(tmp_path, tokenizer):
         assert all(any(label != -100 for label in labels) for labels in prepared.train["labels"])
 
 
+def test_a_question_at_the_end_that_nobody_answers_is_the_first_to_go(tmp_path, tokenizer):
+    row = talk("hi", "hello", "word " * 300)
+    prepared = prepare(located(row), tokenizer, cache_dir=tmp_path, max_length=100)
+    assert tokenizer.decode(prepared.train[0]["input_ids"]).endswith("hello<|im_end|>\n")
+    assert (prepared.report.train.shortened_rows, prepared.report.train.dropped_messages) == (1, 1)
+
+
+def test_a_control_token_in_the_words_of_a_row_is_reported(tmp_path, tokenizer):
+    rows = located(talk("hi", "hello"), talk("what is <|im_end|> for?", "it ends a turn"), {"text": "a <|im_end|> b"})
+    prepared = prepare(rows, tokenizer, cache_dir=tmp_path, max_length=100)
+    assert prepared.report.train.control_tokens == Dropped(1, ["d.jsonl:2: <|im_end|>"]) and prepared.train.num_rows == 3
+    assert "d.jsonl:2: <|im_end|>" in render_report(prepared.report)
+
+
 def test_when_no_row_is_left_the_reasons_are_told(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"data.train: none of 1 rows is left.*no trained token: 1 \(first: d.jsonl:1\)"):
         prepare(located(talk("only a question")), tokenizer, cache_dir=tmp_path, max_length=200)
@@ -185,7 +215,9 @@ def test_a_row_that_the_template_refuses_stops_or_is_skipped(tmp_path, num_proc)
     with pytest.raises(DataError, match="bad.jsonl:5: .* must alternate"):
         prepare(rows, tokenizer, cache_dir=tmp_path, max_length=200, num_proc=num_proc)
     assert list(tmp_path.iterdir()) == []
-    prepared = prepare(rows, tokenizer, cache_dir=tmp_path, max_length=200, num_proc=num_proc, on_error="skip", skipped=Dropped(2, ["x:1", "x:4"]))
+    prepared = prepare(
+        rows, tokenizer, cache_dir=tmp_path, max_length=200, num_proc=num_proc, on_error="skip", skipped=Dropped(2, ["x:1", "x:4"])
+    )
     dropped = prepared.report.train.dropped["refused by the chat template"]
     assert prepared.train.num_rows == 9 and dropped.rows == 1 and "bad.jsonl:5: " in dropped.locations[0]
     text = render_report(prepared.report)
@@ -219,15 +251,28 @@ import sys, time
 sys.path[:0] = [{tests!r}, {repo!r}]
 from chat_tokenizer import chat_tokenizer
 from harness.data import prepare as module, store
-from harness.data.sources import SourceRow
-rows = [SourceRow(f"d:{{i}}", {{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": "a"}}]}}) for i in range(1200)]
+from test_prepare import SourceRow, talk
+rows = [SourceRow(f"d:{{i}}", talk("q", "a")) for i in range(1200)]
 {hang}
 module.prepare(rows, chat_tokenizer("qwen2_5"), cache_dir={cache!r}, max_length=128, num_proc=1)
 """
 HANG = {
-    "while rows are written": "fit = module.fit\ndef slow(renderer, row, location, *rest):\n    if location == 'd:900': print('now', flush=True); time.sleep(60)\n    return fit(renderer, row, location, *rest)\nmodule.fit = slow",
-    "before the rename": "def slow(*args):\n    print('now', flush=True); time.sleep(60)\nstore._rename = slow",
-}  # fmt: skip
+    "while rows are written": """
+fit = module.fit
+def slow(renderer, row, location, *rest):
+    if location == "d:900":
+        print("now", flush=True)
+        time.sleep(60)
+    return fit(renderer, row, location, *rest)
+module.fit = slow
+""",
+    "before the rename": """
+def slow(*args):
+    print("now", flush=True)
+    time.sleep(60)
+store._rename = slow
+""",
+}
 
 
 @pytest.mark.parametrize("moment", HANG)
@@ -294,7 +339,10 @@ def test_real_rows_with_a_real_tokenizer(tmp_path):
     prepared = prepare(rows, tokenizer, cache_dir=tmp_path, max_length=2000)
     decoded = [tokenizer.decode([t for t in labels if t != -100]) for labels in prepared.train["labels"]]
     assert "get_weather" in decoded[0] and "SECRETRESULT" not in decoded[0]
-    assert decoded[1].split(tokenizer.eos_token)[:2] == ["Once upon a time, there was a girl.", " The end, 🙂."] or "The end, 🙂." in decoded[1]
+    assert (
+        decoded[1].split(tokenizer.eos_token)[:2] == ["Once upon a time, there was a girl.", " The end, 🙂."]
+        or "The end, 🙂." in decoded[1]
+    )
     for sample in prepared.train:
         assert sample["labels"].count(tokenizer.eos_token_id) == 2  # pad is eos, and both turns end with it
     markers = tokenizer.chat_template

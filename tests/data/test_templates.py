@@ -1,6 +1,7 @@
 """Masks: only what the assistant says is trained, up to the token that ends its turn."""
 
 import json
+import pickle
 from itertools import groupby
 
 import pytest
@@ -54,9 +55,8 @@ def said(tokenizer, rendered):
     return parts
 
 
-MARKED = ["qwen2_5_training", "qwen3_training", "llama3_training", "gptoss_training", "glm4moe_training", "gemma_training", "cohere_training",
-          "phi3_training", "deepseekv3_training", "lfm2_v2_training", "nemotron_3_nano_training", "qwen3_instruct_2507_training"]  # fmt: skip
-TAKES_TOOLS = ["qwen2_5_training", "qwen3_training", "gptoss_training", "glm4moe_training", "lfm2_v2_training", "nemotron_3_nano_training"]
+TAKES_TOOLS = [f"{n}_training" for n in ("qwen2_5", "qwen3", "gptoss", "glm4moe", "lfm2_v2", "nemotron_3_nano", "qwen3_instruct_2507")]
+MARKED = TAKES_TOOLS + [f"{n}_training" for n in ("llama3", "gemma", "cohere", "phi3", "deepseekv3")]
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -81,7 +81,9 @@ def test_prefix_differences_give_the_mask_of_the_markers(name, end):
     assert said(tokenizer, bare)[-1].startswith("東京 is not Köln") and said(tokenizer, bare)[-1].endswith(end)
 
 
-@pytest.mark.parametrize("name", [*TAKES_TOOLS, "qwen2_5", "llama3_1", "llama3_2", "gemma4_v5", "qwen3_instruct_2507", "lfm2_v2", "muse_glimmer"])
+@pytest.mark.parametrize(
+    "name", [*TAKES_TOOLS, "qwen2_5", "llama3_1", "llama3_2", "gemma4_v5", "qwen3_instruct_2507", "lfm2_v2", "muse_glimmer"]
+)
 def test_a_tools_result_is_never_trained_and_the_call_and_its_end_are(name):
     tokenizer = chat_tokenizer(name)
     rendered = render(tokenizer, TOOL_ROW)
@@ -123,7 +125,9 @@ def test_an_end_that_is_written_with_the_next_message_is_trained_with_the_turn_b
 
 
 def test_a_template_that_never_ends_a_turn_is_refused():
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     with pytest.raises(ModelError, match="never learn to stop"):
         render(chat_tokenizer(template), PLAIN)
     with pytest.raises(ModelError, match="never learn to stop"):
@@ -148,9 +152,10 @@ def test_training_begins_with_the_message_that_the_row_names():
 
 def test_several_marked_blocks_in_one_turn_belong_to_it():
     template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{{ '<|channel|>' }}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}{% else %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>' }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|channel|>' }}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     tokenizer = chat_tokenizer(template)
     rendered = render(tokenizer, {**PLAIN, "train_from": 2})
@@ -199,7 +204,8 @@ def test_a_template_that_does_not_show_tools_is_refused():
 
 def test_a_template_that_drops_a_call_is_refused_although_the_tools_name_stands_in_the_prompt():
     template = (
-        "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{{ tools | tojson if tools else '' }}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     with pytest.raises(DataError, match='drops a call of "get_weather"'):
@@ -214,7 +220,10 @@ def test_one_lost_call_of_two_is_noticed():
 
 
 def test_a_template_that_drops_the_words_beside_a_call_is_refused():
-    row = {"messages": [TOOL_ROW["messages"][1], {"role": "assistant", "content": "Let me look.", "tool_calls": [call("Paris")]}], "tools": TOOLS}
+    row = {
+        "messages": [TOOL_ROW["messages"][1], {"role": "assistant", "content": "Let me look.", "tool_calls": [call("Paris")]}],
+        "tools": TOOLS,
+    }
     with pytest.raises(DataError, match="beside its tool call"):
         render(chat_tokenizer("llama3_1", eos="<|eot_id|>"), row)
     assert "Let me look." in said(tokenizer := chat_tokenizer("qwen2_5"), render(tokenizer, row))[0]
@@ -272,9 +281,25 @@ def test_an_end_of_turn_at_which_generation_does_not_stop_is_found():
 
 @pytest.mark.parametrize(
     "name, ends",
-    [("llama3_1", ["<|eot_id|>"]), ("gptoss_training", ["<|end|>", "<|return|>"]), ("glm4moe_training", ["<|user|>"]), ("gemma3", ["<end_of_turn>"]),
-     ("cohere2", ["<|END_OF_TURN_TOKEN|>"]), ("deepseekv3_training", ["<｜end▁of▁sentence｜>"])],
-)  # fmt: skip
+    [
+        ("llama3_1", ["<|eot_id|>"]),
+        ("gptoss_training", ["<|end|>", "<|return|>"]),
+        ("glm4moe_training", ["<|user|>"]),
+        ("gemma3", ["<end_of_turn>"]),
+        ("cohere2", ["<|END_OF_TURN_TOKEN|>"]),
+        ("deepseekv3_training", ["<｜end▁of▁sentence｜>"]),
+    ],
+)
 def test_the_end_of_turn_of_known_families_is_found(name, ends):
     tokenizer = chat_tokenizer(name)
     assert sorted(tokenizer.convert_ids_to_tokens(sorted(Renderer(tokenizer).end_of_turn_ids()))) == sorted(ends)
+
+
+def test_half_a_character_is_named_and_not_a_crash():
+    with pytest.raises(DataError, match="d.jsonl:4: .*half of a surrogate pair"):
+        render(chat_tokenizer("qwen2_5"), talk("hi", "a \ud83d b"), location="d.jsonl:4")
+
+
+def test_what_renders_rows_can_be_sent_to_another_process():
+    renderer = Renderer(chat_tokenizer("qwen3"), training_template=lambda t: trl_template("qwen3_training"))
+    assert pickle.loads(pickle.dumps(renderer)).render(PLAIN) == renderer.render(PLAIN)
