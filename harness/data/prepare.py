@@ -174,7 +174,7 @@ def _tokenise(folder: Path, splits: dict[str, Sequence[SourceRow]], renderer: Re
     with building(folder) as scratch:
         shards = [shard for split, rows in splits.items() for shard in _cut(split, rows, processes, scratch)]
         reports = _run_here(shards, renderer, rules) if processes == 1 else _run_processes(shards, renderer, rules, processes)
-        report = PrepareReport(train=SplitReport(), eval=SplitReport() if "eval" in splits else None)
+        report = PrepareReport(SplitReport(), SplitReport() if "eval" in splits else None, renderer.mask_source())
         for shard, part in zip(shards, reports, strict=True):
             getattr(report, shard.split).merge(part)
         files = {split: [shard.path for shard in shards if shard.split == split] for split in splits}
@@ -234,7 +234,7 @@ def _receive(receiver: Connection, process: multiprocessing.Process, shard: Shar
         message = receiver.recv()
     except EOFError:
         process.join()
-        raise DataError(
+        raise HarnessError(
             f"{shard.path.name}: the process that tokenised it ended with code {process.exitcode}"
             + (" (killed; most often for memory: lower data.num_proc)" if process.exitcode == -9 else "")
         ) from None

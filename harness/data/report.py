@@ -52,6 +52,7 @@ class SplitReport:
 class PrepareReport:
     train: SplitReport
     eval: SplitReport | None = None
+    mask_source: str = ""  # what says which tokens are trained
     skipped: Dropped = field(default_factory=Dropped)  # raw rows that never became canonical ones (data.on_error: skip)
 
     @classmethod
@@ -62,7 +63,7 @@ class PrepareReport:
             dropped = {reason: Dropped(**counts) for reason, counts in raw["dropped"].items()}
             return SplitReport(**{**raw, "dropped": dropped, "control_tokens": Dropped(**raw["control_tokens"])})
 
-        return cls(split(value["train"]), split(value["eval"]), Dropped(**value["skipped"]))
+        return cls(split(value["train"]), split(value["eval"]), value["mask_source"], Dropped(**value["skipped"]))
 
 
 def render_report(report: PrepareReport) -> str:
@@ -82,6 +83,7 @@ def render_report(report: PrepareReport) -> str:
             lines += _dropped_lines("kept, but a control token stands in the words", counts.control_tokens)
         for reason, dropped in counts.dropped.items():
             lines += _dropped_lines(f"dropped, {reason}", dropped)
+    lines.append(f"masks: {report.mask_source}")
     if report.skipped.rows:
         lines.append("sources:")
         lines += _dropped_lines("skipped, not readable as rows", report.skipped)

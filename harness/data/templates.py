@@ -40,7 +40,8 @@ REMEDY = "write a template with {% generation %} markers around what the assista
 
 @dataclass(frozen=True)
 class Rendered:
-    """`ids` and `mask` are of one length; `turn_ends[i]` is the number of leading tokens that end with the i-th assistant turn."""
+    """`ids` and `mask` are of one length; `turn_ends[i]` is the number of leading tokens that end with the i-th assistant turn
+    (empty where every token is trained and turns are not told apart)."""
 
     ids: list[int]
     mask: list[bool]
@@ -131,7 +132,8 @@ class Renderer:
 
     def __post_init__(self) -> None:
         if callable(self.training_template):
-            self.training_template = self.training_template(self.tokenizer)
+            needed = self.tokenizer.chat_template is not None and not has_markers(self.tokenizer.get_chat_template())
+            self.training_template = self.training_template(self.tokenizer) if needed else None
 
     @property
     def name(self) -> str:
@@ -166,7 +168,7 @@ class Renderer:
         tokens = self._tokenise(text, location)
         if self.train_on == "all":
             self._check_shown(template, messages, tools, text, text, location)
-            return Rendered(tokens.ids, [True] * len(tokens.ids), [len(tokens.ids)])
+            return Rendered(tokens.ids, [True] * len(tokens.ids), [])
         assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         marked = has_markers(template)
         if marked:
@@ -310,6 +312,17 @@ class Renderer:
             )
         own = self.tokenizer.get_chat_template(tools=tools)
         return own if has_markers(own) else self.training_template or own
+
+    def mask_source(self) -> str:
+        """What says which tokens of a conversation are trained, in words."""
+        if self.train_on == "all":
+            return "none, every token is trained"
+        if self.tokenizer.chat_template is None:
+            return "completions and texts (the tokenizer has no chat template)"
+        template = self.template()
+        if not has_markers(template):
+            return "differences between prefixes of the conversation"
+        return "the markers of the chat template" if template != self.training_template else "the markers of a training template"
 
     def end_of_turn_ids(self) -> set[int]:
         """Ids of the tokens that end an assistant's plain turn, in the middle and at the end of a conversation."""

@@ -190,6 +190,10 @@ def test_a_question_at_the_end_that_nobody_answers_is_the_first_to_go(tmp_path, 
     prepared = prepare(located(row), tokenizer, cache_dir=tmp_path, max_length=100)
     assert tokenizer.decode(prepared.train[0]["input_ids"]).endswith("hello<|im_end|>\n")
     assert (prepared.report.train.shortened_rows, prepared.report.train.dropped_messages) == (1, 1)
+    assert (
+        prepare(located(row), tokenizer, cache_dir=tmp_path, max_length=100, train_on="all").train[:1]["length"]
+        == prepared.train["length"][:]
+    )
 
 
 def test_a_control_token_in_the_words_of_a_row_is_reported(tmp_path, tokenizer):

@@ -303,3 +303,25 @@ def test_half_a_character_is_named_and_not_a_crash():
 def test_what_renders_rows_can_be_sent_to_another_process():
     renderer = Renderer(chat_tokenizer("qwen3"), training_template=lambda t: trl_template("qwen3_training"))
     assert pickle.loads(pickle.dumps(renderer)).render(PLAIN) == renderer.render(PLAIN)
+
+
+def test_a_training_template_is_looked_up_only_where_it_is_needed():
+    def refuse(tokenizer):
+        raise AssertionError("looked up")
+
+    assert Renderer(chat_tokenizer(), training_template=refuse).training_template is None
+    marked = Renderer(chat_tokenizer("qwen3_training"), training_template=refuse)
+    assert marked.mask_source() == "the markers of the chat template"
+    assert (
+        "training template" in Renderer(chat_tokenizer("qwen3"), training_template=lambda t: trl_template("qwen3_training")).mask_source()
+    )
+    assert "prefixes" in Renderer(chat_tokenizer("qwen2_5"), training_template=lambda t: None).mask_source()
+
+
+def test_trls_own_lookup_fits():
+    from harness.tasks.templates import training_template
+
+    rendered = render(chat_tokenizer("qwen3"), PLAIN, training_template=training_template)
+    assert rendered == render(chat_tokenizer("qwen3_training"), PLAIN)
+    assert render(chat_tokenizer(), {"text": "a"}, training_template=training_template).ids
+    assert render(chat_tokenizer("llama3_1", eos="<|eot_id|>"), PLAIN, training_template=training_template).turn_ends  # TRL has none
