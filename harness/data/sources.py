@@ -141,7 +141,7 @@ def _read_lines(file: Path, stream: Iterable[bytes]) -> Iterator[tuple[str, dict
         if line.strip():
             location = f"{file}:{number}"
             try:
-                yield location, _as_row(_parse_json(line))
+                yield location, _as_row(_parse_json(line.rstrip()))
             except json.JSONDecodeError as error:
                 yield location, DataError(f"column {error.colno}: not JSON ({error.msg}); must be one object per line")
             except ValueError as error:

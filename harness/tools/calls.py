@@ -6,7 +6,7 @@ Five notations are read, the ones that servers and chat templates in use speak:
     <|python_tag|>{"name": "f", "parameters": {"a": 1}}              Llama 3
     [TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]               Mistral
     {"name": "f", "arguments": {"a": 1}}   or a list of them         bare JSON, also inside one code fence
-    [f(a=1), g(b="x")]                                               pythonic: literals and keyword arguments only
+    [f(a=1), g(b="x")]   the brackets may be missing                 pythonic: literals and keyword arguments only
 
 An attempt that cannot be read is *malformed*, which is not the same as no attempt: counting broken calls as abstention is how a model that
 cannot write a call gets full marks for not calling one (gorilla#1362). `parse_calls` never raises, whatever the text.
@@ -26,8 +26,8 @@ _MAX_DEPTH = 64  # deeper nesting is no tool call, and would exhaust the stack o
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
 _FENCE = re.compile(r"```[a-z_]*\s*(.*?)\s*```", re.DOTALL)
 _PYTHONIC = re.compile(r"\[?\s*[A-Za-z_][\w.]*\s*\(")
-# Special tokens after the last word, left there by decoding with special tokens (which Llama's and Mistral's markers require).
-_END = re.compile(r"(?:<\|(?!python_tag)[\w ]*\|>|</s>|<eos>|<pad>|<end_of_turn>)\Z")
+# These stand after the last word where special tokens were decoded, as Llama's and Mistral's markers require.
+_SPECIAL_TOKEN = re.compile(r"<\|(?!python_tag)[\w ]*\|>|</s>|<eos>|<pad>|<end_of_turn>")
 _SEPARATOR = re.compile(r"[\s,;]*")
 # JSON that starts like a call but does not parse.
 _BROKEN_JSON = re.compile(r'\[?\s*\{\s*"(?:name|arguments|parameters|function|type"\s*:\s*"function)"')
@@ -60,9 +60,7 @@ class ParsedCalls:
 
 def parse_calls(text: str) -> ParsedCalls:
     """Reads every call that `text` makes. Never raises. Reasoning (`<think>…</think>`) is left out: a call only pondered is no call."""
-    said = _without_reasoning(text).strip()
-    while special := _END.search(said):
-        said = said[: special.start()].rstrip()
+    said = _without_special_tokens(_without_reasoning(text)).strip()
     if "<tool_call>" in said:
         return _parsed(_HERMES.findall(said), _HERMES.sub("", said))
     for marker in ("<|python_tag|>", "[TOOL_CALLS]"):
@@ -95,18 +93,29 @@ def _without_reasoning(text: str) -> str:
     return answer if closed and not thought.lstrip().startswith(("{", "[", "<tool_call>", "<|python_tag|>")) else text
 
 
+def _without_special_tokens(text: str) -> str:
+    end = len(text)
+    while True:
+        while end and text[end - 1].isspace():
+            end -= 1
+        start = text.rfind("<", 0, end)
+        if start < 0 or not _SPECIAL_TOKEN.fullmatch(text, start, end):
+            return text[:end]
+        end = start
+
+
 def _parsed(blocks: list[str], besides: str) -> ParsedCalls:
     """Marked blocks, each of which has to be calls and nothing else."""
     calls, malformed = [], []
-    for block in blocks:
+    for block in map(str.strip, blocks):
         values, rest = _json_values(block)
         items = _flat(values)
         if rest or not items:
-            malformed.append(block.strip())
+            malformed.append(block)
             continue
         for item in items:
             call = read_call(item)
-            calls.append(call) if call else malformed.append(block.strip())
+            calls.append(call) if call else malformed.append(block)
     besides = besides.strip()
     malformed += [m.group() for m in _ATTEMPT.finditer(besides)]
     return ParsedCalls(calls, malformed, besides)
@@ -147,7 +156,7 @@ def _parse_pythonic(body: str) -> ParsedCalls | None:
             tree = ast.parse(body, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return broken if body.startswith("[") else None
-    nodes = tree.elts if isinstance(tree, ast.List) else [tree]
+    nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
     if not any(isinstance(node, ast.Call) for node in nodes):
         return None
     calls = [_pythonic_call(node) for node in nodes]
