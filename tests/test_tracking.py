@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Train
 from transformers.trainer_callback import PrinterCallback
 
 from harness.errors import HarnessError
+from harness.run import git_commit
 from harness.tracking import plot_losses, read_metrics
-from harness.tracking.callback import TrackingCallback, git_commit
+from harness.tracking.callback import TrackingCallback
 from harness.tracking.flops import FlopCount, count_flops, count_model_flops, flops_per_token, peak_flops
-from harness.tracking.metrics import MetricsFile, loss_curve, metric_key
+from harness.tracking.metrics import MetricsFile, loss_curve, metric_key, smooth
 from harness.tracking.progress import ProgressCallback, format_duration, format_small
 from harness.tracking.throughput import Throughput
 from harness.tracking.wandb_run import choose_mode, has_credentials, redact
@@ -65,7 +66,7 @@ def records(wandb_file: Path):
 
 
 def closed_wandb_files(run_folder: Path, lives: int = 1) -> list[Path]:
-    """The .wandb files, once each has its exit record: W&B's helper process writes the end a few milliseconds after `finish` has returned."""
+    """The .wandb files, once each has its exit record: W&B's helper process writes the end some milliseconds after `finish`."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         files = sorted((run_folder / "wandb").glob("offline-run-*/*.wandb"))
@@ -119,7 +120,7 @@ def test_wandb_knows_the_recipe_the_commit_the_versions_and_the_launch_but_no_se
     assert recorded["model"] == {"token": "[redacted]", "eos_token": "<eos>"}
     assert recorded["harness"]["backend"] == "zero2" and recorded["harness"]["world_size"] == 4
     assert recorded["harness"]["versions"]["torch"] == torch.__version__
-    assert recorded["harness"]["git_commit"] == git_commit(Path(sys.modules["harness.tracking.callback"].__file__))
+    assert recorded["harness"]["git_commit"] == git_commit()
     assert run.project == "p" and run.display_name == tmp_path.name
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     for secret in (b"hunter2", b"pw-in-url", b"s3cret"):
@@ -215,8 +216,12 @@ def test_a_value_that_is_not_finite_is_null_and_named(tmp_path):
     line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     del line["time"]
     assert line == {
-        "step": 7, "train/loss": None, "train/grad_norm": None, "train/learning_rate": 1e-4, "non_finite": "train/loss=nan train/grad_norm=inf",
-    }  # fmt: skip
+        "step": 7,
+        "train/loss": None,
+        "train/grad_norm": None,
+        "train/learning_rate": 1e-4,
+        "non_finite": "train/loss=nan train/grad_norm=inf",
+    }
 
 
 def test_a_torn_line_is_left_out_named_and_does_not_spoil_the_next_life(tmp_path, caplog):
@@ -268,8 +273,9 @@ def test_keys_are_area_and_name(theirs, ours):
 @pytest.mark.parametrize(
     ("variable", "asked", "credentials", "mode"),
     [
-        (None, "auto", True, "online"), (None, "auto", False, "offline"), (None, "online", False, "offline"), (None, "offline", True, "offline"),
-        (None, "disabled", True, "disabled"), ("offline", "auto", True, "offline"), ("offline", "online", True, "offline"),
+        (None, "auto", True, "online"), (None, "auto", False, "offline"), (None, "online", False, "offline"),
+        (None, "offline", True, "offline"), (None, "disabled", True, "disabled"), ("online", "disabled", True, "disabled"),
+        ("offline", "auto", True, "offline"), ("offline", "online", True, "offline"),
         ("disabled", "auto", True, "disabled"), ("online", "auto", False, "offline"), ("dryrun", "auto", True, "offline"),
     ],
 )  # fmt: skip
@@ -458,6 +464,17 @@ def test_what_trains_is_read_from_the_model(tied):
     assert count_model_flops(adapted) == count_flops(config, trainable_fraction=0, adapter_params=2 * 4 * (16 + 16))
 
 
+def test_counting_is_the_same_while_zero_3_shards_what_transformers_builds():
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    config = LlamaConfig(**TINY)
+    before = count_flops(config)
+    switch = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert is_deepspeed_zero3_enabled()
+    assert count_flops(config) == before
+    del switch
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
@@ -548,7 +565,7 @@ def test_a_training_writes_speed_on_every_training_line_and_a_picture_can_be_dra
     rows = [{"input_ids": torch.arange(8) + row, "labels": torch.arange(8) + row} for row in range(12)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2,
-        eval_strategy="steps", eval_steps=3, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, logging_nan_inf_filter=False,
+        eval_strategy="steps", eval_steps=3, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     tracking, throughput, stream = TrackingCallback(tmp_path, section(mode="disabled"), {}, is_main=True), Throughput(), io.StringIO()
     trainer = CountingTrainer(
@@ -581,6 +598,12 @@ def test_a_training_writes_speed_on_every_training_line_and_a_picture_can_be_dra
 def test_a_step_that_was_trained_twice_counts_as_it_went_the_last_time():
     lines = [{"step": step, "train/loss": loss} for step, loss in ((1, 4.0), (2, 3.0), (3, 9.0), (2, 3.0), (3, 2.0), (4, None))]
     assert loss_curve(lines, "train/loss") == ([1, 2, 3], [4.0, 3.0, 2.0])
+
+
+def test_smoothing_neither_lags_behind_a_falling_curve_nor_bends_its_ends():
+    line = [10.0 - 0.1 * step for step in range(80)]
+    assert smooth(line) == pytest.approx(line)
+    assert max(smooth([0.0, 1.0] * 50)[10:-10]) < 0.7
 
 
 def test_reading_metrics_needs_no_torch():

@@ -1,40 +1,13 @@
 """TrackingCallback: everything that the trainer logs goes to metrics.jsonl and to W&B, under the same keys and at the same steps."""
 
-import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from harness.run import git_commit, library_versions
 from harness.tracking.metrics import MetricsFile, metric_values, name_non_finite
 from harness.tracking.wandb_run import TrackingSection, WandbRun
-
-PACKAGES = ("harness", "torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
-
-
-def installed_versions() -> dict[str, str]:
-    """Version of Python and of every package that shapes a result and is installed."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def git_commit(file: Path) -> str | None:
-    """Commit of the checkout in which `file` is tracked, with "-dirty" if tracked files differ from it; None for an installed copy."""
-    git = ["git", "-C", str(file.parent)]
-    try:
-        # an installed copy may lie in the .venv of some other project's checkout, whose commit would say nothing
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10).returncode == 0
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, capture_output=True, text=True, timeout=10).stdout.strip() or None if tracked else None
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
 
 
 class TrackingCallback(TrainerCallback):
@@ -67,7 +40,7 @@ class TrackingCallback(TrainerCallback):
         if self._file is not None or not self._is_main:
             return
         self._file = MetricsFile(self.run_folder)
-        about = {"git_commit": git_commit(Path(__file__)), "versions": installed_versions(), **self._launch}
+        about = {"git_commit": git_commit(), "versions": library_versions(), **self._launch}
         self._wandb = WandbRun.start(self.run_folder, self._tracking, {**self._config, "harness": about})
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -113,12 +113,14 @@ def loss_curve(lines: Iterable[dict[str, Any]], key: str) -> tuple[list[int], li
     return sorted(latest), [latest[step] for step in sorted(latest)]
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start (as Adam does), so that the first points are not pulled towards zero."""
-    smoothed, mean = [], 0.0
-    for count, value in enumerate(values, start=1):
-        mean = weight * mean + (1 - weight) * value
-        smoothed.append(mean / (1 - weight**count))
+def smooth(values: list[float]) -> list[float]:
+    """Mean over a window around each point, a twentieth of the curve wide (a running average lags, and draws a falling loss too high)."""
+    reach = len(values) // 40
+    smoothed = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)  # as far to the left as to the right, also at the ends
+        window = values[index - near : index + near + 1]
+        smoothed.append(sum(window) / len(window))
     return smoothed
 
 
@@ -138,7 +140,7 @@ def plot_losses(run_folders: Path | str | Iterable[Path | str], path: Path | str
         steps, losses = loss_curve(lines, "train/loss")
         if len(steps) > 60:
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, _smooth(losses), color=colour, linewidth=1.8, label=f"{prefix}train (smoothed)")
+            axes.plot(steps, smooth(losses), color=colour, linewidth=1.8, label=f"{prefix}train (smoothed)")
         else:
             axes.plot(steps, losses, color=colour, linewidth=1.8, label=f"{prefix}train")
         steps, losses = loss_curve(lines, "eval/loss")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainerCallback
 
 from harness.tracking.flops import FlopCount, count_model_flops, peak_flops
 
@@ -55,9 +55,10 @@ class Throughput(TrainerCallback):
 
     @classmethod
     def for_model(cls, model: torch.nn.Module, *, world_size: int = 1, rank: int = 0) -> "Throughput":
-        """With utilisation where this machine's card is known."""
+        """With utilisation where this machine's card is known and the architecture is one of transformers' own."""
         peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        return cls(world_size=world_size, rank=rank, flops=count_model_flops(model) if peak else None, peak_flops_per_s=peak)
+        countable = peak is not None and type(model.config.get_text_config()) in MODEL_FOR_CAUSAL_LM_MAPPING
+        return cls(world_size=world_size, rank=rank, flops=count_model_flops(model) if countable else None, peak_flops_per_s=peak)
 
     def _reset(self) -> None:
         self._counts: torch.Tensor | None = None  # [4] int64 on the batch's device: tokens, trained tokens, samples, attention pairs

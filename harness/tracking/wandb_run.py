@@ -19,6 +19,8 @@ from types import ModuleType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from harness.run import write_text_atomically
+
 logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb.json"
@@ -76,7 +78,9 @@ def has_credentials(settings: Any) -> bool:
 
 
 def choose_mode(asked: str, credentials: bool) -> str:
-    """online, offline or disabled, from tracking.mode. This machine's WANDB_MODE and WANDB_DISABLED beat it, and are named when they do."""
+    """online, offline or disabled, from tracking.mode. This machine's WANDB_MODE and WANDB_DISABLED beat it, save "disabled"."""
+    if asked == "disabled":
+        return "disabled"
     variable = os.environ.get("WANDB_MODE", "").lower()
     mode = {"dryrun": "offline", "run": "online"}.get(variable, variable) or asked
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
@@ -99,9 +103,7 @@ def load_run_id(run_folder: Path) -> str:
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))["id"]
     run_id = secrets.token_hex(4)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"id": run_id}) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text_atomically(path, json.dumps({"id": run_id}) + "\n")
     return run_id
 
 
