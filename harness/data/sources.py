@@ -259,8 +259,8 @@ def _take(location: str, raw: dict | DataError, layout: str, loaded: LoadedRows)
             raise raw
         layout = detect_format(raw) if layout == "auto" else layout
         row = to_canonical(raw, layout)
-    except DataError as error:
-        loaded.skipped.append(Skipped(location, str(error)))
+    except (DataError, RecursionError) as error:
+        loaded.skipped.append(Skipped(location, str(error) if isinstance(error, DataError) else "nested too deeply"))
         counts["skipped"] += 1
         return
     loaded.rows.append(SourceRow(location, row))

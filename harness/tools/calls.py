@@ -109,16 +109,16 @@ def _parsed(blocks: list[str], besides: str) -> ParsedCalls:
     calls, malformed = [], []
     for block in map(str.strip, blocks):
         values, rest = _json_values(block)
-        items = _flat(values)
-        if rest or not items:
+        read = [read_call(item) for item in _flat(values)]
+        calls += [call for call in read if call]
+        if rest or not read or None in read:
             malformed.append(block)
-            continue
-        for item in items:
-            call = read_call(item)
-            calls.append(call) if call else malformed.append(block)
     besides = besides.strip()
-    malformed += [m.group() for m in _ATTEMPT.finditer(besides)]
-    return ParsedCalls(calls, malformed, besides)
+    return ParsedCalls(calls, malformed + _attempts(besides), besides)
+
+
+def _attempts(text: str) -> list[str]:
+    return [found.group() for found in _ATTEMPT.finditer(text)]
 
 
 def _parse_unmarked(said: str) -> ParsedCalls:
@@ -128,16 +128,18 @@ def _parse_unmarked(said: str) -> ParsedCalls:
         values, rest = _json_values(body)
         items = _flat(values)
         if any(map(_looks_like_call, items)):
+            read = [read_call(item) for item in items]
+            malformed = [body] if None in read else []
             if rest.startswith(("{", "[")):  # a good call, then one that was cut off
-                return _parsed([json.dumps(items), rest], "")
-            return _parsed([json.dumps(items)], rest)
+                malformed, rest = [*malformed, rest], ""
+            return ParsedCalls([call for call in read if call], malformed + _attempts(rest), rest)
         if not values and _BROKEN_JSON.match(body):
             return ParsedCalls([], [body], "")
     if _PYTHONIC.match(body):
         parsed = _parse_pythonic(body)
         if parsed:
             return parsed
-    return ParsedCalls([], [m.group() for m in _ATTEMPT.finditer(said)], said)
+    return ParsedCalls([], _attempts(said), said)
 
 
 def _looks_like_call(value: object) -> bool:

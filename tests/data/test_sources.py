@@ -195,6 +195,13 @@ def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path):
         load_rows(Source(write(tmp_path / "x.jsonl", "")))
 
 
+def test_a_row_that_is_nested_too_deeply_is_a_bad_row(tmp_path):
+    tool = '{"name": "f", "parameters": {"type": "object", "items": ' + '{"items": ' * 900 + "{}" + "}" * 900 + "}}"
+    deep = '{"messages": [{"role": "assistant", "content": "a"}], "tools": [' + tool + "]}"
+    loaded = load_rows(Source(write(tmp_path / "x.jsonl", *GOOD, deep, "[" * 100_000)), on_error="skip")
+    assert [bad.reason for bad in loaded.skipped] == ["nested too deeply", "not JSON (nested too deeply)"]
+
+
 def test_broken_calls_are_counted_and_kept(tmp_path):
     tools = [{"name": "f", "parameters": {"a": {"type": "int"}}}]
     row = {"query": "q", "tools": tools, "answers": [{"name": "f", "arguments": {"a": "1"}}]}
@@ -323,8 +330,8 @@ def test_the_draws_do_not_follow_each_other():
 )
 def test_real_rows_convert_and_none_vanishes(path, layout, rows, skipped, calls):
     loaded = load_rows(Source(str(SHARED / path)), on_error="skip")
-    counts = loaded.counts
-    assert (counts["read"], counts["skipped"], counts[f"layout/{layout}"], counts["trained_calls"]) == (rows, skipped, rows - skipped, calls)
+    counts = [loaded.counts[key] for key in ("read", "skipped", f"layout/{layout}", "trained_calls")]
+    assert counts == [rows, skipped, rows - skipped, calls]
     assert len(loaded.rows) + len(loaded.skipped) == rows
     assert all("is not among the row's tools" in bad.reason for bad in loaded.skipped)
     assert all(row.row["messages"][-1]["role"] == "assistant" for row in loaded.rows)

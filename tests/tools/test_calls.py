@@ -138,6 +138,15 @@ def test_no_text_makes_the_parser_or_the_scorer_raise():
         assert score(text, [F], TOOLS).failure == "malformed" or not parsed.malformed
 
 
+@pytest.mark.parametrize("depth", [10, 60, 62, 63, 300, 900, 980, 5000])
+def test_a_call_is_read_up_to_a_depth_and_beyond_it_is_malformed(depth):
+    nested = "[" * depth + "]" * depth
+    json_call, pythonic = f'{{"name": "f", "arguments": {{"a": {nested}}}}}', f"[f(a={nested})]"
+    for text in (json_call, f"<tool_call>{json_call}</tool_call>", pythonic):
+        parsed = parse_calls(text)
+        assert (len(parsed.calls), len(parsed.malformed)) == ((1, 0) if depth <= 63 else (0, 1))
+
+
 def test_long_hostile_text_is_read_in_no_time():
     started = time.monotonic()
     for piece in (" ", "{", "<tool_call>", F_JSON, "<|", '{"name":"', "f(", "</think>", "```", "<|im_end|>", "[f(a=", '{"name":"f", '):
