@@ -93,3 +93,33 @@ def test_trls_collator_keeps_the_samples_of_a_pack_apart():
     for position, label in enumerate(batch["labels"][0].tolist()):
         if label != -100:
             assert batch["input_ids"][0][position - 1] // 1000 == label // 1000
+
+
+def test_packed_samples_have_the_loss_that_they_have_alone():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(config).double().eval()
+    rng = random.Random(0)
+    rows = []
+    for i, n in enumerate(mixed_lengths(12, 40)):
+        tokens = [rng.randrange(97) for _ in range(n)]
+        labels = [-100] + [token if rng.random() < 0.5 else -100 for token in tokens[1:]]
+        rows.append({"input_ids": tokens, "labels": labels, "length": n, "sample": f"s{i}", "location": f"f:{i}"})
+
+    def loss(input_ids, labels, **more):
+        # use_cache=True would switch off what keeps samples apart in a batch without an attention mask; trainers pass False.
+        with torch.no_grad():
+            logits = model(input_ids=input_ids, use_cache=False, **more).logits
+        return torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
+
+    alone = sum(
+        loss(torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])) for row in rows if any(x != -100 for x in row["labels"])
+    )
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    packed = pack(Dataset.from_list(rows, features=SAMPLE_FEATURES), 64)
+    together = sum(loss(**collate([{k: row[k] for k in ("input_ids", "labels", "seq_lengths")}])) for row in packed)
+    assert packed.num_rows < 12 and together == pytest.approx(alone, rel=1e-9)
