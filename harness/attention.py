@@ -31,14 +31,20 @@ def choose_attention(asked: str, dtype: str, has_gpu: bool) -> str:
         return "flex_attention"
     if asked == "varlen":
         if not has_gpu or not _has_varlen():
-            raise ModelError("model.attn_implementation = varlen; torch's variable-length attention needs a CUDA GPU (Ampere or newer); use auto or sdpa")
+            raise ModelError(
+                "model.attn_implementation = varlen; torch's variable-length attention needs a CUDA GPU (Ampere or newer); use auto or sdpa"
+            )
         if not half:
-            raise ModelError(f"model.attn_implementation = varlen; its kernels are half precision and model.dtype is {dtype}; use bfloat16, or sdpa")
+            raise ModelError(
+                f"model.attn_implementation = varlen; its kernels are half precision and model.dtype is {dtype}; use bfloat16, or sdpa"
+            )
         return register_varlen()
     if asked == "flex_attention" and not has_gpu:
         raise ModelError("model.attn_implementation = flex_attention; it has no backward pass on a CPU; use auto or sdpa")
     if asked.startswith("flash_attention_") and not (has_gpu and _has_flash(int(asked[-1]))):
-        raise ModelError(f"model.attn_implementation = {asked}; the package flash-attn is not installed or there is no GPU; use auto (varlen needs no package)")
+        raise ModelError(
+            f"model.attn_implementation = {asked}; the package flash-attn is not installed or there is no GPU; use auto (varlen needs no package)"
+        )
     return asked
 
 
@@ -93,7 +99,9 @@ def varlen_attention_forward(
     from torch.nn.attention.varlen import varlen_attn
 
     if attention_mask is not None:
-        raise ModelError("varlen attention got a padded batch; it takes flattened batches only (packing or padding-free); use sdpa for padded ones")
+        raise ModelError(
+            "varlen attention got a padded batch; it takes flattened batches only (packing or padding-free); use sdpa for padded ones"
+        )
     if softcap is not None or dropout:
         raise ModelError("varlen attention has neither soft-capping nor dropout; set model.attn_implementation to sdpa or flex_attention")
     batch, heads, length, _ = query.shape

@@ -39,7 +39,9 @@ class Machines:
             return cls(processes)
         missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
         if missing:
-            raise LaunchError(f"NNODES is {count}, but {', '.join(missing)} is not set; set it on every machine (NODE_RANK from 0 to {count - 1})")
+            raise LaunchError(
+                f"NNODES is {count}, but {', '.join(missing)} is not set; set it on every machine (NODE_RANK from 0 to {count - 1})"
+            )
         index = _whole_number(environment, "NODE_RANK", 0)
         if index >= count:
             raise LaunchError(f"NODE_RANK is {index}; with NNODES = {count} it goes from 0 to {count - 1}")
@@ -95,7 +97,7 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     return train.global_batch_size // per_micro_step
 
 
-# ---- inside a rank -------------------------------------------------------------------------------------------------------------------------
+# ---- inside a rank
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,9 @@ def _launchers_backend(environment: dict[str, str]) -> Backend:
         return Backend(f"zero{stage}", nowhere, "deepspeed", stage, any(device != "none" for device in devices), saves)
     if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         if environment.get("FSDP_VERSION") != "2":
-            raise LaunchError("accelerate launch asks for FSDP1, which is deprecated; set fsdp_version: 2 in its config, or use configs/backends/fsdp2.yaml")
+            raise LaunchError(
+                "accelerate launch asks for FSDP1, which is deprecated; set fsdp_version: 2 in its config, or use configs/backends/fsdp2.yaml"
+            )
         return Backend("fsdp2", nowhere, "fsdp", offloads=environment.get("FSDP_OFFLOAD_PARAMS") == "true")
     world_size = int(environment.get("WORLD_SIZE", 1))
     return Backend("ddp" if world_size > 1 else "single", nowhere, "ddp" if world_size > 1 else "single")
@@ -153,7 +157,17 @@ def accelerate_environment(backend: Backend, world_size: int) -> dict[str, str]:
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     # Port 0: the launch that we only imitate must not look whether the real one's port is in use.
-    argv = ["--config_file", str(backend.file), "--num_processes", str(world_size), "--main_process_port", "0", "--mixed_precision", "no", "-"]
+    argv = [
+        "--config_file",
+        str(backend.file),
+        "--num_processes",
+        str(world_size),
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        "-",
+    ]
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(argv))
     if backend.kind == "deepspeed":
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)

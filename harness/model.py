@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.embedded import resolve
 from harness.errors import ModelError
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
@@ -22,17 +23,17 @@ MANIFEST = "harness.json"
 """Stands in every export: what it was made from, and the digest of each of its files."""
 
 
-# ---- tokenizer -----------------------------------------------------------------------------------------------------------------------------
+# ---- tokenizer
 
 
 def tokenizer_source(recipe: Recipe) -> str:
     model = recipe.model
     if model.tokenizer:
-        return model.tokenizer
+        return resolve(model.tokenizer)
     if model.init:
-        path = Path(model.init).expanduser()
+        path = Path(resolve(model.init)).expanduser()
         return str(path if path.is_dir() else path.parent)
-    return model.name_or_path
+    return resolve(model.name_or_path)
 
 
 def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
@@ -47,14 +48,18 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model: no tokenizer at {source}: {_first_line(error)}; set model.tokenizer to a folder or hub id that has one") from error
+        raise ModelError(
+            f"model: no tokenizer at {source}: {_first_line(error)}; set model.tokenizer to a folder or hub id that has one"
+        ) from error
     if recipe.data.chat_template:
         path = Path(recipe.data.chat_template).expanduser()
         if not path.is_file():
             raise ModelError(f"data.chat_template = {recipe.data.chat_template}; no such file; give the path of a Jinja file")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model: the tokenizer at {source} has no end-of-sequence token, so nothing would teach the model to stop; set eos_token in it")
+        raise ModelError(
+            f"model: the tokenizer at {source} has no end-of-sequence token, so nothing would teach the model to stop; set eos_token in it"
+        )
     if tokenizer.pad_token_id is None:
         # Safe here: what is trained is decided by the template, never by token ids, so eos as pad masks no real eos.
         tokenizer.pad_token = tokenizer.eos_token
@@ -65,7 +70,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---- base ----------------------------------------------------------------------------------------------------------------------------------
+# ---- base
 
 
 def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> str:
@@ -109,7 +114,7 @@ def draw_weights(recipe: Recipe, folder: Path) -> None:
 
     if (folder / "config.json").is_file():
         return
-    source = Path(recipe.model.init).expanduser()
+    source = Path(resolve(recipe.model.init)).expanduser()
     if not (source / "config.json" if source.is_dir() else source).is_file():
         raise ModelError(f"model.init = {recipe.model.init}; holds no config.json; give a config file or its folder")
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=recipe.model.trust_remote_code)
@@ -118,9 +123,7 @@ def draw_weights(recipe: Recipe, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def load_base(
-    recipe: Recipe, source: str, dtype: str, attention: str, backend: Backend, device: "torch.device"
-) -> "PreTrainedModel":
+def load_base(recipe: Recipe, source: str, dtype: str, attention: str, backend: Backend, device: "torch.device") -> "PreTrainedModel":
     """The base model of this rank; under ZeRO-3 its shard, if TrainingArguments were made before (they switch `zero.Init` on).
 
     Raises ModelError when there are no safetensors, no such model, or not enough of it.
@@ -149,9 +152,20 @@ def load_base(
         raise ModelError(f"model: {source} cannot be loaded: {_first_line(error)}") from error
     missing = sorted(loading.get("missing_keys", ()))
     if missing:
-        raise ModelError(f"model: {source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, …); they would be random; fetch it again")
-    model.config.use_cache = False
+        raise ModelError(
+            f"model: {source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, …); they would be random; fetch it again"
+        )
+    if quantized is not None:
+        _keep_4bit_weights_as_they_are(model)
     return model
+
+
+def _keep_4bit_weights_as_they_are(model: "PreTrainedModel") -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes repacks a weight in place at its first evaluation, in a layout that neither a shard nor a width off
+    the multiples of 32 survives, and computes in bfloat16 whatever the recipe says. Training and evaluation shall use the same weights."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -165,7 +179,9 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
     if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings() is not None:
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         if head is not embedding:
-            raise ModelError("model: config.json says that embeddings are tied, but head and embedding are two tensors; fix tie_word_embeddings")
+            raise ModelError(
+                "model: config.json says that embeddings are tied, but head and embedding are two tensors; fix tie_word_embeddings"
+            )
 
 
 def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -178,7 +194,7 @@ def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
 
 
-# ---- adapter -------------------------------------------------------------------------------------------------------------------------------
+# ---- adapter
 
 
 def attach_adapter(model: "PreTrainedModel", recipe: Recipe, backend: Backend, dtype: str):
@@ -257,7 +273,9 @@ def check_4bit_is_sharded(model, world_size: int) -> str:
         local += share.numel() * share.element_size()
         whole += (getattr(parameter, "ds_numel", None) or parameter.numel()) * parameter.element_size()
     if whole == 0:
-        raise ModelError("model.quantization: after preparation no weight is in 4 bits; the base would be trained against in full precision")
+        raise ModelError(
+            "model.quantization: after preparation no weight is in 4 bits; the base would be trained against in full precision"
+        )
     # A share is rounded up so that it divides; 20 % is far above that and far below a whole copy on two ranks.
     if local > whole / world_size * 1.2 + 4096:
         raise ModelError(
@@ -267,7 +285,7 @@ def check_4bit_is_sharded(model, world_size: int) -> str:
     return f"4-bit weights: {local:,} of {whole:,} bytes on this rank"
 
 
-# ---- gradients -----------------------------------------------------------------------------------------------------------------------------
+# ---- gradients
 
 
 def check_gradients(model, *, gradient_of=lambda parameter: parameter.grad) -> None:
@@ -298,13 +316,16 @@ def check_gradients(model, *, gradient_of=lambda parameter: parameter.grad) -> N
             raise ModelError(f"after the first backward {len(names)} tensors {what}: {shown}")
 
 
-# ---- export --------------------------------------------------------------------------------------------------------------------------------
+# ---- export
 
 
-def check_export(folder: Path, expected: dict[str, tuple[int, ...]] | None, *, adapter: bool, moved: bool = True) -> dict[str, str]:
+def check_export(
+    folder: Path, expected: dict[str, tuple[int, ...]] | None, *, tied: frozenset[str] = frozenset(), adapter: bool, moved: bool = True
+) -> dict[str, str]:
     """Reopen an export and compare: number of tensors, no empty shape, finite values, an adapter that is not zero. Returns file digests.
 
-    expected: tensor name -> shape as the model in memory has it, or None to check the folder alone. moved: training took at least one step.
+    expected: tensor name -> shape as the model in memory has it, or None to check the folder alone. tied: names that may stand in the file as a
+    copy of another (gathers copy tied weights). moved: training took at least one step.
     Raises ModelError; the 40-byte adapter (no tensors at all) is the case that gave this function its reason.
     """
     import torch
@@ -321,7 +342,9 @@ def check_export(folder: Path, expected: dict[str, tuple[int, ...]] | None, *, a
                 value = tensors.get_tensor(name)
                 shapes[name] = tuple(value.shape)
                 if value.numel() == 0:
-                    raise ModelError(f"{file}: tensor {name} is empty, shape {tuple(value.shape)}; weights were not gathered before they were saved")
+                    raise ModelError(
+                        f"{file}: tensor {name} is empty, shape {tuple(value.shape)}; weights were not gathered before they were saved"
+                    )
                 if value.is_floating_point() and not torch.isfinite(value).all():
                     raise ModelError(f"{file}: tensor {name} holds values that are not finite; training diverged")
                 if ".lora_B." in name or name.endswith("lora_B"):
@@ -331,9 +354,12 @@ def check_export(folder: Path, expected: dict[str, tuple[int, ...]] | None, *, a
     if adapter and not lora_b:
         raise ModelError(f"{folder}: holds no lora_B tensor among {len(shapes)}; it is not a LoRA adapter")
     if adapter and moved and not any(lora_b):
-        raise ModelError(f"{folder}: every lora_B is zero, so the adapter does nothing; it was saved before it was trained or was never trained")
-    if expected is not None and shapes != expected:
-        lacking, foreign = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+        raise ModelError(
+            f"{folder}: every lora_B is zero, so the adapter does nothing; it was saved before it was trained or was never trained"
+        )
+    kept = {name: shape for name, shape in shapes.items() if name not in tied}
+    if expected is not None and kept != expected:
+        lacking, foreign = sorted(expected.keys() - kept.keys()), sorted(kept.keys() - expected.keys())
         other = [name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name]]
         raise ModelError(
             f"{folder}: is not the model that was trained: {len(lacking)} tensors lacking {lacking[:2]}, {len(foreign)} foreign {foreign[:2]}, "
@@ -369,10 +395,12 @@ def verify_export(folder: Path) -> dict:
     return content
 
 
-# ---- merge ---------------------------------------------------------------------------------------------------------------------------------
+# ---- merge
 
 
-def merge_adapter(adapter: Path, base: str, revision: str | None, target: Path, token_rows: list[list[int]], trust_remote_code: bool = False) -> dict:
+def merge_adapter(
+    adapter: Path, base: str, revision: str | None, target: Path, token_rows: list[list[int]], trust_remote_code: bool = False
+) -> dict:
     """Merge an adapter into its base in bfloat16, save it to `target`, reopen it, and measure what the merge changed.
 
     token_rows: token ids to compare on. Returns {"max_abs", "mean_abs", "kl"}: logit differences and nats per token (fp32 softmax) of
@@ -384,7 +412,11 @@ def merge_adapter(adapter: Path, base: str, revision: str | None, target: Path, 
 
     def load(source):
         return AutoModelForCausalLM.from_pretrained(
-            str(source), revision=revision if source == base else None, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=trust_remote_code
+            str(source),
+            revision=revision if source == base else None,
+            dtype=torch.bfloat16,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
         ).eval()
 
     model = PeftModel.from_pretrained(load(base), str(adapter)).eval()

@@ -1,15 +1,15 @@
 """A run folder: everything that a run leaves behind, self-contained, each path with one home.
 
-    runs/<name>/
-      recipe.yaml            the resolved recipe
-      run.json               what the run is: recipe digest, backend and who chose it, world, versions, git commit, argv
-      logs/attempt-K/        rank-R.log of every rank, errors/rank-R.json of those that failed, alive/rank-R.json: host, pid, phase
-      metrics.jsonl          every logged point, the same keys and steps as W&B
-      wandb.json, wandb/     the W&B id of this run, and its offline files
-      init/                  the weights that were drawn, for `model.init`
-      checkpoint-N/          the trainer's checkpoints
-      final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
-      merged/                `harness export --merge`
+runs/<name>/
+  recipe.yaml            the resolved recipe
+  run.json               what the run is: recipe digest, backend and who chose it, world, versions, git commit, argv
+  logs/attempt-K/        rank-R.log of every rank, errors/rank-R.json of those that failed, alive/rank-R.json: host, pid, phase
+  metrics.jsonl          every logged point, the same keys and steps as W&B
+  wandb.json, wandb/     the W&B id of this run, and its offline files
+  init/                  the weights that were drawn, for `model.init`
+  checkpoint-N/          the trainer's checkpoints
+  final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
+  merged/                `harness export --merge`
 """
 
 import json
@@ -60,7 +60,9 @@ class RunDir:
             )
         if fresh and run.path.is_dir():
             if any(run.path.iterdir()) and not run.recipe.is_file():
-                raise LaunchError(f"{run.path}: --fresh deletes only run folders, and this one holds no recipe.yaml; choose another output_dir")
+                raise LaunchError(
+                    f"{run.path}: --fresh deletes only run folders, and this one holds no recipe.yaml; choose another output_dir"
+                )
             shutil.rmtree(run.path)
         run.path.mkdir(parents=True, exist_ok=True)
         write_text_atomically(run.recipe, render_recipe(recipe))
@@ -108,6 +110,16 @@ def write_text_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def replace_folder(staging: Path, target: Path) -> None:
+    """Rename, with what stood there before put out of the way first: at no time is `target` half old and half new."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.is_dir():
+        os.rename(target, old)
+    os.rename(staging, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def library_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in LIBRARIES}
 
@@ -129,7 +141,7 @@ def git_commit() -> str | None:
     return commit
 
 
-# ---- what a rank is doing, and what it says when it fails ---------------------------------------------------------------------------------
+# ---- what a rank is doing, and what it says when it fails
 
 
 class RankReport:

@@ -14,5 +14,7 @@ def command(recipe: str, overrides: tuple[str, ...]):
     click.echo(render_recipe(resolved), nl=False)
     click.echo("\n# Differs from the defaults in:")
     for key, value in difference_from_defaults(resolved).items():
-        text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+        text = (
+            yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True).removesuffix("\n").removesuffix("\n...")
+        )
         click.echo(f"#   {key}: {text}")

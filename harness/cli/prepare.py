@@ -13,6 +13,8 @@ def command(recipe: str, overrides: tuple[str, ...]):
     from harness.model import load_tokenizer
     from harness.tasks.templates import training_template
 
-    prepared = prepare_recipe(resolved, load_tokenizer(resolved), packing=resolved.data.packing is True, training_template=training_template)
+    prepared = prepare_recipe(
+        resolved, load_tokenizer(resolved), packing=resolved.data.packing is True, training_template=training_template
+    )
     click.echo(render_report(prepared.report))
     click.echo(f"prepared in {prepared.folder}")

@@ -6,9 +6,9 @@ from pathlib import Path
 CACHE_VARIABLE = "HARNESS_CACHE"
 
 
-def cache_folder(asked: str | None = None) -> Path:
-    """Where prepared data lies: what the recipe says, else $HARNESS_CACHE, else ~/.cache/harness."""
-    return Path(asked or os.environ.get(CACHE_VARIABLE) or "~/.cache/harness").expanduser() / "data"
+def cache_root(asked: str | None = None) -> Path:
+    """Where everything that can be made again lies: what the recipe says, else $HARNESS_CACHE, else ~/.cache/harness."""
+    return Path(asked or os.environ.get(CACHE_VARIABLE) or "~/.cache/harness").expanduser()
 
 
 def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None):
@@ -30,7 +30,7 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None):
     return prepare(
         mixture.train,
         tokenizer,
-        cache_dir=cache_folder(data.cache_dir),
+        cache_dir=cache_root(data.cache_dir) / "data",
         max_length=data.max_length,
         eval=mixture.held_out or mix(data.eval, held_out, seed=data.seed).train,
         too_long=data.too_long,

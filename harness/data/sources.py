@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from harness.data.formats import broken_calls, detect_format, is_python, to_canonical, trained_calls
+from harness.embedded import resolve
 from harness.errors import DataError
 from harness.tools import did_you_mean
 
@@ -91,7 +92,7 @@ def read_raw(path: str | Path, name: str | None = None, split: str = "train", ba
 
 def _read(path: str, name: str | None, split: str, base_dir: Path) -> Iterator[tuple[str, dict | DataError]]:
     """Like `read_raw`, but a bad row comes out as its error (without the location) and the reading goes on."""
-    files = _find_files(path, base_dir)
+    files = _find_files(resolve(path), base_dir)
     if not files:
         yield from _read_hub(path, name, split)
         return

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-
 from harness.errors import RecipeError
 from harness.recipe.schema import Section
 from harness.resources import find_config, shipped_names
-
 
 
 class AccelerateDeepSpeed(Section):

@@ -51,7 +51,7 @@ def _recipe_name(file: Path) -> str:
     return "-".join(parts[parts.index("configs") + 1 :]) if "configs" in parts else parts[-1]
 
 
-# ---- YAML ------------------------------------------------------------------------------------------------------------------------------
+# ---- YAML
 
 
 class _Loader(yaml.SafeLoader):
@@ -137,7 +137,7 @@ def _list_index(target: list, part: str, override: str) -> int:
     return int(part)
 
 
-# ---- validation ------------------------------------------------------------------------------------------------------------------------
+# ---- validation
 
 
 def validate(schema: type[BaseModel], settings: dict, file: str):
@@ -236,7 +236,7 @@ def _leaf_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
     return found
 
 
-# ---- the way back ----------------------------------------------------------------------------------------------------------------------
+# ---- the way back
 
 
 def render_recipe(recipe: Recipe) -> str:

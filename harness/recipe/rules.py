@@ -1,18 +1,41 @@
 """What no single field can say: combinations that cannot work, each refused with its reason and the remedy.
 
-A rule yields `dotted.key = value; reason; remedy`. What depends on the machine (ranks, GPUs) is checked where the machine is known, in launch.
+A rule yields `dotted.key = value; reason; remedy`. What depends on the machine (ranks, GPUs) is checked where the machine is known, in
+`harness.launcher`.
 """
 
 from collections.abc import Iterator
 
 from harness.errors import RecipeError
-from harness.recipe.schema import Recipe
+from harness.recipe.backend import Backend, load_backend
+from harness.recipe.schema import Checkpoint, Recipe
+
+HEADS = ("lm_head", "embed_out", "output")
+"""What the layer from hidden states to logits is called."""
+METRICS = ("eval/loss", "eval/mean_token_accuracy", "eval/entropy")
+SCHEDULER_KEYS = {
+    "cosine": {"num_cycles"},
+    "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
+    "warmup_stable_decay": {"num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"},
+    "polynomial": {"power", "lr_end"},
+}
+_NO_EVAL_DATA = "there is nothing to evaluate on; give data.eval, data.eval_fraction or data.eval_rows"
 
 
 def check_rules(recipe: Recipe) -> list[str]:
     """Every rule that the recipe breaks, in the order of its sections; empty when all hold."""
-    problems = [problem for rule in (_model_rules, _data_rules, _schedule_rules, _precision_rules, _evaluation_rules) for problem in rule(recipe)]
-    return problems + list(_backend_rules(recipe))
+    rules = (_model_rules, _lora_rules, _data_rules, _schedule_rules, _batch_rules, _precision_rules, _evaluation_rules, _checkpoint_rules)
+    problems = [problem for rule in rules for problem in rule(recipe)]
+    try:
+        backend = load_backend(recipe.backend)
+    except RecipeError as error:
+        return [*problems, f"backend = {recipe.backend}; {error}"]
+    return problems + check_backend_rules(recipe, backend)
+
+
+def check_backend_rules(recipe: Recipe, backend: Backend) -> list[str]:
+    """Every rule that the recipe breaks under this backend, which a launcher's own config may have put in place of the recipe's."""
+    return [problem for rule in (_sharded_4bit_rules, _zero3_rules, _optimizer_rules, _engine_rules) for problem in rule(recipe, backend)]
 
 
 def _model_rules(recipe: Recipe) -> Iterator[str]:
@@ -26,73 +49,91 @@ def _model_rules(recipe: Recipe) -> Iterator[str]:
     if model.init and model.revision:
         yield f"model.revision = {model.revision}; `init` draws weights from a config, which has no revision; remove it"
     if model.quantization and not model.lora:
-        yield "model.quantization: 4-bit weights cannot be trained; add a `model.lora` section (QLoRA), or remove it for full fine-tuning"
+        yield (
+            "model.quantization: 4-bit weights cannot be trained; add a `model.lora` section (QLoRA), or remove this for full fine-tuning"
+        )
     if model.quantization and model.quantization.bnb_4bit_compute_dtype == "float16" and model.dtype == "bfloat16":
-        yield "model.quantization.bnb_4bit_compute_dtype = float16; model.dtype is bfloat16 and the two would mix in every layer; make them equal"
-    if model.lora:
-        yield from _lora_rules(recipe)
+        yield (
+            "model.quantization.bnb_4bit_compute_dtype = float16; model.dtype is bfloat16 and the two would mix in every layer; "
+            "make them equal"
+        )
 
 
 def _lora_rules(recipe: Recipe) -> Iterator[str]:
     lora = recipe.model.lora
+    if lora is None:
+        return
     targets = () if lora.target_modules == "all-linear" else lora.target_modules
     if lora.target_modules == ():
         yield "model.lora.target_modules = []; an adapter on nothing trains nothing; name modules or write all-linear"
     for name in targets:
-        if name.split(".")[-1] in ("lm_head", "embed_out", "output"):
-            yield f"model.lora.target_modules holds {name}; the loss multiplies by the head's own weight, so an adapter on it would never be trained; remove it"
-    both = set(targets) & set(lora.modules_to_save)
-    if both:
-        yield f"model.lora.modules_to_save: {', '.join(sorted(both))} also stands in target_modules; a module is adapted or trained whole, not both"
-    if "lm_head" in lora.modules_to_save:
-        yield "model.lora.modules_to_save holds lm_head; the fused loss reads the frozen head, so its copy would never be trained; remove it"
+        if name.split(".")[-1] in HEADS:
+            yield (
+                f"model.lora.target_modules holds {name}; the fused loss multiplies by the head's own weight, so an adapter on it would "
+                "never be trained; remove it"
+            )
+    for name in sorted(set(targets) & set(lora.modules_to_save)):
+        yield f"model.lora.modules_to_save: {name} also stands in target_modules; a module is adapted or trained whole; keep it in one"
+    for name in sorted(set(lora.modules_to_save) & set(HEADS)):
+        yield f"model.lora.modules_to_save holds {name}; the fused loss reads the frozen head, so its copy would never be trained; remove it"
     if recipe.model.quantization and lora.use_dora:
-        yield "model.lora.use_dora = true; DoRA's norms need whole weights, and 4-bit ones would be unpacked at every step; use plain LoRA or drop quantization"
+        yield (
+            "model.lora.use_dora = true; DoRA's norms need whole weights, and 4-bit ones would be unpacked at every step; "
+            "use plain LoRA, or remove model.quantization"
+        )
 
 
 def _data_rules(recipe: Recipe) -> Iterator[str]:
     data = recipe.data
     given = [name for name, value in (("eval", data.eval), ("eval_fraction", data.eval_fraction), ("eval_rows", data.eval_rows)) if value]
     if len(given) > 1:
-        yield f"data: {' and '.join(given)} each say what is held out; keep one"
+        yield f"data.{given[1]}: {' and '.join(given)} each say what is held out; keep one"
     if data.packing is True and recipe.model.attn_implementation == "eager":
-        yield "data.packing = true; with attn_implementation eager the whole [T, T] matrix of a pack stands in memory; use auto, varlen, sdpa or flash_attention_2"
+        yield (
+            "data.packing = true; with attn_implementation eager the whole [T, T] matrix of a pack stands in memory; "
+            "use auto, varlen, sdpa or flash_attention_2"
+        )
     if data.chat_template and data.train_on == "all":
         yield "data.train_on = all; a chat_template of your own says what is trained by its {% generation %} marks; remove one of the two"
 
 
-_SCHEDULER_KEYS = {
-    "cosine": {"num_cycles"},
-    "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
-    "warmup_stable_decay": {"num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"},
-    "polynomial": {"power", "lr_end"},
-}
-
-
 def _schedule_rules(recipe: Recipe) -> Iterator[str]:
-    train = recipe.train
+    train, scheduler = recipe.train, recipe.train.lr_scheduler_type
     if train.max_steps and train.num_train_epochs:
         yield f"train.num_train_epochs = {train.num_train_epochs}; max_steps = {train.max_steps} already says when to stop; keep one"
     if train.warmup_steps is not None and train.warmup_ratio is not None:
         yield f"train.warmup_ratio = {train.warmup_ratio}; warmup_steps = {train.warmup_steps} says the same thing; keep one"
     if train.max_steps and train.warmup_steps and train.warmup_steps >= train.max_steps:
-        yield f"train.warmup_steps = {train.warmup_steps}; the run ends after max_steps = {train.max_steps}, before the rate has risen; make it smaller"
-    if train.warmup_steps and train.lr_scheduler_type == "constant":
-        yield "train.warmup_steps: the scheduler `constant` has no warm-up; use constant_with_warmup"
-    if train.warmup_ratio and train.lr_scheduler_type == "constant":
-        yield "train.warmup_ratio: the scheduler `constant` has no warm-up; use constant_with_warmup"
-    given = {key for key, value in train.lr_scheduler_kwargs if value is not None}
-    for key in sorted(given - _SCHEDULER_KEYS.get(train.lr_scheduler_type, set())):
-        known = ", ".join(sorted(_SCHEDULER_KEYS.get(train.lr_scheduler_type, ()))) or "none"
-        yield f"train.lr_scheduler_kwargs.{key}: the scheduler {train.lr_scheduler_type} takes {known}; remove it or choose another scheduler"
-    if train.lr_scheduler_type == "cosine_with_min_lr" and not given & {"min_lr", "min_lr_rate"}:
+        yield (
+            f"train.warmup_steps = {train.warmup_steps}; the run ends after max_steps = {train.max_steps}, before the rate has risen; "
+            "make it smaller"
+        )
+    for key in ("warmup_steps", "warmup_ratio"):
+        if getattr(train, key) and scheduler == "constant":
+            yield f"train.{key} = {getattr(train, key)}; the scheduler constant has no warm-up; use constant_with_warmup"
+    kwargs = {key: value for key, value in train.lr_scheduler_kwargs if value is not None}
+    known = SCHEDULER_KEYS.get(scheduler, set())
+    for key in sorted(kwargs.keys() - known):
+        takes = ", ".join(sorted(known)) or "nothing here"
+        yield f"train.lr_scheduler_kwargs.{key}: the scheduler {scheduler} takes {takes}; remove it or choose another scheduler"
+    if scheduler == "cosine_with_min_lr" and not kwargs.keys() & {"min_lr", "min_lr_rate"}:
         yield "train.lr_scheduler_type = cosine_with_min_lr; say the floor: lr_scheduler_kwargs.min_lr_rate: 0.1"
-    if {"min_lr", "min_lr_rate"} <= given:
-        yield "train.lr_scheduler_kwargs: min_lr and min_lr_rate both say the floor; keep one"
-    if train.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
+    if {"min_lr", "min_lr_rate"} <= kwargs.keys():
+        yield "train.lr_scheduler_kwargs.min_lr: min_lr_rate also says the floor; keep one"
+    for key in ("min_lr", "lr_end"):
+        if key in kwargs and kwargs[key] >= train.learning_rate:
+            yield f"train.lr_scheduler_kwargs.{key} = {kwargs[key]}; must be below learning_rate = {train.learning_rate}"
+    if scheduler == "warmup_stable_decay" and "num_decay_steps" not in kwargs:
         yield "train.lr_scheduler_type = warmup_stable_decay; say how long it decays: lr_scheduler_kwargs.num_decay_steps"
+
+
+def _batch_rules(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
     if train.global_batch_size and train.gradient_accumulation_steps:
-        yield f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps}; it follows from global_batch_size = {train.global_batch_size} and the number of ranks; keep one"
+        yield (
+            f"train.gradient_accumulation_steps = {train.gradient_accumulation_steps}; it follows from global_batch_size = "
+            f"{train.global_batch_size} and the number of ranks; keep one"
+        )
     if train.global_batch_size and train.global_batch_size % train.per_device_train_batch_size:
         yield (
             f"train.global_batch_size = {train.global_batch_size}; no number of ranks makes it from per_device_train_batch_size = "
@@ -105,17 +146,16 @@ def _precision_rules(recipe: Recipe) -> Iterator[str]:
     if train.fp16 and train.bf16 is True:
         yield "train.fp16 = true; bf16 is true as well; keep one (bf16 where the card has it)"
     if train.fp16 and model.dtype == "float16" and not model.lora:
-        yield "model.dtype = float16; fp16 training needs float32 weights to scale its gradients; use float32 with fp16: true, or bfloat16"
+        yield "model.dtype = float16; fp16 training needs float32 weights to scale its gradients; use float32 with fp16, or bfloat16"
     if train.fp16 and model.dtype == "bfloat16":
         yield "train.fp16 = true; model.dtype is bfloat16; use bf16: true"
     if train.bf16 is True and model.dtype == "float16":
         yield "train.bf16 = true; model.dtype is float16; make it bfloat16 or float32"
     if train.gradient_checkpointing_kwargs.use_reentrant is not None and not train.gradient_checkpointing:
         yield "train.gradient_checkpointing_kwargs.use_reentrant: gradient_checkpointing is off; switch it on or remove this"
-    if train.optim in ("adafactor", "sgd") and (train.adam_beta1 != 0.9 or train.adam_beta2 != 0.999):
-        yield f"train.adam_beta1/adam_beta2: the optimiser {train.optim} has none; remove them"
-    if train.neftune_noise_alpha and recipe.backend in ("zero3", "zero3-offload"):
-        yield f"train.neftune_noise_alpha: backend {recipe.backend} holds the embedding in shares when the noise is drawn; use ddp or zero2"
+    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if train.optim in ("adafactor", "sgd") and getattr(train, key) != type(train).model_fields[key].default:
+            yield f"train.{key} = {getattr(train, key)}; the optimiser {train.optim} has none; remove it"
 
 
 def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
@@ -123,61 +163,90 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
     held_out = bool(data.eval or data.eval_fraction or data.eval_rows)
     for key in ("eval_steps", "eval_on_start", "metric_for_best_model", "early_stopping_patience"):
         if getattr(train, key) and not held_out:
-            yield f"train.{key} = {getattr(train, key)}; there is nothing to evaluate on; give data.eval, data.eval_fraction or data.eval_rows"
+            yield f"train.{key} = {getattr(train, key)}; {_NO_EVAL_DATA}"
+        elif getattr(train, key) and train.eval_strategy == "no":
+            yield f"train.{key} = {getattr(train, key)}; eval_strategy is no, so nothing is ever measured; remove one of the two"
     if train.eval_strategy in ("steps", "epoch") and not held_out:
-        yield f"train.eval_strategy = {train.eval_strategy}; there is nothing to evaluate on; give data.eval, data.eval_fraction or data.eval_rows"
+        yield f"train.eval_strategy = {train.eval_strategy}; {_NO_EVAL_DATA}"
     if train.eval_strategy == "steps" and not train.eval_steps:
         yield "train.eval_strategy = steps; say how often: eval_steps"
-    if train.eval_steps and train.eval_strategy in ("no", "epoch"):
-        yield f"train.eval_steps = {train.eval_steps}; eval_strategy is {train.eval_strategy}; make it steps, or remove one"
-    if train.eval_strategy == "no" and train.metric_for_best_model:
-        yield "train.metric_for_best_model: eval_strategy is no, so it would never be measured; remove one"
+    if train.eval_steps and train.eval_strategy == "epoch":
+        yield f"train.eval_steps = {train.eval_steps}; eval_strategy is epoch; make it steps, or remove one"
     if train.early_stopping_patience and not train.metric_for_best_model:
         yield "train.early_stopping_patience: say by which metric: metric_for_best_model: eval/loss"
     if train.early_stopping_threshold and not train.early_stopping_patience:
         yield "train.early_stopping_threshold: has no effect without early_stopping_patience; add it or remove this"
     if train.greater_is_better is not None and not train.metric_for_best_model:
         yield "train.greater_is_better: has no effect without metric_for_best_model; add it or remove this"
-    metric = train.metric_for_best_model
-    if metric and metric not in ("eval/loss", "eval/mean_token_accuracy", "eval/entropy"):
-        yield f"train.metric_for_best_model = {metric}; known are eval/loss, eval/mean_token_accuracy and eval/entropy"
-    if metric and recipe.checkpoint.every_steps:
-        yield "checkpoint.every_steps: with metric_for_best_model a checkpoint is written whenever that metric improves; remove one of the two"
+    if train.metric_for_best_model and train.metric_for_best_model not in METRICS:
+        yield f"train.metric_for_best_model = {train.metric_for_best_model}; must be {', '.join(METRICS[:-1])} or {METRICS[-1]}"
 
 
-def _backend_rules(recipe: Recipe) -> Iterator[str]:
-    # Imported here: the backend module validates its own files with the same functions as the recipe, in `load`.
-    from harness.recipe.backend import load_backend
-
-    try:
-        backend = load_backend(recipe.backend)
-    except RecipeError as error:
-        yield f"backend = {recipe.backend}; {error}"
-        return
-    model, train = recipe.model, recipe.train
-    storage = model.quantization and model.quantization.bnb_4bit_quant_storage
-    compute = model.quantization and (model.quantization.bnb_4bit_compute_dtype or (model.dtype if model.dtype != "auto" else None))
-    if backend.shards_parameters and storage == "uint8":
+def _checkpoint_rules(recipe: Recipe) -> Iterator[str]:
+    checkpoint, by_metric = recipe.checkpoint, recipe.train.metric_for_best_model
+    if by_metric and checkpoint.every_steps:
         yield (
-            f"model.quantization.bnb_4bit_quant_storage = uint8; backend {recipe.backend} cannot shard it and every GPU would hold the whole base; "
-            "leave it out (it becomes the compute dtype)"
+            f"checkpoint.every_steps = {checkpoint.every_steps}; with metric_for_best_model a checkpoint is written whenever that metric "
+            "improves; remove one of the two"
         )
-    elif backend.shards_parameters and storage and compute and storage != compute:
-        yield f"model.quantization.bnb_4bit_quant_storage = {storage}; backend {recipe.backend} shards only weights of one type, and the compute dtype is {compute}; leave it out"
-    if backend.shards_parameters and model.quantization and compute and model.dtype not in ("auto", compute):
-        yield f"model.quantization.bnb_4bit_compute_dtype = {compute}; backend {recipe.backend} needs it equal to model.dtype = {model.dtype}"
-    if backend.kind == "deepspeed" and backend.zero_stage == 3 and model.lora:
-        if train.gradient_checkpointing_kwargs.use_reentrant is False:
-            yield "train.gradient_checkpointing_kwargs.use_reentrant = false; an adapter under ZeRO-3 needs reentrant checkpointing (parameters are gathered anew); leave it out"
-        if not backend.saves_16bit:
-            yield f"backend {recipe.backend}: zero3_save_16bit_model is false, which would save an empty (40-byte) adapter; set it to true"
-    if backend.offloads and train.optim not in ("adamw_torch_fused", "adamw_torch"):
-        yield f"train.optim = {train.optim}; backend {recipe.backend} keeps the optimiser on the host, where only AdamW runs (DeepSpeedCPUAdam); use adamw_torch"
-    if backend.kind == "fsdp" and "8bit" in train.optim:
-        yield f"train.optim = {train.optim}; bitsandbytes' 8-bit states are not sharded by FSDP2; use adamw_torch_fused"
+    if checkpoint.keep != Checkpoint().keep and not by_metric and not checkpoint.every_steps:
+        yield f"checkpoint.keep = {checkpoint.keep}; no checkpoint is written; add checkpoint.every_steps or remove this"
+
+
+# ---- what the backend can and cannot
+
+
+def _sharded_4bit_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
+    model, quantization = recipe.model, recipe.model.quantization
+    if quantization is None or not backend.shards_parameters:
+        return
+    storage = quantization.bnb_4bit_quant_storage
+    compute = quantization.bnb_4bit_compute_dtype or (model.dtype if model.dtype != "auto" else None)
+    if storage == "uint8":
+        yield (
+            f"model.quantization.bnb_4bit_quant_storage = uint8; backend {backend.name} cannot shard it and every GPU would hold the whole "
+            "base; leave it out (it becomes the compute dtype)"
+        )
+    elif storage and compute and storage != compute:
+        yield (
+            f"model.quantization.bnb_4bit_quant_storage = {storage}; backend {backend.name} shards only weights of one type, and the "
+            f"compute dtype is {compute}; leave it out"
+        )
+    if compute and model.dtype not in ("auto", compute):
+        yield (
+            f"model.quantization.bnb_4bit_compute_dtype = {compute}; backend {backend.name} needs it equal to model.dtype = {model.dtype}; "
+            "leave it out"
+        )
+
+
+def _zero3_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
+    if backend.zero_stage != 3:
+        return
+    if recipe.model.lora and recipe.train.gradient_checkpointing_kwargs.use_reentrant is False:
+        yield (
+            "train.gradient_checkpointing_kwargs.use_reentrant = false; an adapter under ZeRO-3 needs reentrant checkpointing "
+            "(parameters are gathered anew); leave it out"
+        )
+    if not backend.saves_16bit:
+        yield (
+            f"backend = {recipe.backend}; {backend.name} does not gather weights when it saves, and the export would be empty (the 40-byte "
+            "adapter); set zero3_save_16bit_model: true in it"
+        )
+
+
+def _optimizer_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
+    optim = recipe.train.optim
+    if backend.offloads and optim not in ("adamw_torch_fused", "adamw_torch"):
+        yield f"train.optim = {optim}; backend {backend.name} keeps the optimiser on the host, where only AdamW runs; use adamw_torch"
+    elif backend.kind == "fsdp" and ("bit" in optim):
+        yield f"train.optim = {optim}; bitsandbytes' optimisers are not sharded by FSDP2; use adamw_torch_fused"
+
+
+def _engine_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
+    train = recipe.train
     if backend.kind == "deepspeed" and train.torch_compile:
-        yield f"train.torch_compile = true; backend {recipe.backend} wraps the model in hooks that break every graph; use single, ddp or fsdp2"
-    if backend.kind == "fsdp" and train.fp16:
-        yield "train.fp16 = true; FSDP2 shards its gradient scaler on no released version; use bf16"
+        yield f"train.torch_compile = true; backend {backend.name} wraps the model in hooks that break every graph; use single, ddp or fsdp2"
     if backend.kind == "deepspeed" and train.full_determinism:
         yield "train.full_determinism = true; DeepSpeed's reductions are not bound to an order; use single or ddp"
+    if backend.kind == "fsdp" and train.fp16:
+        yield "train.fp16 = true; FSDP2 has no gradient scaler for shards; use bf16"

@@ -10,10 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What numpy takes as well as torch."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, str_min_length=1, use_attribute_docstrings=True
+    )
 
 
 class Quantization(Section):
@@ -115,7 +119,7 @@ class Data(Section):
     """Processes that tokenise; left out: one per core, at most 8."""
     cache_dir: str | None = None
     """Left out: $HARNESS_CACHE, else ~/.cache/harness."""
-    seed: int = 42
+    seed: Seed = 42
     """Of weights, held-out rows and packing; apart from `train.seed`, so that a seed sweep sees the same data."""
 
 
@@ -199,7 +203,7 @@ class Train(Section):
     dataloader_num_workers: NonNegativeInt = 0
     ddp_timeout: PositiveInt = 1800
     """Seconds that a collective waits for a missing rank."""
-    seed: int = 42
+    seed: Seed = 42
     """Of weights, adapter, order and dropout."""
     full_determinism: bool = False
 

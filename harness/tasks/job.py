@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import distributed
+from harness.embedded import resolve
 from harness.errors import LaunchError
 from harness.launcher import RuledBackend, check_world, rule_backend
 from harness.logs import open_log
 from harness.recipe import Recipe, recipe_digest
-from harness.run import ATTEMPT_VARIABLE, RankReport, RunDir, write_text_atomically
+from harness.run import ATTEMPT_VARIABLE, RankReport, RunDir, replace_folder, write_text_atomically
 
 PREPARED_POLL_S = 0.5
 
@@ -70,7 +71,12 @@ def join(recipe: Recipe, *, smoke: bool, fresh: bool) -> Job:
     report = RankReport(run, attempt, distributed.rank())
     if distributed.is_main():
         run.write_manifest(
-            recipe, backend=ruled.backend.name, backend_ruled_by=ruled.ruled_by, world_size=distributed.world_size(), attempt=attempt, smoke=smoke
+            recipe,
+            backend=ruled.backend.name,
+            backend_ruled_by=ruled.ruled_by,
+            world_size=distributed.world_size(),
+            attempt=attempt,
+            smoke=smoke,
         )
     return Job(recipe, run, attempt, ruled, report, smoke)
 
@@ -116,9 +122,8 @@ def _train(job: Job) -> None:
     args = sft.build_arguments(recipe, arguments, flattens=flattens)
 
     job.report.enter("loading model")
-    source = recipe.model.name_or_path
+    source = str(job.run.init) if recipe.model.init else resolve(recipe.model.name_or_path)
     if recipe.model.init:
-        source = str(job.run.init)
         if distributed.is_main():
             _without_zero_init(draw_weights, recipe, job.run.init)
         distributed.barrier()
@@ -140,7 +145,9 @@ def _train(job: Job) -> None:
     if recipe.model.lora:
         settle_adapter_dtype(model, backend, dtype)
     if distributed.is_main():
-        say(f"{describe_parameters(model)}; {attention} attention, {'packed' if packing else 'padded batches of like length'}, {dtype} weights")
+        say(
+            f"{describe_parameters(model)}; {attention} attention, {'packed' if packing else 'padded batches of like length'}, {dtype} weights"
+        )
     if recipe.model.quantization and backend.shards_parameters:
         trainer.add_callback(_on_train_begin(lambda: check_4bit_is_sharded(model, world_size)))
 
@@ -156,7 +163,7 @@ def _train(job: Job) -> None:
         tracking.finish(exit_code)
 
 
-# ---- data ----------------------------------------------------------------------------------------------------------------------------------
+# ---- data
 
 
 def load_data(job: Job, tokenizer, packing: bool):
@@ -188,14 +195,21 @@ def _smoke(recipe: Recipe, rows, world_size: int):
     lengths = list(rows["length"]) if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
     longest = sorted(range(len(rows)), key=lambda index: -lengths[index])[:needed]
     train = recipe.train.model_copy(
-        update={"max_steps": 2, "num_train_epochs": None, "logging_steps": 1, "eval_strategy": "no", "eval_steps": None, "eval_on_start": False}
+        update={
+            "max_steps": 2,
+            "num_train_epochs": None,
+            "logging_steps": 1,
+            "eval_strategy": "no",
+            "eval_steps": None,
+            "eval_on_start": False,
+        }
         | {"metric_for_best_model": None, "early_stopping_patience": None, "warmup_steps": None, "warmup_ratio": None}
     )
     checkpoint = recipe.checkpoint.model_copy(update={"every_steps": None})
     return recipe.model_copy(update={"train": train, "checkpoint": checkpoint}), rows.select(longest), None
 
 
-# ---- trainer -------------------------------------------------------------------------------------------------------------------------------
+# ---- trainer
 
 
 def build_callbacks(job: Job, model, args, rows: int):
@@ -238,7 +252,12 @@ def _on_train_begin(act):
 
 def _without_zero_init(function, *arguments) -> None:
     """Call it with transformers' ZeRO-3 switch off: rank 0 draws whole weights alone."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import (
+        HfDeepSpeedConfig,
+        is_deepspeed_zero3_enabled,
+        set_hf_deepspeed_config,
+        unset_hf_deepspeed_config,
+    )
 
     if not is_deepspeed_zero3_enabled():
         function(*arguments)
@@ -253,7 +272,7 @@ def _without_zero_init(function, *arguments) -> None:
         set_hf_deepspeed_config(config)
 
 
-# ---- export --------------------------------------------------------------------------------------------------------------------------------
+# ---- export
 
 
 def export(job: Job, trainer, tokenizer, data_digest: str, source: str, tracking) -> None:
@@ -267,8 +286,8 @@ def export(job: Job, trainer, tokenizer, data_digest: str, source: str, tracking
         distributed.barrier()
         return
     adapter = bool(job.recipe.model.lora)
-    expected = None if adapter else _expected_shapes(trainer.model)
-    files = check_export(staging, expected, adapter=adapter, moved=trainer.state.global_step > 0)
+    expected, tied = (None, frozenset()) if adapter else _expected_shapes(trainer.model)
+    files = check_export(staging, expected, tied=tied, adapter=adapter, moved=trainer.state.global_step > 0)
     base = job.recipe.model.name_or_path or job.recipe.model.init
     manifest = {
         "task": job.recipe.task,
@@ -290,29 +309,13 @@ def export(job: Job, trainer, tokenizer, data_digest: str, source: str, tracking
     distributed.barrier()
 
 
-def _expected_shapes(model) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> whole shape of what a full export must hold; tied weights are stored once, under the name that transformers keeps."""
-    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
-    persistent = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {
-        name for name, _ in model.named_buffers() if name in model.state_dict()
-    }
-    return {
-        name: tuple(getattr(tensor, "ds_shape", tensor.shape))
-        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-        if name in persistent and name not in tied
-    }
-
-
-def replace_folder(staging: Path, target: Path) -> None:
-    """Rename, with what stood there before put out of the way first: at no time is `target` half old and half new."""
-    import shutil
-
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.is_dir():
-        os.rename(target, old)
-    os.rename(staging, target)
-    shutil.rmtree(old, ignore_errors=True)
+def _expected_shapes(model) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """Tensor name -> whole shape of what a full export must hold, and the names that are tied to another tensor."""
+    tied = frozenset(model.all_tied_weights_keys)
+    saved = model.state_dict().keys()
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    whole = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors if name in saved and name not in tied}
+    return whole, tied
 
 
 def say(text: str) -> None:

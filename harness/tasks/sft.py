@@ -35,4 +35,3 @@ def build_trainer(args: SFTConfig, model, tokenizer, train_dataset, eval_dataset
         return HarnessSFTTrainer(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, callbacks=callbacks
         )
-

@@ -1,10 +1,10 @@
 """What our trainers do beyond TRL's: a mixin over transformers.Trainer, one method per seam.
 
-    get_batch_samples    measures the wait for data
-    training_step        counts tokens; checks isolation before the first step and gradients after the first backward
-    _get_train_sampler   orders samples by the global batch, so that any number of ranks sees the same batches
-    evaluation_loop      a held-out loss that is the mean over tokens, whatever the batches and ranks
-    _save                no pickle among the weights
+get_batch_samples    measures the wait for data
+training_step        counts tokens; checks isolation before the first step and gradients after the first backward
+_get_train_sampler   orders samples by the global batch, so that any number of ranks sees the same batches
+evaluation_loop      a held-out loss that is the mean over tokens, whatever the batches and ranks
+_save                no pickle among the weights
 """
 
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ class HarnessTrainer:
         self._eval_nll: list[torch.Tensor] = []
         self._eval_tokens: list[torch.Tensor] = []
 
-    # ---- training --------------------------------------------------------------------------------------------------------------------------
+    # ---- training
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         return super().get_batch_samples(self._throughput.watch(epoch_iterator), *args, **kwargs)
@@ -77,7 +77,7 @@ class HarnessTrainer:
         generator = torch.Generator().manual_seed(args.data_seed if args.data_seed is not None else args.seed)
         return LengthGroupedSampler(global_batch, lengths=list(self.train_dataset["length"]), generator=generator)
 
-    # ---- evaluation ------------------------------------------------------------------------------------------------------------------------
+    # ---- evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         tokens = (inputs["labels"][:, 1:] != -100).sum()
@@ -101,7 +101,7 @@ class HarnessTrainer:
                 values[:] = [sum(value * count for value, count in zip(values, tokens, strict=True)) / max(sum(tokens), 1)]
         return output
 
-    # ---- saving ----------------------------------------------------------------------------------------------------------------------------
+    # ---- saving
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -1,0 +1,74 @@
+"""What a recipe may name without a file or a hub: `embedded:NAME`, made by our own code and kept in the cache.
+
+    embedded:tiny-llama        a folder: config, tokenizer with a chat template, and weights drawn with seed 0 (they know nothing)
+    embedded:base-train        questions over the first world of tools, with gold calls; base-eval: held-out ones
+    embedded:adapt-train       the same over tools that the first world does not have; adapt-eval: held-out ones
+
+The tiny recipes and the quickstart use these; they need no network, no GPU and no data of anybody's.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from harness.errors import RecipeError
+
+PREFIX = "embedded:"
+VERSION = 1
+"""Raise it when what is made changes, so that an old cache is not taken for it."""
+WORLD_SEED = 0
+
+
+def resolve(name: str, cache_root: Path | None = None) -> str:
+    """The path that `embedded:NAME` means, made on first use; any other name as it is. Raises RecipeError for a NAME that does not exist."""
+    if not name.startswith(PREFIX):
+        return name
+    from harness.data import cache_root as default_root
+
+    folder = (cache_root or default_root()) / "embedded" / f"v{VERSION}"
+    wanted = name.removeprefix(PREFIX)
+    files = {file.removesuffix(".jsonl"): file for file in ("base-train.jsonl", "base-eval.jsonl", "adapt-train.jsonl", "adapt-eval.jsonl")}
+    if wanted in files:
+        return str(_once(folder / "world", _make_world) / files[wanted])
+    if wanted == "tiny-llama":
+        world = _once(folder / "world", _make_world)
+        return str(_once(folder / "tiny-llama", lambda target: _make_model(target, world)))
+    raise RecipeError(
+        f"{name}: nothing of that name is embedded; there are {', '.join(PREFIX + known for known in ('tiny-llama', *files))}"
+    )
+
+
+def _once(folder: Path, make) -> Path:
+    """`folder`, made by `make` beside its place and renamed, so that several processes may ask at once."""
+    if not folder.is_dir():
+        scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        make(scratch)
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            # Another process was first; what it made is the same.
+            shutil.rmtree(scratch)
+    return folder
+
+
+def _make_world(folder: Path) -> None:
+    from harness.quickstart.world import write_world
+
+    write_world(folder, WORLD_SEED)
+
+
+def _make_model(folder: Path, world: Path) -> None:
+    import json
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from harness.quickstart.tokenizer import save_base
+
+    rows = [json.loads(line) for name in ("base-train", "adapt-train") for line in open(world / f"{name}.jsonl", encoding="utf-8")]
+    save_base(folder, rows)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).save_pretrained(folder)
