@@ -6,7 +6,7 @@
     ├── ModelError          1   the model, its tokenizer or its adapter is not what the recipe says
     ├── CheckpointError     1   something saved is missing, torn or not what it claims to be
     ├── EvaluationError     1   a model cannot be measured as asked
-    └── LaunchError         1   ranks, backend and machine do not fit together, or a rank failed
+    └── LaunchError         2   ranks, backend, run folder and machine do not fit together; asking again in the same way cannot help
 
 A message says where, what was found and what would be right, in that order:
 `configs/dpo/x.yaml: train.beta = -0.1; must be > 0 (0.1 is usual)`.
@@ -40,4 +40,4 @@ class EvaluationError(HarnessError):
 
 
 class LaunchError(HarnessError):
-    pass
+    exit_code = 2

@@ -10,9 +10,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.errors import LaunchError
+from harness.errors import LaunchError, RecipeError
 from harness.recipe import Recipe
-from harness.recipe.backend import Backend, load_backend
+from harness.recipe.backend import Backend, backend_of_json, load_backend
+from harness.recipe.rules import check_backend_rules
 from harness.resources import shipped
 
 BACKEND_VARIABLE = "HARNESS_BACKEND"
@@ -35,6 +36,8 @@ class Machines:
     def from_environment(cls, processes: int, environment: dict[str, str]) -> "Machines":
         """Read NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. Raises LaunchError when several machines are not fully described."""
         count = _whole_number(environment, "NNODES", 1)
+        if count == 0:
+            raise LaunchError("NNODES is '0'; it is the number of machines, from 1")
         if count == 1:
             return cls(processes)
         missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
@@ -45,7 +48,10 @@ class Machines:
         index = _whole_number(environment, "NODE_RANK", 0)
         if index >= count:
             raise LaunchError(f"NODE_RANK is {index}; with NNODES = {count} it goes from 0 to {count - 1}")
-        return cls(processes, count, index, environment["MASTER_ADDR"], _whole_number(environment, "MASTER_PORT", 0))
+        port = _whole_number(environment, "MASTER_PORT", 0)
+        if not 0 < port < 2**16:
+            raise LaunchError(f"MASTER_PORT is {port}; it must be the same free port on every machine, from 1 to 65535")
+        return cls(processes, count, index, environment["MASTER_ADDR"], port)
 
     @property
     def world_size(self) -> int:
@@ -54,7 +60,7 @@ class Machines:
 
 def _whole_number(environment: dict[str, str], name: str, default: int) -> int:
     text = environment.get(name, "") or str(default)
-    if not text.isdigit():
+    if not text.isdecimal():
         raise LaunchError(f"{name} is {text!r}; it must be a whole number")
     return int(text)
 
@@ -108,10 +114,17 @@ class RuledBackend:
 
 
 def rule_backend(recipe: Recipe, environment: dict[str, str], *, has_gpu: bool) -> RuledBackend:
-    """Decide which backend this rank runs under, put it into `environment` (os.environ) when it is the recipe's, and refuse what cannot be."""
+    """Decide which backend this rank runs under, and put it into `environment` (os.environ) when it is the recipe's.
+
+    Raises RecipeError when the launcher's backend cannot run the recipe, LaunchError when these ranks or this machine cannot run it.
+    """
     # `accelerate launch` always sets this one; torchrun, deepspeed and plain python never do.
     if "ACCELERATE_MIXED_PRECISION" in environment:
         ruled = RuledBackend(_launchers_backend(environment), "launcher")
+        # The recipe was checked against its own backend; this may be another one.
+        problems = check_backend_rules(recipe, ruled.backend)
+        if problems:
+            raise RecipeError("\n".join(f"under accelerate launch's backend: {problem}" for problem in problems))
     else:
         backend = load_backend(recipe.backend)
         world_size = int(environment.get("WORLD_SIZE", 1))
@@ -123,8 +136,8 @@ def rule_backend(recipe: Recipe, environment: dict[str, str], *, has_gpu: bool) 
         environment.pop(variable, None)
     if ruled.backend.kind == "fsdp" and not has_gpu:
         raise LaunchError(
-            f"backend {ruled.backend.name}: this machine has no GPU, and Accelerate 1.15 drops FSDP on a CPU without a word, so nothing would be "
-            "sharded; use zero3, which shards on CPU too"
+            f"backend {ruled.backend.name}: this machine has no GPU, and Accelerate 1.15 drops FSDP on a CPU without a word, so nothing "
+            "would be sharded; use zero3, which shards on CPU too"
         )
     return ruled
 
@@ -135,6 +148,9 @@ def _launchers_backend(environment: dict[str, str]) -> Backend:
         return load_backend(environment[BACKEND_VARIABLE])
     nowhere = Path("(accelerate launch)")
     if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        json_file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        if json_file not in ("", "none"):
+            return backend_of_json(Path(json_file).stem, nowhere, Path(json_file))
         stage = int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2))
         devices = [environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE", "none") for what in ("OPTIMIZER", "PARAM")]
         saves = environment.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "false").lower() == "true" or stage != 3
@@ -142,7 +158,7 @@ def _launchers_backend(environment: dict[str, str]) -> Backend:
     if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         if environment.get("FSDP_VERSION") != "2":
             raise LaunchError(
-                "accelerate launch asks for FSDP1, which is deprecated; set fsdp_version: 2 in its config, or use configs/backends/fsdp2.yaml"
+                "accelerate launch asks for FSDP1, which is deprecated; set fsdp_version: 2 in its config, or take backends/fsdp2.yaml"
             )
         return Backend("fsdp2", nowhere, "fsdp", offloads=environment.get("FSDP_OFFLOAD_PARAMS") == "true")
     world_size = int(environment.get("WORLD_SIZE", 1))

@@ -1,9 +1,8 @@
 import click
-import yaml
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
 from harness.recipe import render_recipe
-from harness.recipe.load import difference_from_defaults
+from harness.recipe.load import difference_from_defaults, render_value
 
 
 @click.command("check", context_settings=RECIPE_CONTEXT)
@@ -14,7 +13,4 @@ def command(recipe: str, overrides: tuple[str, ...]):
     click.echo(render_recipe(resolved), nl=False)
     click.echo("\n# Differs from the defaults in:")
     for key, value in difference_from_defaults(resolved).items():
-        text = (
-            yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True).removesuffix("\n").removesuffix("\n...")
-        )
-        click.echo(f"#   {key}: {text}")
+        click.echo(f"#   {key}: {render_value(value)}")

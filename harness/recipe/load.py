@@ -5,6 +5,7 @@ and a key that stands twice is an error. Nothing is converted in silence: "8" is
 """
 
 import hashlib
+import io
 import json
 import re
 from pathlib import Path
@@ -48,26 +49,44 @@ def find_recipe(path: str | Path) -> Path:
 def _recipe_name(file: Path) -> str:
     """`configs/tiny/sft-lora.yaml` -> `tiny-sft-lora`; a file elsewhere -> its stem. A run folder's own recipe continues that folder."""
     parts = file.resolve().with_suffix("").parts
-    return "-".join(parts[parts.index("configs") + 1 :]) if "configs" in parts else parts[-1]
+    for at in reversed(range(len(parts) - 1)):
+        if parts[at] == "configs":
+            return "-".join(parts[at + 1 :])
+    return parts[-1]
 
 
 # ---- YAML
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    """PyYAML's, which reads YAML 1.1, with the scalars of YAML 1.2's core schema: there `no`, `1_000`, `1:30`, `<<` and dates are words."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
-    list("-+0123456789."),
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: the text 7e12 (a commit) stands in quotes, because it would be a number without them."""
+
+
+_SCALARS = (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+        list("-+0123456789."),
+    ),
 )
+_Loader.yaml_implicit_resolvers = {}
+# The writer also keeps YAML 1.1's, so that other readers understand its files in the same way.
+_Dumper.yaml_implicit_resolvers = {first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()}
+for _name, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), _first)
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -83,6 +102,7 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = Fal
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def read_yaml(file: Path) -> dict:
@@ -97,7 +117,8 @@ def read_yaml(file: Path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
-        raise RecipeError(f"{file}: holds {type(settings).__name__}, not a mapping of keys to values; see configs/tiny/sft-lora.yaml")
+        found = "nothing" if settings is None else {"list": "a list", "str": "one text"}.get(type(settings).__name__, repr(settings))
+        raise RecipeError(f"{file}: holds {found}, not a mapping of keys to values; see configs/tiny/sft-lora.yaml")
     return settings
 
 
@@ -105,10 +126,7 @@ def _apply_override(settings: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r}: write key.path=value, for example train.learning_rate=1e-4")
-    try:
-        value = yaml.load(text, _Loader) if text else ""  # noqa: S506
-    except yaml.YAMLError:
-        value = text
+    value = _read_value(text, override)
     target: Any = settings
     *parents, leaf = key.split(".")
     for at, part in enumerate(parents):
@@ -118,6 +136,16 @@ def _apply_override(settings: dict, override: str) -> None:
         target[index] = value
     else:
         target[leaf] = value
+
+
+def _read_value(text: str, override: str) -> Any:
+    """What stands after the `=`, as YAML; as plain text where it is not YAML (a path with a colon), and for nothing the empty text."""
+    stream = io.StringIO(text)
+    stream.name = f"override {override!r}"
+    try:
+        return yaml.load(stream, _Loader) if text else ""  # noqa: S506
+    except yaml.YAMLError:
+        return text
 
 
 def _step_into(target: Any, part: str, override: str, where: str) -> Any:
@@ -147,7 +175,7 @@ def validate(schema: type[BaseModel], settings: dict, file: str):
         return schema.model_validate_json(json.dumps(settings))
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(error, schema, settings, file))) from None
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise RecipeError(f"{file}: holds a value that is neither text, number, true, false, list nor mapping ({error})") from None
 
 
@@ -175,10 +203,8 @@ def _dotted(location: tuple, settings: Any) -> tuple:
     """pydantic's location without the names of union members: only what can be followed in the settings, and the last key."""
     kept, here = [], settings
     for part in location:
-        if isinstance(here, dict) and part in here:
-            kept.append(part)
-            here = here[part]
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
+        in_mapping, in_list = isinstance(here, dict) and part in here, isinstance(here, list) and isinstance(part, int)
+        if in_mapping or in_list and part < len(here):
             kept.append(part)
             here = here[part]
         elif isinstance(here, dict) and isinstance(part, str) and re.fullmatch(r"\w+", part) and part == location[-1]:
@@ -197,13 +223,14 @@ _TYPES = {
     "tuple_type": "a list",
     "dict_type": "a mapping of keys",
     "finite_number": "a finite number",
+    "string_too_short": "text that is not empty",
 }
 
 
 def _rule(problem: dict) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "literal_error":
-        return re.sub(r"'(\w[^']*)'", r"\1", context["expected"])
+        return re.sub(r"'(\w[^']*)'", r"\1", context["expected"]).replace("True", "true").replace("False", "false")
     for limit, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
         if limit in context:
             return f"{sign} {context[limit]}"
@@ -241,7 +268,13 @@ def _leaf_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
 
 def render_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it again gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def render_value(value: Any) -> str:
+    """One value on one line, as it would stand in a recipe."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def difference_from_defaults(recipe: Recipe) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def check_rules(recipe: Recipe) -> list[str]:
     try:
         backend = load_backend(recipe.backend)
     except RecipeError as error:
-        return [*problems, f"backend = {recipe.backend}; {error}"]
+        return [*problems, f"backend = {error}"]
     return problems + check_backend_rules(recipe, backend)
 
 
@@ -75,7 +75,7 @@ def _lora_rules(recipe: Recipe) -> Iterator[str]:
     for name in sorted(set(targets) & set(lora.modules_to_save)):
         yield f"model.lora.modules_to_save: {name} also stands in target_modules; a module is adapted or trained whole; keep it in one"
     for name in sorted(set(lora.modules_to_save) & set(HEADS)):
-        yield f"model.lora.modules_to_save holds {name}; the fused loss reads the frozen head, so its copy would never be trained; remove it"
+        yield f"model.lora.modules_to_save holds {name}; the fused loss reads the frozen head, so its copy would never train; remove it"
     if recipe.model.quantization and lora.use_dora:
         yield (
             "model.lora.use_dora = true; DoRA's norms need whole weights, and 4-bit ones would be unpacked at every step; "
@@ -245,7 +245,7 @@ def _optimizer_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
 def _engine_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
     train = recipe.train
     if backend.kind == "deepspeed" and train.torch_compile:
-        yield f"train.torch_compile = true; backend {backend.name} wraps the model in hooks that break every graph; use single, ddp or fsdp2"
+        yield f"train.torch_compile = true; backend {backend.name} hooks into the model, which breaks every graph; use single, ddp or fsdp2"
     if backend.kind == "deepspeed" and train.full_determinism:
         yield "train.full_determinism = true; DeepSpeed's reductions are not bound to an order; use single or ddp"
     if backend.kind == "fsdp" and train.fp16:

@@ -110,7 +110,8 @@ class Data(Section):
     train_on: Literal["assistant", "all"] = "assistant"
     """`assistant`: only what the assistant says is trained. `all`: every token, tool results too."""
     packing: Literal["auto"] | bool = "auto"
-    """Several samples in one sequence, kept apart by the attention. `auto`: on a GPU with a kernel for it; elsewhere batches of like length."""
+    """Several samples in one sequence, kept apart by the attention. `auto`: on a GPU with a kernel for it; elsewhere
+    batches of like length."""
     on_error: Literal["fail", "skip"] = "fail"
     """A row that cannot be read: stop and name it, or skip it, count it and list it."""
     chat_template: str | None = None
