@@ -1,8 +1,10 @@
-"""Where a process writes: its own log file, and for rank 0 the terminal too."""
+"""Where a process writes: its own log file, and for rank 0 the terminal too; and what libraries say that nobody can act on."""
 
+import logging
 import os
 import re
 import sys
+import warnings
 
 
 class Tee:
@@ -41,3 +43,23 @@ def open_log(path, *, to_terminal: bool) -> None:
     sys.stderr.flush()
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+
+
+def quieten() -> None:
+    """Switch off what libraries say on every start and nobody can act on. Warnings about a run are not among it."""
+    # A fork after the tokenizers' threads have started deadlocks; the library warns at each one.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    disable_datasets_bar()
+    import torch
+
+    if not torch.cuda.is_available():
+        # Said here, so that DeepSpeed does not look for every accelerator there is and warn that it found none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -5,27 +5,31 @@ exit code and no traceback; any other is shown whole.
 """
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 
 from harness.errors import HarnessError
+from harness.logs import quieten
 from harness.overrides import dashed_overrides
 from harness.recipe import load
 from harness.run import ATTEMPT_VARIABLE
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launch/train.py", description="one rank of a training run")
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py",
+        usage="%(prog)s --recipe RECIPE [--smoke] [--fresh] [key=value ...] [--key.path value ...]",
+        description="one rank of a training run",
+        allow_abbrev=False,
+    )
     parser.add_argument("--recipe", required=True, help="a recipe file, or the name of a shipped one")
     parser.add_argument("--smoke", action="store_true", help="two steps on the longest rows, then stop")
     parser.add_argument("--fresh", action="store_true", help="delete what lies in the run folder first")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe")
-    options, dashed = parser.parse_known_args(argv)
-    options.overrides += dashed_overrides(dashed)
+    # What argparse does not know it leaves in its order; as a positional of its own, the 7 of `--train.seed 7` would be torn from its key.
+    options, overrides = parser.parse_known_args(argv)
+    options.overrides = dashed_overrides(overrides)
     return options
 
 
@@ -59,23 +63,3 @@ def _main(argv: list[str]) -> int:
             raise
         return 1
     return 0
-
-
-def quieten() -> None:
-    """Switch off what libraries say on every start and nobody can act on. Warnings about a run are not among it."""
-    # A fork after the tokenizers' threads have started deadlocks; the library warns at each one.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning")
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    from datasets.utils.logging import disable_progress_bar as disable_datasets_bar
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    disable_datasets_bar()
-    import torch
-
-    if not torch.cuda.is_available():
-        # Said here, so that DeepSpeed does not look for every accelerator there is and warn that it found none.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

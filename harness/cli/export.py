@@ -13,6 +13,7 @@ COMPARED_ROWS = 8
 COMPARED_TOKENS = 256
 KL_LIMIT = 0.05
 """Nats per token between base + adapter and the merged model, both in bfloat16. Rounding alone stays far below; a wrong base is far above."""
+from harness.logs import quieten
 
 
 @click.command("export")
@@ -23,6 +24,7 @@ def command(run: Path, merge: bool, force: bool):
     """Verify the export of RUN against its digests; with --merge also write the adapter merged into its base, and measure the difference."""
     folder = RunDir(run.expanduser().resolve())
     folder.read_manifest()
+    quieten()
     from harness.model import verify_export
 
     manifest = verify_export(folder.final)

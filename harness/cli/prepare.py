@@ -1,6 +1,7 @@
 import click
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.logs import quieten
 
 
 @click.command("prepare", context_settings=RECIPE_CONTEXT)
@@ -8,6 +9,7 @@ from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
 def command(recipe: str, overrides: tuple[str, ...]):
     """Tokenise RECIPE's data once, on a CPU, into a cache that every rank maps into memory."""
     resolved = load_recipe(recipe, overrides)
+    quieten()
     from harness.data import prepare_recipe
     from harness.data.report import render_report
     from harness.model import load_tokenizer

@@ -3,6 +3,7 @@ import sys
 import click
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.logs import quieten
 
 
 @click.command("preview", context_settings=RECIPE_CONTEXT)
@@ -11,6 +12,7 @@ from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
 def command(recipe: str, overrides: tuple[str, ...], rows: int):
     """Show a few rows of RECIPE as the model will see them, with the trained tokens coloured, and the counts."""
     resolved = load_recipe(recipe, overrides)
+    quieten()
     from harness.data import prepare_recipe
     from harness.data.preview import render_preview
     from harness.data.report import render_report

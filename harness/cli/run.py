@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
-from harness.errors import LaunchError
+from harness.errors import HarnessError
 from harness.failures import explain_failure
 from harness.launcher import BACKEND_VARIABLE, Machines, plan_launch
+from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 from harness.run import ATTEMPT_VARIABLE, RunDir
@@ -75,6 +76,7 @@ def run_recipe(recipe: Recipe, machines: Machines, *, smoke: bool = False, fresh
 
 def prepare(recipe: Recipe) -> None:
     """Tokenise before any rank starts, so that no GPU waits for it."""
+    quieten()
     from harness.data import prepare_recipe
     from harness.model import load_tokenizer
     from harness.tasks.templates import training_template
@@ -107,7 +109,7 @@ def watch(argv: list[str], environment: dict[str, str]) -> int:
     try:
         process = subprocess.Popen(argv, env=environment)
     except OSError as error:
-        raise LaunchError(f"{argv[0]} cannot be started: {error}") from error
+        raise HarnessError(f"{argv[0]} cannot be started: {error}") from error
     previous = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         return process.wait()
