@@ -16,6 +16,7 @@ from harness.embedded import resolve
 from harness.errors import LaunchError
 from harness.launcher import RuledBackend, check_world, rule_backend
 from harness.logs import open_log
+from harness.operators import announce_compiling
 from harness.recipe import Recipe, recipe_digest
 from harness.run import ATTEMPT_VARIABLE, RankReport, RunDir, replace_folder, write_text_atomically
 
@@ -60,6 +61,8 @@ def join(recipe: Recipe, *, smoke: bool, fresh: bool) -> Job:
     ruled = rule_backend(recipe, os.environ, has_gpu=has_gpu)
     if has_gpu:
         torch.cuda.set_device(distributed.local_rank())
+    if ruled.backend.kind == "deepspeed" and distributed.is_main():
+        announce_compiling(offloads=ruled.backend.offloads, say=say)
     distributed.start(recipe.train.ddp_timeout, group_of_one=ruled.backend.kind == "deepspeed")
     check_world(recipe, ruled.backend, distributed.world_size())
     opened = (RunDir.of(recipe), int(os.environ.get(ATTEMPT_VARIABLE, 0)))

@@ -1,0 +1,36 @@
+# The commands of a first day. Needs Python 3.11, make and a C++ compiler; nothing here needs root.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install quickstart test test-slow lint bench clean
+
+install: $(INSTALLED)
+
+# torch alone and first: its version decides which build comes, and everything else accepts it.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m harness.operators
+	touch $@
+
+# Train, adapt and score a tiny tool-calling model; the results are written to runs/quickstart/.
+quickstart: install
+	$(BIN)/harness quickstart
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+
+bench: install
+	$(BIN)/python benchmarks/sft.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
