@@ -10,7 +10,9 @@ keys are listed here; a test holds the lists against the installed libraries.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from harness.errors import RecipeError
 from harness.recipe.schema import Section
@@ -20,7 +22,7 @@ from harness.resources import find_config, shipped_names
 class AccelerateDeepSpeed(Section):
     """The `deepspeed_config` of an Accelerate file."""
 
-    zero_stage: Literal[0, 1, 2, 3] | None = None
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     zero3_init_flag: bool = False
     zero3_save_16bit_model: bool = False
     offload_optimizer_device: Literal["none", "cpu", "nvme"] = "none"

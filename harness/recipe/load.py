@@ -175,7 +175,7 @@ def validate(schema: type[BaseModel], settings: dict, file: str):
         return schema.model_validate_json(json.dumps(settings))
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(error, schema, settings, file))) from None
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
         raise RecipeError(f"{file}: holds a value that is neither text, number, true, false, list nor mapping ({error})") from None
 
 
