@@ -22,13 +22,17 @@ def shipped_names(folder: str) -> list[str]:
 
 
 def find_config(name: str, folder: str = "", base_dir: Path | None = None) -> Path | None:
-    """The file that `name` means: a path as it is, then beside `base_dir`, then a shipped name below `configs/<folder>`."""
+    """The file that `name` means: a path as it is, then beside `base_dir`, then a shipped name below `configs/<folder>`.
+
+    A shipped recipe has two spellings, `sft/x` and the path that it has in a checkout, `configs/sft/x.yaml`.
+    """
+    below = name.removeprefix("configs/").removeprefix(f"{folder}/") if folder else name.removeprefix("configs/")
     path = Path(name).expanduser()
     if path.is_file():
         return path
     if base_dir is not None and (base_dir / path).is_file():
         return base_dir / path
-    for candidate in (shipped("configs", folder, f"{name}.yaml"), shipped("configs", folder, name)):
+    for candidate in (shipped("configs", folder, f"{below}.yaml"), shipped("configs", folder, below)):
         if candidate.is_file():
             return candidate
     return None

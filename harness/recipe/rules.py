@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from harness.errors import RecipeError
 from harness.recipe.backend import Backend, load_backend
 from harness.recipe.schema import Checkpoint, Recipe
+from harness.resources import find_config
 
 HEADS = ("lm_head", "embed_out", "output")
 """What the layer from hidden states to logits is called."""
@@ -93,6 +94,8 @@ def _data_rules(recipe: Recipe) -> Iterator[str]:
             "data.packing = true; with attn_implementation eager the whole [T, T] matrix of a pack stands in memory; "
             "use auto, varlen, sdpa or flash_attention_2"
         )
+    if data.chat_template and find_config(data.chat_template) is None:
+        yield f"data.chat_template = {data.chat_template}; no such file; give the path of a Jinja file, or the name of a shipped one"
     if data.chat_template and data.train_on == "all":
         yield "data.train_on = all; a chat_template of your own says what is trained by its {% generation %} marks; remove one of the two"
 

@@ -115,7 +115,8 @@ class Data(Section):
     on_error: Literal["fail", "skip"] = "fail"
     """A row that cannot be read: stop and name it, or skip it, count it and list it."""
     chat_template: str | None = None
-    """A Jinja file that takes the place of the tokenizer's own template; with {% generation %} marks it also says what is trained."""
+    """A Jinja file (or a shipped one: templates/llama3-tools.jinja) that takes the place of the tokenizer's own template; with
+    {% generation %} marks it also says what is trained."""
     num_proc: PositiveInt | None = None
     """Processes that tokenise; left out: one per core, at most 8."""
     cache_dir: str | None = None
