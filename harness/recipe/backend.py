@@ -110,7 +110,7 @@ DEEPSPEED_SECTIONS = {
     ),
     "comms_logger": {"enabled", "verbose", "prof_all", "debug", "prof_ops"},
     "flops_profiler": {"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"},
-    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "thread_count", "single_submit", "overlap_events", "use_gds"},
+    "aio": {"block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"},
 }
 DEEPSPEED_SCALARS = set(
     """
