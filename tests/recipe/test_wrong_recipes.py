@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import wrong_recipes as wrong
 
-from harness import launcher
 from harness.cli import main
 from harness.errors import HarnessError, LaunchError, RecipeError
 from harness.launcher import Machines, accumulation_steps, plan_launch, rule_backend
@@ -262,7 +261,7 @@ def _messages(tmp_path: Path, base: Path) -> str:
     return "\n".join(told)
 
 
-@pytest.mark.parametrize("module", [rules, inspect.getmodule(load_recipe), backend, launcher], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [rules, inspect.getmodule(load_recipe), backend], ids=lambda module: module.__name__)
 def test_no_rule_is_left_without_a_recipe_that_breaks_it(module, tmp_path, base):
     told = _messages(tmp_path, base)
     untold = [
