@@ -1,10 +1,16 @@
 """What to say when ranks have failed: the first failing rank's own error, its host, rank and phase; not the launcher's ChildFailedError."""
 
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.run import RunDir, first_error, unfinished_ranks
+from harness.run import rank_reports
+
+# What a rank says when another one is gone: true, but never the reason.
+_ECHO = re.compile(
+    r"(?i)connection (was )?(closed|reset|refused)|socket ?timeout|broken pipe|connectFullMesh failed|remote process exited|watchdog"
+)
 
 
 @dataclass(frozen=True)
@@ -13,27 +19,42 @@ class Failure:
     text: str
 
 
-def explain_failure(run: RunDir, attempt: int, launcher_code: int) -> Failure:
-    """Read the attempt's reports. `launcher_code` is what the started process returned, negative for a signal."""
-    error = first_error(run, attempt)
-    if error:
-        where = f"rank {error['rank']} on {error['host']} failed while {error['phase']}"
+def explain_failure(attempt: Path | None, launcher_code: int, oom_kills: int = 0) -> Failure:
+    """Read an attempt's reports. `launcher_code` is what the started process returned, negative for a signal; `oom_kills` is how many
+    processes the kernel has killed for memory meanwhile."""
+    errors = rank_reports(attempt, "errors") if attempt else []
+    alive = rank_reports(attempt, "alive") if attempt else []
+    failed = {report["rank"] for report in errors}
+    # These wrote nothing any more: killed, or crashed below Python. A rank that the launcher has ended says so.
+    silent = [report for report in alive if report["rank"] not in failed and report["phase"] != "finished" and "ended_by" not in report]
+    own = [report for report in errors if not _is_echo(report)]
+    logs = f"(logs: {attempt})"
+    if own or (errors and not silent):
+        error = (own or errors)[0]
         what = error["traceback"].rstrip() or f"{error['type']}: {error['message']}"
-        return Failure(error["exit_code"], f"{where}:\n{what}\n(logs: {run.attempt(attempt)})")
-    silent = unfinished_ranks(run, attempt)
-    if not silent:
-        return Failure(1, f"the ranks could not be started: the launcher left with {launcher_code}; its message stands above")
-    # The rank that died wrote nothing any more; the others were ended by the launcher.
-    ranks = ", ".join(f"rank {report['rank']} on {report['host']} (pid {report['pid']}, while {report['phase']})" for report in silent)
-    return Failure(1, f"a rank ended without an error of its own: {ranks}\n{_signal_text(launcher_code)}\n(logs: {run.attempt(attempt)})")
+        return Failure(error["exit_code"], f"{_who(error)} failed while {error['phase']}:\n{what}\n{logs}")
+    if silent:
+        ranks = "; ".join(f"{_who(report)} (pid {report['pid']}) while {report['phase']}" for report in silent)
+        return Failure(1, f"ended without an error of its own: {ranks}\n{_end_text(launcher_code, oom_kills)}\n{logs}")
+    ended = [report for report in alive if "ended_by" in report]
+    if ended:
+        return Failure(1, f"the ranks were ended by {ended[0]['ended_by']} from outside while {ended[0]['phase']}\n{logs}")
+    return Failure(1, f"the ranks could not be started: the launcher left with {launcher_code}; its message stands above")
 
 
-def _signal_text(launcher_code: int) -> str:
-    killed = _kernel_kills()
-    if launcher_code in (-signal.SIGKILL, 128 + signal.SIGKILL, 1) and killed:
+def _who(report: dict) -> str:
+    return f"rank {report['rank']} on {report['host']}"
+
+
+def _is_echo(report: dict) -> bool:
+    return report["traceback"] != "" and bool(_ECHO.search(report["message"]))
+
+
+def _end_text(launcher_code: int, oom_kills: int) -> str:
+    if oom_kills:
         limit = _memory_limit()
         return (
-            f"killed by the host's memory limit ({killed} kills counted in this cgroup{f', limit {limit}' if limit else ''}): every rank holds the "
+            f"killed by the host's memory limit{f' of {limit}' if limit else ''} (kills counted meanwhile: {oom_kills}): every rank holds the "
             "whole model in host memory while it loads; use fewer ranks per machine, a smaller model, or ask for more memory"
         )
     if launcher_code < 0:
@@ -41,8 +62,8 @@ def _signal_text(launcher_code: int) -> str:
     return "it was killed from outside, or crashed below Python (SIGKILL, SIGSEGV); the last lines of its log say where it was"
 
 
-def _kernel_kills() -> int:
-    """How many processes the kernel has killed for memory in this cgroup; 0 where that cannot be read."""
+def count_oom_kills() -> int:
+    """How many processes the kernel has ever killed for memory in this cgroup; 0 where that cannot be read."""
     for path in (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")):
         if path.is_file():
             counts = dict(line.split()[:2] for line in path.read_text().splitlines() if len(line.split()) >= 2)

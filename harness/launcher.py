@@ -15,9 +15,7 @@ from harness.recipe import Recipe
 from harness.recipe.backend import Backend, backend_of_json, load_backend
 from harness.recipe.rules import check_backend_rules
 from harness.resources import shipped
-
-BACKEND_VARIABLE = "HARNESS_BACKEND"
-"""Path of the backend file that a `harness run` parent gave to `accelerate launch`; names the backend in its ranks."""
+from harness.run import ATTEMPT_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,12 @@ def rule_backend(recipe: Recipe, environment: dict[str, str], *, has_gpu: bool) 
     Raises RecipeError when the launcher's backend cannot run the recipe, LaunchError when these ranks or this machine cannot run it.
     """
     # `accelerate launch` always sets this one; torchrun, deepspeed and plain python never do.
-    if "ACCELERATE_MIXED_PRECISION" in environment:
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
+    _check_switches(recipe, environment, by_accelerate)
+    if by_accelerate and ATTEMPT_VARIABLE in environment:
+        # `harness run` gave it the recipe's own backend, which is in its ranks' environment by now.
+        ruled = RuledBackend(load_backend(recipe.backend), "recipe")
+    elif by_accelerate:
         ruled = RuledBackend(_launchers_backend(environment), "launcher")
         # The recipe was checked against its own backend; this may be another one.
         problems = check_backend_rules(recipe, ruled.backend)
@@ -131,9 +134,6 @@ def rule_backend(recipe: Recipe, environment: dict[str, str], *, has_gpu: bool) 
         check_world(recipe, backend, world_size)
         environment.update(accelerate_environment(backend, world_size))
         ruled = RuledBackend(backend, "recipe")
-    # These make one process out of many on a machine without an accelerator, and say nothing.
-    for variable in ("ACCELERATE_USE_CPU", "FORCE_CPU"):
-        environment.pop(variable, None)
     if ruled.backend.kind == "fsdp" and not has_gpu:
         raise LaunchError(
             f"backend {ruled.backend.name}: this machine has no GPU, and Accelerate 1.15 drops FSDP on a CPU without a word, so nothing "
@@ -142,10 +142,32 @@ def rule_backend(recipe: Recipe, environment: dict[str, str], *, has_gpu: bool) 
     return ruled
 
 
+def _check_switches(recipe: Recipe, environment: dict[str, str], by_accelerate: bool) -> None:
+    """Raises LaunchError for what a launcher's environment would change behind the recipe's back."""
+    for variable in ("ACCELERATE_USE_CPU", "FORCE_CPU"):
+        if environment.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise LaunchError(
+                f"{variable} = {environment[variable]} (use_cpu in a config, `accelerate launch --cpu`): makes one process out of however many "
+                "were asked for, and says nothing; leave it out, the rank program uses the CPU by itself where there is no GPU (to hide the "
+                "GPUs: CUDA_VISIBLE_DEVICES=)"
+            )
+    # Set for several processes, which only some of its launchers then start.
+    if by_accelerate and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise LaunchError(
+            "accelerate launch was asked for several processes (MASTER_ADDR is set) and has started one (WORLD_SIZE is not); "
+            "give it --config_file configs/backends/ddp.yaml, zero2.yaml or another, or --multi_gpu"
+        )
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    said = "bf16" if recipe.train.bf16 is True else "fp16" if recipe.train.fp16 else "no"
+    if precision not in ("no", said):
+        raise LaunchError(
+            f"accelerate launch says mixed_precision = {precision}; precision is the recipe's to say; take it out of the launcher's config "
+            "(--mixed_precision no), and set train.bf16 or train.fp16 if it is what you want"
+        )
+
+
 def _launchers_backend(environment: dict[str, str]) -> Backend:
-    """The backend that `accelerate launch` has put into the environment; `harness run` also says from which file."""
-    if environment.get(BACKEND_VARIABLE):
-        return load_backend(environment[BACKEND_VARIABLE])
+    """The backend that `accelerate launch` has put into the environment."""
     nowhere = Path("(accelerate launch)")
     if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         json_file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")

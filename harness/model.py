@@ -14,6 +14,7 @@ from harness.embedded import resolve
 from harness.errors import ModelError
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
+from harness.resources import find_config
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +53,8 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
             f"model: no tokenizer at {source}: {_first_line(error)}; set model.tokenizer to a folder or hub id that has one"
         ) from error
     if recipe.data.chat_template:
-        path = Path(recipe.data.chat_template).expanduser()
-        if not path.is_file():
+        path = find_config(recipe.data.chat_template)
+        if path is None:
             raise ModelError(f"data.chat_template = {recipe.data.chat_template}; no such file; give the path of a Jinja file")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if tokenizer.eos_token_id is None:
@@ -288,10 +289,12 @@ def check_4bit_is_sharded(model, world_size: int) -> str:
 # ---- gradients
 
 
-def check_gradients(model, *, gradient_of=lambda parameter: parameter.grad) -> None:
+def check_gradients(model, *, gradient_of=lambda parameter: parameter.grad, reached: set[str] | None = None, finite: bool = True) -> None:
     """After the first backward: every trainable tensor has a finite gradient and no frozen one has.
 
-    `gradient_of` looks a gradient up (under DeepSpeed `.grad` is empty). Raises ModelError that says which tensors.
+    `gradient_of` looks a gradient up (under DeepSpeed `.grad` is empty). reached: names that the backward pass came to, where an absent
+    gradient reads as zeros (DeepSpeed). finite: False under fp16, whose first scaled gradients may overflow, which its scaler handles.
+    Raises ModelError that says which tensors.
     """
     import torch
 
@@ -301,10 +304,11 @@ def check_gradients(model, *, gradient_of=lambda parameter: parameter.grad) -> N
             if parameter.grad is not None:
                 frozen.append(name)
             continue
+        # Looked up for each tensor even if it was not reached: under ZeRO that is a collective.
         gradient = gradient_of(parameter)
-        if gradient is None:
+        if gradient is None or (reached is not None and name not in reached):
             without.append(name)
-        elif not torch.isfinite(gradient).all():
+        elif finite and not torch.isfinite(gradient.to_local() if hasattr(gradient, "to_local") else gradient).all():
             strange.append(name)
     for names, what in (
         (without, "have no gradient, so they would never be trained"),
@@ -317,6 +321,20 @@ def check_gradients(model, *, gradient_of=lambda parameter: parameter.grad) -> N
 
 
 # ---- export
+
+
+def adapter_shapes(model) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> whole shape of what the export of an adapter must hold, by PEFT's own naming."""
+    import torch
+    from peft import get_peft_model_state_dict
+
+    trained = {
+        name: torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    named = get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in named.items()}
 
 
 def check_export(
@@ -444,3 +462,17 @@ def compare_logits(before: list["torch.Tensor"], after: list["torch.Tensor"]) ->
         for a, b in zip(before, after, strict=True)
     ]
     return {"max_abs": gaps.max().item(), "mean_abs": gaps.mean().item(), "kl": torch.cat(divergences).mean().item()}
+
+
+# ---- inference
+
+
+def load_for_inference(folder: Path, dtype: str = "auto"):
+    """(model, tokenizer) of an exported model or adapter, as plain transformers and PEFT load them, in evaluation mode on the GPU if there is one."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loader = AutoPeftModelForCausalLM if (folder / "adapter_config.json").is_file() else AutoModelForCausalLM
+    model = loader.from_pretrained(str(folder), dtype=dtype if dtype == "auto" else getattr(torch, dtype)).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(str(folder))

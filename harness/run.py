@@ -1,15 +1,18 @@
 """A run folder: everything that a run leaves behind, self-contained, each path with one home.
 
 runs/<name>/
-  recipe.yaml            the resolved recipe
+  recipe.yaml            the resolved recipe; loading it again gives the same recipe
   run.json               what the run is: recipe digest, backend and who chose it, world, versions, git commit, argv
-  logs/attempt-K/        rank-R.log of every rank, errors/rank-R.json of those that failed, alive/rank-R.json: host, pid, phase
+  logs/attempt-K/        rank-R.log of every rank; alive/rank-R.json: its host, pid and phase; errors/rank-R.json if it failed;
+                         prepared-R.json: the prepared data that the machine of rank R (the first on it) loads
   metrics.jsonl          every logged point, the same keys and steps as W&B
   wandb.json, wandb/     the W&B id of this run, and its offline files
   init/                  the weights that were drawn, for `model.init`
   checkpoint-N/          the trainer's checkpoints
   final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
   merged/                `harness export --merge`
+
+The prepared data alone lies elsewhere, in the cache, from where it can be made again.
 """
 
 import json
@@ -30,7 +33,7 @@ from harness.recipe import Recipe, recipe_digest, render_recipe
 
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
 ATTEMPT_VARIABLE = "HARNESS_ATTEMPT"
-"""The attempt that a parent has opened already; its ranks join it instead of opening another."""
+"""Set by a `harness run` parent for its ranks: the folder of the attempt that it has opened; empty on other machines than the first."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,17 @@ class RunDir:
         folders = self.path.glob("logs/attempt-*")
         return sorted(int(folder.name.removeprefix("attempt-")) for folder in folders if folder.name.removeprefix("attempt-").isdigit())
 
-    def open_attempt(self) -> int:
-        """Make the folder of the next attempt and return its number, from 1."""
-        number = (self.attempts() or [0])[-1] + 1
-        for folder in ("errors", "alive"):
-            (self.attempt(number) / folder).mkdir(parents=True, exist_ok=True)
-        return number
+    def open_attempt(self) -> Path:
+        """Make the folder of the next attempt, logs/attempt-K with K from 1, and return it."""
+        attempt = self.attempt((self.attempts() or [0])[-1] + 1)
+        attempt.mkdir(parents=True)
+        return attempt
 
     def attempt(self, number: int) -> Path:
         return self.path / "logs" / f"attempt-{number}"
+
+    def last_attempt(self) -> Path | None:
+        return self.attempt(self.attempts()[-1]) if self.attempts() else None
 
     def write_manifest(self, recipe: Recipe, **facts) -> None:
         content = {
@@ -89,6 +94,7 @@ class RunDir:
             "versions": library_versions(),
             "python": sys.version.split()[0],
             "git_commit": git_commit(),
+            "argv": sys.argv,
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **facts,
         }
@@ -98,6 +104,11 @@ class RunDir:
         if not self.manifest.is_file():
             raise LaunchError(f"{self.path}: holds no run.json, so no run of harness began here; give a run folder such as runs/quickstart")
         return json.loads(self.manifest.read_text())
+
+
+def smoke_recipe(recipe: Recipe) -> Recipe:
+    """The recipe in a run folder of its own: a smoke test must not stand in the way of the run that it is for."""
+    return recipe.model_copy(update={"output_dir": f"{recipe.output_dir}-smoke"})
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -147,46 +158,53 @@ def git_commit() -> str | None:
 class RankReport:
     """Kept by each rank in its attempt's folder: `alive/` says host, pid and phase while it runs, `errors/` its own error when it fails.
 
-    So that the person who started the run reads the first failing rank's error, and not the launcher's.
+    So that the person who started the run reads the first failing rank's error, and not the launcher's. Before the attempt is known (a rank
+    that no parent on this machine has opened one for) nothing is written.
     """
 
-    def __init__(self, run: RunDir, attempt: int, rank: int):
-        self.rank, self.host, self.phase = rank, socket.gethostname(), "starting"
-        self._alive = run.attempt(attempt) / "alive" / f"rank-{rank}.json"
-        self._error = run.attempt(attempt) / "errors" / f"rank-{rank}.json"
-        for path in (self._alive, self._error):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, rank: int, attempt: Path | None = None):
+        self.rank, self.host, self.phase, self.attempt = rank, socket.gethostname(), "starting", attempt
         self.enter("starting")
 
-    def enter(self, phase: str) -> None:
-        self.phase = phase
-        self._write(self._alive, {})
+    @property
+    def log(self) -> Path:
+        return self.attempt / f"rank-{self.rank}.log"
 
-    def failed(self, error: BaseException) -> None:
+    def enter(self, phase: str, attempt: Path | None = None) -> None:
+        """Say what this rank does from now on, and with `attempt` in which attempt."""
+        self.phase, self.attempt = phase, attempt or self.attempt
+        self._write("alive", {})
+
+    def ended_by(self, signal_name: str) -> None:
+        """This rank leaves because it was told to, not because of anything of its own."""
+        self._write("alive", {"ended_by": signal_name})
+
+    def failed(self, error: BaseException) -> bool:
+        """Keep the error, and its whole traceback in the rank's log. False when there is no attempt to keep it in."""
         named = isinstance(error, HarnessError)
-        self._write(
-            self._error,
-            {
-                "type": type(error).__name__,
-                "message": str(error),
-                "exit_code": error.exit_code if named else 1,
-                "traceback": "" if named else "".join(traceback.format_exception(error)),
-            },
-        )
+        whole = "".join(traceback.format_exception(error))
+        content = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "exit_code": error.exit_code if named else 1,
+            "traceback": "" if named else whole,
+        }
+        if not self._write("errors", content):
+            return False
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(whole)
+        return True
 
-    def _write(self, path: Path, more: dict) -> None:
+    def _write(self, kind: str, more: dict) -> bool:
+        if self.attempt is None:
+            return False
         content = {"rank": self.rank, "host": self.host, "pid": os.getpid(), "phase": self.phase, "time": time.time(), **more}
-        write_text_atomically(path, json.dumps(content))
+        folder = self.attempt / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / f"rank-{self.rank}.json", json.dumps(content))
+        return True
 
 
-def first_error(run: RunDir, attempt: int) -> dict | None:
-    """The report of the rank that failed first in this attempt, or None when no rank could write one."""
-    reports = [json.loads(path.read_text()) for path in (run.attempt(attempt) / "errors").glob("rank-*.json")]
-    return min(reports, key=lambda report: report["time"], default=None)
-
-
-def unfinished_ranks(run: RunDir, attempt: int) -> list[dict]:
-    """The ranks that neither finished nor wrote an error, the one that went silent first at the front."""
-    failed = {path.name for path in (run.attempt(attempt) / "errors").glob("rank-*.json")}
-    alive = [json.loads(path.read_text()) for path in (run.attempt(attempt) / "alive").glob("rank-*.json") if path.name not in failed]
-    return sorted((report for report in alive if report["phase"] != "finished"), key=lambda report: report["time"])
+def rank_reports(attempt: Path, kind: str) -> list[dict]:
+    """What the ranks of an attempt have written of one kind (`alive` or `errors`), in the order of time."""
+    return sorted((json.loads(path.read_text()) for path in (attempt / kind).glob("rank-*.json")), key=lambda report: report["time"])

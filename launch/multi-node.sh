@@ -10,4 +10,4 @@ set -euo pipefail
 : "${NODE_RANK:?set NODE_RANK to the number of this machine, from 0}"
 : "${MASTER_ADDR:?set MASTER_ADDR to an address of machine 0 that the others reach}"
 : "${MASTER_PORT:?set MASTER_PORT to a port that is free on machine 0}"
-exec "${PYTHON:-python3}" -m harness run "$@"
+exec "${PYTHON:-python}" -m harness run "$@"

@@ -1,20 +1,23 @@
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
 from harness.errors import HarnessError
-from harness.failures import explain_failure
-from harness.launcher import BACKEND_VARIABLE, Machines, plan_launch
+from harness.failures import count_oom_kills, explain_failure
+from harness.launcher import Machines, plan_launch
 from harness.logs import quieten
-from harness.recipe import Recipe
+from harness.recipe import Recipe, render_recipe
 from harness.recipe.backend import load_backend
-from harness.run import ATTEMPT_VARIABLE, RunDir
+from harness.run import ATTEMPT_VARIABLE, RunDir, smoke_recipe
 
 
 @click.command("run", context_settings=RECIPE_CONTEXT)
@@ -32,9 +35,7 @@ def command(recipe: str, overrides: tuple[str, ...], backend: str | None, proces
     more = [f"backend={backend}"] if backend else []
     resolved = load_recipe(recipe, (*overrides, *more))
     if smoke:
-        # A folder of its own: a smoke test must not stand in the way of the run that it is for.
-        resolved = resolved.model_copy(update={"output_dir": f"{resolved.output_dir}-smoke"})
-        fresh = True
+        resolved, fresh = smoke_recipe(resolved), True
     processes = processes or default_processes(resolved)
     machines = Machines.from_environment(processes, dict(os.environ))
     exit_code = run_recipe(resolved, machines, smoke=smoke, fresh=fresh)
@@ -54,24 +55,42 @@ def default_processes(recipe: Recipe) -> int:
 
 def run_recipe(recipe: Recipe, machines: Machines, *, smoke: bool = False, fresh: bool = False) -> int:
     """Make the run folder, prepare the data, start the ranks, wait. Returns the exit code, after saying why it is not 0."""
-    first_machine = machines.index == 0
-    run = RunDir.create(recipe, fresh=fresh) if first_machine else RunDir.of(recipe)
-    argv = plan_launch(recipe, machines, ["--recipe", str(run.recipe), *(["--smoke"] if smoke else [])])
-    environment = rank_environment(recipe, machines)
-    if machines.count == 1:
+    run, attempt = RunDir.of(recipe), None
+    # Refused before anything is made or deleted.
+    plan_launch(recipe, machines, [])
+    if machines.index == 0:
+        run = RunDir.create(recipe, fresh=fresh)
         attempt = run.open_attempt()
-        environment[ATTEMPT_VARIABLE] = str(attempt)
-    if machines.processes > 1:
-        prepare(recipe)
-    click.echo(f"run folder: {run.path}")
-    click.echo(f"$ {shlex.join(argv)}")
-    code = watch(argv, environment)
+    with rank_recipe(recipe, run, machines) as file:
+        argv = plan_launch(recipe, machines, ["--recipe", str(file), *(["--smoke"] if smoke else [])])
+        environment = rank_environment(machines, attempt)
+        if machines.processes > 1:
+            prepare(recipe)
+        click.echo(f"run folder: {run.path}")
+        click.echo(f"$ {shlex.join(argv)}")
+        kills = count_oom_kills()
+        code, stopped_by = watch(argv, environment)
+    if stopped_by:
+        click.echo(f"stopped by {stopped_by.name}; logs: {attempt or run.path}", err=True)
+        return 128 + stopped_by
     if code == 0:
         return 0
-    attempt = run.attempts()[-1] if run.attempts() else 0
-    failure = explain_failure(run, attempt, code)
+    failure = explain_failure(attempt or run.last_attempt(), code, count_oom_kills() - kills)
     click.echo(f"\n{failure.text}", err=True)
     return failure.exit_code
+
+
+@contextlib.contextmanager
+def rank_recipe(recipe: Recipe, run: RunDir, machines: Machines) -> Iterator[Path]:
+    """The file that the ranks of this machine read: the run folder's own. Other machines than the first may look before that is made, and
+    read a copy of what this command resolved; the ranks check that all have the same."""
+    if machines.index == 0:
+        yield run.recipe
+        return
+    with tempfile.TemporaryDirectory(prefix="harness-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(render_recipe(recipe), encoding="utf-8")
+        yield file
 
 
 def prepare(recipe: Recipe) -> None:
@@ -85,16 +104,16 @@ def prepare(recipe: Recipe) -> None:
     click.echo(f"data: {len(prepared.train):,} rows prepared in {prepared.folder}")
 
 
-def rank_environment(recipe: Recipe, machines: Machines) -> dict[str, str]:
+def rank_environment(machines: Machines, attempt: Path | None) -> dict[str, str]:
     environment = dict(os.environ)
     package_parent = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
-    environment[BACKEND_VARIABLE] = str(load_backend(recipe.backend).file)
+    environment[ATTEMPT_VARIABLE] = str(attempt or "")
     # Accelerate would give each rank one thread; on a CPU the ranks share the cores.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machines.processes)))
     if not has_nvidia_gpu():
-        # OpenMP threads that spin while they wait slow one another down thirtyfold as soon as anything else uses the cores (measured); asleep they
-        # cost a quarter at the tiniest sizes and nothing at others.
+        # OpenMP threads that spin while they wait slow one another down thirtyfold as soon as anything else uses the cores (measured);
+        # asleep they cost a quarter at the tiniest sizes and nothing at others.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
 
@@ -104,19 +123,28 @@ def has_nvidia_gpu() -> bool:
     return any(Path("/proc/driver/nvidia/gpus").glob("*"))
 
 
-def watch(argv: list[str], environment: dict[str, str]) -> int:
-    """Run argv on this terminal; returns its exit code, negative for a signal."""
+def watch(argv: list[str], environment: dict[str, str]) -> tuple[int, signal.Signals | None]:
+    """Run argv on this terminal. Returns its exit code, negative for a signal, and the signal that this command got and handed on.
+
+    argv gets a session of its own, so that Ctrl-C reaches it once, through this command, however the signal came.
+    """
+    got: list[signal.Signals] = []
+    process: subprocess.Popen | None = None
+
+    def hand_on(number: int, _frame) -> None:
+        got.append(signal.Signals(number))
+        # As SIGTERM, on which ranks leave at once wherever they are. Only the first: a second would break the launcher's own tidying.
+        if process is not None and len(got) == 1:
+            process.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        process = subprocess.Popen(argv, env=environment)
+        process = subprocess.Popen(argv, env=environment, start_new_session=True)
+        if got:
+            process.send_signal(signal.SIGTERM)
+        return process.wait(), got[0] if got else None
     except OSError as error:
         raise HarnessError(f"{argv[0]} cannot be started: {error}") from error
-    previous = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # The terminal sent it to the ranks as well; let them end.
-        process.wait()
-        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -5,7 +5,6 @@ from pathlib import Path
 from harness.launcher import accumulation_steps
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
-from harness.recipe.schema import Train
 
 # Names that mean the same to transformers and are passed on as they are.
 SAME_NAME = (
@@ -44,7 +43,7 @@ def training_arguments(recipe: Recipe, backend: Backend, output_dir: Path, world
         "logging_nan_inf_filter": False,
         "dataloader_persistent_workers": train.dataloader_num_workers > 0,
     }
-    return arguments | _evaluation(train) | _saving(recipe)
+    return arguments | {"eval_strategy": eval_strategy(recipe)} | _saving(recipe)
 
 
 def use_reentrant(recipe: Recipe, backend: Backend) -> bool:
@@ -53,13 +52,14 @@ def use_reentrant(recipe: Recipe, backend: Backend) -> bool:
     return asked if asked is not None else bool(recipe.model.lora) and backend.zero_stage == 3
 
 
-def evaluates(recipe: Recipe) -> bool:
-    return bool(recipe.data.eval or recipe.data.eval_fraction or recipe.data.eval_rows) and recipe.train.eval_strategy != "no"
-
-
-def _evaluation(train: Train) -> dict:
-    strategy = train.eval_strategy or ("steps" if train.eval_steps else None)
-    return {"eval_strategy": strategy} if strategy else {}
+def eval_strategy(recipe: Recipe) -> str:
+    """`no`, `steps` or `epoch`; schema.Train says what leaving it out means."""
+    train, data = recipe.train, recipe.data
+    if train.eval_strategy:
+        return train.eval_strategy
+    if train.eval_steps:
+        return "steps"
+    return "epoch" if data.eval or data.eval_fraction or data.eval_rows else "no"
 
 
 def _saving(recipe: Recipe) -> dict:

@@ -5,11 +5,9 @@
 
 import json
 import os
-import socket
+import shutil
 import time
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
 from harness import distributed
 from harness.embedded import resolve
@@ -18,7 +16,7 @@ from harness.launcher import RuledBackend, check_world, rule_backend
 from harness.logs import open_log
 from harness.operators import announce_compiling
 from harness.recipe import Recipe, recipe_digest
-from harness.run import ATTEMPT_VARIABLE, RankReport, RunDir, replace_folder, write_text_atomically
+from harness.run import RankReport, RunDir, rank_reports, replace_folder, write_text_atomically
 
 PREPARED_POLL_S = 0.5
 
@@ -29,7 +27,6 @@ class Job:
 
     recipe: Recipe
     run: RunDir
-    attempt: int
     ruled: RuledBackend
     report: RankReport
     smoke: bool = False
@@ -39,24 +36,19 @@ class Job:
         return self.ruled.backend
 
 
-def train_recipe(recipe: Recipe, *, smoke: bool = False, fresh: bool = False) -> None:
-    """Run a recipe on this rank. Raises HarnessError for whatever has a name; every exception is in the run folder's report before it leaves."""
-    job = join(recipe, smoke=smoke, fresh=fresh)
+def train_recipe(recipe: Recipe, report: RankReport, *, smoke: bool = False, fresh: bool = False) -> None:
+    """Run a recipe on this rank. Raises HarnessError for whatever has a name. `report` is told of each phase."""
     try:
-        _train(job)
-        job.report.enter("finished")
-    except BaseException as error:
-        job.report.failed(error)
-        traceback.print_exc()
-        raise
+        _train(join(recipe, report, smoke=smoke, fresh=fresh))
     finally:
         distributed.shutdown()
 
 
-def join(recipe: Recipe, *, smoke: bool, fresh: bool) -> Job:
+def join(recipe: Recipe, report: RankReport, *, smoke: bool, fresh: bool) -> Job:
     """Join the group under the backend that rules, and the run folder that rank 0 (or the parent command) has made."""
     import torch
 
+    report.enter("joining the other ranks")
     has_gpu = torch.cuda.is_available()
     ruled = rule_backend(recipe, os.environ, has_gpu=has_gpu)
     if has_gpu:
@@ -65,23 +57,36 @@ def join(recipe: Recipe, *, smoke: bool, fresh: bool) -> Job:
         announce_compiling(offloads=ruled.backend.offloads, say=say)
     distributed.start(recipe.train.ddp_timeout, group_of_one=ruled.backend.kind == "deepspeed")
     check_world(recipe, ruled.backend, distributed.world_size())
-    opened = (RunDir.of(recipe), int(os.environ.get(ATTEMPT_VARIABLE, 0)))
-    if distributed.is_main() and not opened[1]:
+    check_one_recipe(recipe, smoke=smoke)
+    run, attempt = RunDir.of(recipe), report.attempt
+    if distributed.is_main() and attempt is None:
         run = RunDir.create(recipe, fresh=fresh)
-        opened = (run, run.open_attempt())
-    run, attempt = distributed.broadcast_object(opened)
-    open_log(run.attempt(attempt) / f"rank-{distributed.rank()}.log", to_terminal=distributed.is_main())
-    report = RankReport(run, attempt, distributed.rank())
+        attempt = run.open_attempt()
+    run, attempt = distributed.broadcast_object((run, attempt))
+    report.enter("opening the run folder", attempt)
+    open_log(report.log, to_terminal=distributed.is_main())
     if distributed.is_main():
         run.write_manifest(
             recipe,
             backend=ruled.backend.name,
             backend_ruled_by=ruled.ruled_by,
             world_size=distributed.world_size(),
-            attempt=attempt,
+            attempt=int(attempt.name.removeprefix("attempt-")),
             smoke=smoke,
         )
-    return Job(recipe, run, attempt, ruled, report, smoke)
+    return Job(recipe, run, ruled, report, smoke)
+
+
+def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
+    """Raises LaunchError, on every rank, unless all ranks were started with the same recipe, run folder and mode."""
+    mine = (recipe_digest(recipe), str(RunDir.of(recipe).path), smoke)
+    theirs = distributed.broadcast_object(mine)
+    if distributed.agree(mine != theirs):
+        differs = [what for what, a, b in zip(("recipe", "output_dir", "--smoke"), mine, theirs, strict=True) if a != b]
+        raise LaunchError(
+            f"the ranks were started with different settings ({', '.join(differs) or 'another rank differs from rank 0'}); "
+            "give every machine the same recipe and overrides"
+        )
 
 
 def _train(job: Job) -> None:
@@ -102,7 +107,7 @@ def _train(job: Job) -> None:
         settle_adapter_dtype,
     )
     from harness.tasks import sft
-    from harness.tasks.arguments import evaluates, training_arguments
+    from harness.tasks.arguments import eval_strategy, training_arguments
     from harness.tasks.trainer import pad_for_ranks
 
     recipe, backend, world_size = job.recipe, job.backend, distributed.world_size()
@@ -116,7 +121,7 @@ def _train(job: Job) -> None:
     job.report.enter("loading data")
     tokenizer = load_tokenizer(recipe)
     prepared = load_data(job, tokenizer, packing)
-    train_rows, eval_rows = prepared.train, prepared.eval if evaluates(recipe) else None
+    train_rows, eval_rows = prepared.train, prepared.eval if eval_strategy(recipe) != "no" else None
     if job.smoke:
         recipe, train_rows, eval_rows = _smoke(recipe, train_rows, world_size)
 
@@ -159,8 +164,10 @@ def _train(job: Job) -> None:
         job.report.enter("training")
         trainer.train()
         job.report.enter("exporting")
-        if not job.smoke:
-            export(job, trainer, tokenizer, prepared.digest, source, tracking)
+        if job.smoke:
+            report_smoke(train_rows)
+        else:
+            export(job, trainer, prepared.digest, source, dtype, tracking)
         exit_code = 0
     finally:
         tracking.finish(exit_code)
@@ -176,14 +183,14 @@ def load_data(job: Job, tokenizer, packing: bool):
     from harness.data.store import load_prepared
     from harness.tasks.templates import training_template
 
-    marker = job.run.attempt(job.attempt) / f"prepared-{socket.gethostname()}.json"
+    # By the first rank of this machine, because two machines may have one name.
+    marker = job.report.attempt / f"prepared-{distributed.rank() - distributed.local_rank()}.json"
     if distributed.local_rank() == 0:
         prepared = prepare_recipe(job.recipe, tokenizer, packing=packing, training_template=training_template)
         write_text_atomically(marker, json.dumps({"folder": str(prepared.folder)}))
     else:
-        errors = job.run.attempt(job.attempt) / "errors"
         while not marker.is_file():
-            if any(errors.glob("rank-*.json")):
+            if rank_reports(job.report.attempt, "errors"):
                 raise LaunchError("the rank that prepares the data failed; its own error says why")
             time.sleep(PREPARED_POLL_S)
     distributed.barrier()
@@ -195,7 +202,7 @@ def _smoke(recipe: Recipe, rows, world_size: int):
     from harness.launcher import accumulation_steps
 
     needed = 2 * recipe.train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
-    lengths = list(rows["length"]) if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
+    lengths = list(rows["length"])
     longest = sorted(range(len(rows)), key=lambda index: -lengths[index])[:needed]
     train = recipe.train.model_copy(
         update={
@@ -210,6 +217,20 @@ def _smoke(recipe: Recipe, rows, world_size: int):
     )
     checkpoint = recipe.checkpoint.model_copy(update={"every_steps": None})
     return recipe.model_copy(update={"train": train, "checkpoint": checkpoint}), rows.select(longest), None
+
+
+def report_smoke(rows) -> None:
+    """The last line of a smoke test: what was run, and the memory that the fullest rank took."""
+    from harness.tracking.throughput import peak_memory
+
+    names = {"memory/peak_gib": "peak", "memory/peak_reserved_gib": "reserved by torch"}
+    measured = peak_memory()
+    highest = distributed.all_reduce_max(list(measured.values()))
+    memory = ", ".join(f"{names[key]} {value:.2f} GiB" for key, value in zip(measured, highest, strict=True))
+    kind = "GPU memory" if "memory/peak_reserved_gib" in measured else "resident memory"
+    if distributed.is_main():
+        longest = max(rows["length"])
+        say(f"smoke: 2 steps on the {len(rows)} longest rows (longest {longest} tokens); {kind} of the fullest rank: {memory}")
 
 
 # ---- trainer
@@ -278,18 +299,21 @@ def _without_zero_init(function, *arguments) -> None:
 # ---- export
 
 
-def export(job: Job, trainer, tokenizer, data_digest: str, source: str, tracking) -> None:
+def export(job: Job, trainer, data_digest: str, source: str, dtype: str, tracking) -> None:
     """final/: gathered by all ranks, written beside its place, reopened and compared, and only then renamed to `final`."""
-    from harness.model import MANIFEST, check_export, digest_base
+    from harness.model import MANIFEST, adapter_shapes, check_export, digest_base
 
     staging = job.run.path / "final.incomplete"
+    if distributed.is_main():
+        shutil.rmtree(staging, ignore_errors=True)
+    distributed.barrier()
     # A collective under ZeRO and FSDP: every rank calls it, rank 0 writes.
     trainer.save_model(str(staging))
     if not distributed.is_main():
         distributed.barrier()
         return
     adapter = bool(job.recipe.model.lora)
-    expected, tied = (None, frozenset()) if adapter else _expected_shapes(trainer.model)
+    expected, tied = (adapter_shapes(trainer.model), frozenset()) if adapter else _expected_shapes(trainer.model)
     files = check_export(staging, expected, tied=tied, adapter=adapter, moved=trainer.state.global_step > 0)
     base = job.recipe.model.name_or_path or job.recipe.model.init
     manifest = {
@@ -300,6 +324,7 @@ def export(job: Job, trainer, tokenizer, data_digest: str, source: str, tracking
         "adapter": adapter,
         "data": data_digest,
         "recipe_digest": recipe_digest(job.recipe),
+        "dtype": dtype,
         "step": trainer.state.global_step,
         "best_metric": trainer.state.best_metric,
         "files": files,

@@ -47,7 +47,7 @@ class HarnessTrainer:
             self._check_gradients_before_engine_step()
             return super().training_step(model, inputs, *args, **kwargs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        check_gradients(self.model)
+        check_gradients(self.model, finite=not self.args.fp16)
         return loss
 
     def _check_gradients_before_engine_step(self) -> None:
@@ -56,11 +56,17 @@ class HarnessTrainer:
 
         engine = self.accelerator.deepspeed_engine_wrapped.engine
         step = engine.step
+        # ZeRO-1 and 2 hold zeros for a tensor without a gradient, and a LoRA's A has zeros in the first step rightly: so it is noted who gets one.
+        reached: set[str] = set()
+        trainable = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        notes = [parameter.register_hook(lambda _, name=name: reached.add(name)) for name, parameter in trainable]
 
         def checked_step(*args, **kwargs):
             engine.step = step
             # A collective under ZeRO-3, called on every rank for every trainable tensor in the same order.
-            check_gradients(self.model, gradient_of=safe_get_full_grad)
+            check_gradients(self.model, gradient_of=safe_get_full_grad, reached=reached, finite=not self.args.fp16)
+            for note in notes:
+                note.remove()
             return step(*args, **kwargs)
 
         engine.step = checked_step
@@ -80,10 +86,14 @@ class HarnessTrainer:
     # ---- evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        import torch
+
         tokens = (inputs["labels"][:, 1:] != -100).sum()
         # Loss only, whatever was asked: logits are never kept.
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
-        self._eval_nll.append(loss.detach().float() * tokens.to(loss.device))
+        # Rows that only fill a batch have no token, and their mean loss is 0 / 0.
+        tokens = tokens.to(loss.device)
+        self._eval_nll.append(torch.where(tokens > 0, loss.detach().float() * tokens, 0.0))
         self._eval_tokens.append(tokens)
         return loss, None, None
 
