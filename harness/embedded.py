@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from harness.errors import RecipeError
+from harness.resources import cache_root
 
 PREFIX = "embedded:"
 VERSION = 1
@@ -19,13 +20,11 @@ VERSION = 1
 WORLD_SEED = 0
 
 
-def resolve(name: str, cache_root: Path | None = None) -> str:
+def resolve(name: str) -> str:
     """The path that `embedded:NAME` means, made on first use; any other name as it is. Raises RecipeError for a NAME that does not exist."""
     if not name.startswith(PREFIX):
         return name
-    from harness.data import cache_root as default_root
-
-    folder = (cache_root or default_root()) / "embedded" / f"v{VERSION}"
+    folder = cache_root() / "embedded" / f"v{VERSION}"
     wanted = name.removeprefix(PREFIX)
     files = {file.removesuffix(".jsonl"): file for file in ("base-train.jsonl", "base-eval.jsonl", "adapt-train.jsonl", "adapt-eval.jsonl")}
     if wanted in files:

@@ -1,11 +1,13 @@
-"""Where the files that ship with harness lie: configs/, slurm/ and launch/.
+"""Where things lie that belong to no run: the files that ship with harness (configs/, slurm/, launch/), and the cache.
 
-In a checkout they stand at the top level; in a wheel the same folders lie in `harness/shipped/`. This is the only place that knows.
+In a checkout the shipped files stand at the top level; in a wheel the same folders lie in `harness/shipped/`. This is the only place that knows.
 """
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+CACHE_VARIABLE = "HARNESS_CACHE"
 
 
 def shipped(*parts: str) -> Path:
@@ -36,3 +38,8 @@ def find_config(name: str, folder: str = "", base_dir: Path | None = None) -> Pa
         if candidate.is_file():
             return candidate
     return None
+
+
+def cache_root(asked: str | None = None) -> Path:
+    """Where everything that can be made again lies: what the recipe says, else $HARNESS_CACHE, else ~/.cache/harness."""
+    return Path(asked or os.environ.get(CACHE_VARIABLE) or "~/.cache/harness").expanduser()

@@ -28,9 +28,6 @@ LAYERS = [
     {"rank", "cluster", "cli"},
     {"__main__"},
 ]
-LAYER_EXCEPTIONS = {
-    ("embedded", "data"): "where the cache lies is data's to know, and is asked when something is made, not at import time",
-}
 
 OWNERS = {
     "trl": {"tasks"},
@@ -128,7 +125,7 @@ def test_a_module_imports_only_from_layers_before_its_own():
     wrong = []
     for found in IMPORTS:
         unit = _imported_unit(found)
-        if unit and unit != found.unit and _layer(unit) >= _layer(found.unit) and (found.unit, unit) not in LAYER_EXCEPTIONS:
+        if unit and unit != found.unit and _layer(unit) >= _layer(found.unit):
             wrong.append(str(found))
     assert wrong == []
 
@@ -155,8 +152,6 @@ def test_a_dependency_has_one_owner(dependency):
 
 
 def test_every_exception_is_still_needed():
-    used = {(found.unit, _imported_unit(found)) for found in IMPORTS}
-    assert set(LAYER_EXCEPTIONS) <= used
     for file, dependency in OWNER_EXCEPTIONS:
         assert any(found.file == file and f"{found.module}.".startswith(f"{dependency}.") for found in IMPORTS), (file, dependency)
 
