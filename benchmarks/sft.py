@@ -141,6 +141,8 @@ def save_model(size: Size, folder: Path) -> int:
 @dataclass
 class Step:
     seconds: float
+    cpu_seconds: float
+    """Of all threads of the process; on a CPU the figure that other load does not change."""
     tokens: int
     loss: float | None
 
@@ -278,7 +280,7 @@ class Runner:
         report = json.loads(line)
         side = self.side
         before = sum(step.tokens for step in side.steps)
-        side.steps.append(Step(report["seconds"], report["tokens"] - before, report["loss"]))
+        side.steps.append(Step(report["seconds"], report["cpu_seconds"], report["tokens"] - before, report["loss"]))
         side.peak_bytes, side.threads, side.finished = report["peak_bytes"], report["threads"], report["last"]
 
     def step(self) -> None:
@@ -344,13 +346,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def compare_pairs(ours: Sequence[Step], theirs: Sequence[Step], skip: int = EQUAL_SKIP) -> dict:
     """Seconds per step of both, and ours / theirs at the same step of the same race, without the first `skip` steps."""
-    pairs = [(a.seconds, b.seconds) for a, b in zip(ours, theirs, strict=True)][skip:]
+    pairs = list(zip(ours, theirs, strict=True))[skip:]
     return {
         "steps": len(pairs),
-        "harness_step_s": spread([a for a, _ in pairs]),
-        "trl_step_s": spread([b for _, b in pairs]),
-        "ratio": spread([a / b for a, b in pairs]),
-        "ratio_of_sums": sum(a for a, _ in pairs) / sum(b for _, b in pairs),
+        "harness_step_s": spread([a.seconds for a, _ in pairs]),
+        "trl_step_s": spread([b.seconds for _, b in pairs]),
+        "ratio": spread([a.seconds / b.seconds for a, b in pairs]),
+        "ratio_of_sums": sum(a.seconds for a, _ in pairs) / sum(b.seconds for _, b in pairs),
+        "harness_cpu_s": spread([a.cpu_seconds for a, _ in pairs]),
+        "trl_cpu_s": spread([b.cpu_seconds for _, b in pairs]),
+        "cpu_ratio": spread([a.cpu_seconds / b.cpu_seconds for a, b in pairs]),
     }
 
 
@@ -365,6 +370,11 @@ def loss_gap(ours: Sequence[Step], theirs: Sequence[Step]) -> float:
 def tokens_per_s(steps: Sequence[Step], skip: int = DEFAULTS_SKIP) -> float:
     counted = steps[skip:]
     return sum(step.tokens for step in counted) / sum(step.seconds for step in counted)
+
+
+def tokens_per_cpu_s(steps: Sequence[Step], skip: int = DEFAULTS_SKIP) -> float:
+    counted = steps[skip:]
+    return sum(step.tokens for step in counted) / sum(step.cpu_seconds for step in counted)
 
 
 def measure_equal(folder: Path, size: Size, kind: str) -> tuple[dict, list[Side]]:
@@ -391,12 +401,13 @@ def measure_defaults(folder: Path, size: Size, kind: str) -> tuple[dict, list[Si
     sides = default_sides(folder / "defaults", size, kind)
     link_inputs(folder, folder / "defaults")
     race(sides, folder / "defaults", "own")
-    ours = tokens_per_s(sides[0].steps)
+    ours, ours_cpu = tokens_per_s(sides[0].steps), tokens_per_cpu_s(sides[0].steps)
     table = [
         {
             "side": side.name,
             "tokens_per_s": tokens_per_s(side.steps),
             "harness_over_this": ours / tokens_per_s(side.steps),
+            "harness_over_this_in_cpu_s": ours_cpu / tokens_per_cpu_s(side.steps),
             "steps": len(side.steps),
             "tokens": sum(step.tokens for step in side.steps),
             "step_s": spread([step.seconds for step in side.steps[DEFAULTS_SKIP:]]),
@@ -405,7 +416,8 @@ def measure_defaults(folder: Path, size: Size, kind: str) -> tuple[dict, list[Si
         for side in sides
     ]
     for line in table:
-        say(f"defaults: {line['side']}: {line['tokens_per_s']:,.0f} tokens/s; harness / this = {line['harness_over_this']:.2f}")
+        times, cpu_times = line["harness_over_this"], line["harness_over_this_in_cpu_s"]
+        say(f"defaults: {line['side']}: {line['tokens_per_s']:,.0f} tokens/s; harness / this {times:.2f}, by CPU seconds {cpu_times:.2f}")
     return {"sides": table}, sides
 
 
@@ -459,6 +471,7 @@ def memory_name(kind: str) -> str:
 def render_equal(result: dict) -> list[str]:
     equal = result["equal"]
     seconds = f"{describe(equal['harness_step_s'])} | {describe(equal['trl_step_s'])} | **{describe(equal['ratio'])}**"
+    cpu = f"{describe(equal['harness_cpu_s'])} | {describe(equal['trl_cpu_s'])} | **{describe(equal['cpu_ratio'])}**"
     ours, theirs = equal["harness_peak_bytes"], equal["trl_peak_bytes"]
     return [
         "## Equal settings",
@@ -466,6 +479,7 @@ def render_equal(result: dict) -> list[str]:
         "| | harness | TRL | harness / TRL |",
         "|---|---|---|---|",
         f"| seconds per step, {equal['steps']} pairs of steps | {seconds} |",
+        f"| CPU seconds per step, all threads | {cpu} |",
         f"| seconds of all these steps together | | | {equal['ratio_of_sums']:.3f} |",
         f"| median of each race | | | {', '.join(f'{value:.3f}' for value in equal['race_medians'])} |",
         f"| {memory_name(result['kind'])} | {gib(ours)} | {gib(theirs)} | {ours / theirs:.3f} |",
@@ -479,14 +493,16 @@ def render_equal(result: dict) -> list[str]:
 def render_defaults(result: dict) -> list[str]:
     sides = result["defaults"]["sides"]
     rows = [
-        f"| {side['side']} | {side['tokens_per_s']:,.0f} | {side['harness_over_this']:.2f} | {side['steps']} | {gib(side['peak_bytes'])} |"
+        f"| {side['side']} | {side['tokens_per_s']:,.0f} | {side['harness_over_this']:.2f} | {side['harness_over_this_in_cpu_s']:.2f} | "
+        f"{side['steps']} | {gib(side['peak_bytes'])} |"
         for side in sides
     ]
     return [
         "## Defaults",
         "",
-        f"| | tokens/s, padding not counted | harness / this | steps for the same rows | {memory_name(result['kind'])} |",
-        "|---|---|---|---|---|",
+        "| | tokens/s, padding not counted | harness / this | harness / this, by CPU seconds | steps for the same rows | "
+        f"{memory_name(result['kind'])} |",
+        "|---|---|---|---|---|---|",
         *rows,
         "",
         f"Aim: 1.5 times the tokens per second of TRL's defaults. {met(sides[1]['harness_over_this'] >= 1.5)}",
@@ -560,8 +576,8 @@ def run(kind: str, size: Size, work: Path) -> dict:
 
 
 def raw_numbers(side: Side) -> dict:
-    steps = [[round(step.seconds, 4), step.tokens] for step in side.steps]
-    return {"side": side.name, "argv": side.argv[1:], "first_step_s": round(side.first_step_s, 2), "seconds_and_tokens": steps}
+    steps = [[round(step.seconds, 4), round(step.cpu_seconds, 4), step.tokens] for step in side.steps]
+    return {"side": side.name, "argv": side.argv[1:], "first_step_s": round(side.first_step_s, 2), "seconds_cpu_seconds_tokens": steps}
 
 
 def say(text: str) -> None:

@@ -21,13 +21,14 @@ def bench():
 
 
 def steps(bench, seconds, tokens=100, loss=2.0):
-    return [bench.Step(value, tokens, loss) for value in seconds]
+    return [bench.Step(value, 2 * value, tokens, loss) for value in seconds]
 
 
 def a_result(bench):
     spread = {"min": 1.0, "median": 1.25, "max": 2.0}
     ratio = {"min": 0.9, "median": 1.015, "max": 1.1}
     side = {"side": "harness", "tokens_per_s": 3000.4, "harness_over_this": 1.0, "steps": 40, "peak_bytes": 2**30}
+    side["harness_over_this_in_cpu_s"] = 1.0
     return {
         "kind": "cpu",
         "date": "2026-01-02 03:04 UTC",
@@ -46,7 +47,8 @@ def a_result(bench):
 def compared(spread, ratio):
     facts = {"steps": 40, "ratio_of_sums": 1.01, "race_medians": [1.01, 1.02], "loss_gap": 0.0}
     peaks = {"harness_peak_bytes": 2**30, "trl_peak_bytes": 2**31}
-    return {"harness_step_s": spread, "trl_step_s": spread, "ratio": ratio, **facts, **peaks}
+    cpu = {"harness_cpu_s": spread, "trl_cpu_s": spread, "cpu_ratio": ratio}
+    return {"harness_step_s": spread, "trl_step_s": spread, "ratio": ratio, **cpu, **facts, **peaks}
 
 
 def test_rows_have_the_lengths_that_are_announced_and_are_the_same_in_every_run(bench):
@@ -112,7 +114,9 @@ def test_sides_with_different_numbers_of_steps_are_not_compared_pair_by_pair(ben
 
 
 def test_tokens_per_second_leave_the_first_step_out_of_both_tokens_and_time(bench):
-    assert bench.tokens_per_s([bench.Step(100.0, 5, None), bench.Step(1.0, 30, None), bench.Step(3.0, 50, None)]) == 20.0
+    steps = [bench.Step(100.0, 100.0, 5, None), bench.Step(1.0, 2.0, 30, None), bench.Step(3.0, 8.0, 50, None)]
+    assert bench.tokens_per_s(steps) == 20.0
+    assert bench.tokens_per_cpu_s(steps) == 8.0
 
 
 def test_a_difference_between_losses_is_found_and_missing_losses_are_no_agreement(bench):
@@ -127,7 +131,7 @@ def test_the_table_says_machine_versions_commit_date_and_whether_the_aims_are_me
     text = bench.render(a_result(bench))
     for part in ("A processor, 2 cores, 24.00 GiB", "torch 2.13, trl 1.16", "commit 0123abc", "2026-01-02 03:04 UTC", "1.3 M parameters"):
         assert part in text
-    assert "**1.015 (0.900 to 1.100)**" in text and "| TRL | 1,500 | 2.00 | 40 | 1.00 |" in text
+    assert "**1.015 (0.900 to 1.100)**" in text and "| TRL | 1,500 | 2.00 | 1.00 | 40 | 1.00 |" in text
     assert text.count("Met.") == 2 and "Not met" not in text
 
 

@@ -59,7 +59,10 @@ def stopwatch(trainer):
             self.loss = None
             self.socket = socket.socket(socket.AF_UNIX)
             self.socket.connect(os.environ["BENCH_SOCKET"])
-            self.resumed = time.perf_counter()
+            self.resume()
+
+        def resume(self):
+            self.resumed, self.cpu = time.perf_counter(), time.process_time()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.loss = (logs or {}).get("loss", self.loss)
@@ -67,11 +70,13 @@ def stopwatch(trainer):
         def on_step_end(self, args, state, control, **kwargs):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - self.resumed
+            seconds, cpu_seconds = time.perf_counter() - self.resumed, time.process_time() - self.cpu
             report = {
                 "step": state.global_step,
                 "last": state.global_step >= state.max_steps,
                 "seconds": seconds,
+                # Of all threads of this process: what a busy neighbour does not change.
+                "cpu_seconds": cpu_seconds,
                 # TRL's own count of tokens without padding, since the start; both sides train with its SFTTrainer.
                 "tokens": trainer._total_train_tokens,
                 # Of the step before: a step is logged after it has ended.
@@ -83,7 +88,7 @@ def stopwatch(trainer):
             }
             self.socket.sendall(json.dumps(report).encode() + b"\n")
             self.socket.recv(1)
-            self.resumed = time.perf_counter()
+            self.resume()
 
     return Stopwatch()
 
