@@ -127,6 +127,11 @@ def test_a_difference_between_losses_is_found_and_missing_losses_are_no_agreemen
         bench.loss_gap(steps(bench, [1], loss=None), steps(bench, [1], loss=None))
 
 
+def test_batches_of_different_sizes_are_no_equal_settings(bench):
+    with pytest.raises(SystemExit, match=r"at steps \[1, 2\]"):
+        bench.loss_gap(steps(bench, [1, 1], tokens=100), steps(bench, [1, 1], tokens=101))
+
+
 def test_the_table_says_machine_versions_commit_date_and_whether_the_aims_are_met(bench):
     text = bench.render(a_result(bench))
     for part in ("A processor, 2 cores, 24.00 GiB", "torch 2.13, trl 1.16", "commit 0123abc", "2026-01-02 03:04 UTC", "1.3 M parameters"):
@@ -162,6 +167,13 @@ def test_a_gpu_is_refused_where_there_is_none(bench):
         bench.main(["--device", "cuda"])
 
 
+@pytest.mark.parametrize("arguments", [["--steps", "8"], ["--steps", "3", "--results", "/tmp/nowhere"]])
+def test_a_trial_never_replaces_a_measurement(bench, arguments, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert "--steps is a trial" in capsys.readouterr().err
+
+
 def test_a_side_that_fails_is_shown_with_its_command_and_the_end_of_its_log(bench, tmp_path):
     side = bench.Side("TRL", [sys.executable, "-c", "raise SystemExit('no such model')"])
     with pytest.raises(SystemExit, match="TRL: ended with exit code 1 before training began(.|\n)*no such model"):
@@ -169,7 +181,8 @@ def test_a_side_that_fails_is_shown_with_its_command_and_the_end_of_its_log(benc
 
 
 @pytest.mark.slow
-def test_a_race_of_a_few_steps_writes_both_results(bench, tmp_path):
+def test_a_race_of_a_few_steps_writes_both_results(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # main sets it; restored after the test
     bench.main(["--device", "cpu", "--steps", "5", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")])
     result = json.loads((tmp_path / "results" / "sft-cpu.json").read_text())
     assert result["equal"]["loss_gap"] < 1e-4
