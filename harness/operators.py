@@ -1,4 +1,4 @@
-"""DeepSpeed's operators, which it compiles on their first use (45-60 s each): `python -m harness.operators` compiles those for this machine now.
+"""DeepSpeed's operators, which it compiles on their first use, 45-60 s each: `python -m harness.operators` compiles them now.
 
 On a CPU they are the gathers through shared memory (any ZeRO stage) and CPUAdam (zero3-offload); on a GPU only CPUAdam is needed.
 """
@@ -53,7 +53,8 @@ def main() -> int:
             _builder(name).load(verbose=False)
         except (RuntimeError, OSError, ImportError) as error:
             # Only DeepSpeed backends need them, and each says so itself when it is used.
-            print(f"  failed ({str(error).splitlines()[0]}); DeepSpeed backends will not start until a C++ compiler is there", file=sys.stderr)
+            reason = str(error).splitlines()[0]
+            print(f"  failed ({reason}); DeepSpeed backends will not start until a C++ compiler is there", file=sys.stderr)
             continue
         print(f"  {time.monotonic() - begun:.0f} s", flush=True)
     return 0

@@ -1,6 +1,6 @@
 """Where things lie that belong to no run: the files that ship with harness (configs/, slurm/, launch/), and the cache.
 
-In a checkout the shipped files stand at the top level; in a wheel the same folders lie in `harness/shipped/`. This is the only place that knows.
+In a checkout the shipped files stand at the top level; in a wheel the same folders lie in `harness/shipped/`. Only this file knows.
 """
 
 import os

@@ -41,6 +41,8 @@ def training_arguments(recipe: Recipe, backend: Backend, output_dir: Path, world
         "logging_first_step": True,
         # By default transformers logs the last finite loss in place of one that is not.
         "logging_nan_inf_filter": False,
+        # A blocking copy to the card waits for all that was queued before it, and would count as waiting for data.
+        "accelerator_config": {"non_blocking": has_gpu},
         "dataloader_persistent_workers": train.dataloader_num_workers > 0,
     }
     return arguments | {"eval_strategy": eval_strategy(recipe)} | _saving(recipe)
