@@ -416,33 +416,41 @@ def verify_export(folder: Path) -> dict:
 # ---- merge
 
 
-def merge_adapter(
-    adapter: Path, base: str, revision: str | None, target: Path, token_rows: list[list[int]], trust_remote_code: bool = False
-) -> dict:
+def merge_adapter(adapter: Path, base: str, recipe: Recipe, dtype: str, target: Path, token_rows: list[list[int]]) -> dict[str, dict]:
     """Merge an adapter into its base in bfloat16, save it to `target`, reopen it, and measure what the merge changed.
 
-    token_rows: token ids to compare on. Returns {"max_abs", "mean_abs", "kl"}: logit differences and nats per token (fp32 softmax) of
-    base + adapter against the reopened merged model, both in bfloat16.
+    dtype: in which the run loaded its base. token_rows: token ids to compare on. Returns name -> {"max_abs", "mean_abs", "kl"} of the reopened
+    merged model's logits against `adapter` (base + adapter in bfloat16: what merging alone changes) and, for a 4-bit run, against
+    `trained_4bit` (what training saw: the 4-bit base's own error, which the adapter has learnt to live with and the merged model lacks).
     """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    def load(source):
-        return AutoModelForCausalLM.from_pretrained(
+    def load(source, dtype, quantized=None):
+        model = AutoModelForCausalLM.from_pretrained(
             str(source),
-            revision=revision if source == base else None,
-            dtype=torch.bfloat16,
+            revision=recipe.model.revision if source == base else None,
+            dtype=dtype,
+            quantization_config=quantized,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        ).eval()
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+        _keep_4bit_weights_as_they_are(model)
+        return model.eval()
 
-    model = PeftModel.from_pretrained(load(base), str(adapter)).eval()
-    before = _logits(model, token_rows)
-    merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(target)
-    after = _logits(load(target), token_rows)
-    return compare_logits(before, after)
+    model = PeftModel.from_pretrained(load(base, torch.bfloat16), str(adapter)).eval()
+    before = {"adapter": _logits(model, token_rows)}
+    model.merge_and_unload(safe_merge=True).save_pretrained(target)
+    # One model in memory at a time.
+    del model
+    quantized = quantization_config(recipe, dtype)
+    if quantized is not None:
+        trained = PeftModel.from_pretrained(load(base, getattr(torch, dtype), quantized), str(adapter)).eval()
+        before["trained_4bit"] = _logits(trained, token_rows)
+        del trained
+    after = _logits(load(target, torch.bfloat16), token_rows)
+    return {name: compare_logits(logits, after) for name, logits in before.items()}
 
 
 def _logits(model, token_rows: list[list[int]]):

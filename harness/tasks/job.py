@@ -202,7 +202,7 @@ def _smoke(recipe: Recipe, rows, world_size: int):
     from harness.launcher import accumulation_steps
 
     needed = 2 * recipe.train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
-    lengths = list(rows["length"])
+    lengths = row_lengths(rows)
     longest = sorted(range(len(rows)), key=lambda index: -lengths[index])[:needed]
     train = recipe.train.model_copy(
         update={
@@ -219,6 +219,11 @@ def _smoke(recipe: Recipe, rows, world_size: int):
     return recipe.model_copy(update={"train": train, "checkpoint": checkpoint}), rows.select(longest), None
 
 
+def row_lengths(rows) -> list[int]:
+    """Tokens of each row; a pack has as many as its samples together."""
+    return list(rows["length"]) if "length" in rows.column_names else [sum(lengths) for lengths in rows["seq_lengths"]]
+
+
 def report_smoke(rows) -> None:
     """The last line of a smoke test: what was run, and the memory that the fullest rank took."""
     from harness.tracking.throughput import peak_memory
@@ -229,7 +234,7 @@ def report_smoke(rows) -> None:
     memory = ", ".join(f"{names[key]} {value:.2f} GiB" for key, value in zip(measured, highest, strict=True))
     kind = "GPU memory" if "memory/peak_reserved_gib" in measured else "resident memory"
     if distributed.is_main():
-        longest = max(rows["length"])
+        longest = max(row_lengths(rows))
         say(f"smoke: 2 steps on the {len(rows)} longest rows (longest {longest} tokens); {kind} of the fullest rank: {memory}")
 
 
@@ -315,7 +320,7 @@ def export(job: Job, trainer, data_digest: str, source: str, dtype: str, trackin
     adapter = bool(job.recipe.model.lora)
     expected, tied = (adapter_shapes(trainer.model), frozenset()) if adapter else _expected_shapes(trainer.model)
     files = check_export(staging, expected, tied=tied, adapter=adapter, moved=trainer.state.global_step > 0)
-    base = job.recipe.model.name_or_path or job.recipe.model.init
+    base, state, args = job.recipe.model.name_or_path or job.recipe.model.init, trainer.state, trainer.args
     manifest = {
         "task": job.recipe.task,
         "base": base,
@@ -325,8 +330,9 @@ def export(job: Job, trainer, data_digest: str, source: str, dtype: str, trackin
         "data": data_digest,
         "recipe_digest": recipe_digest(job.recipe),
         "dtype": dtype,
-        "step": trainer.state.global_step,
-        "best_metric": trainer.state.best_metric,
+        # Of the weights that are exported: the best model's, where there is one.
+        "step": state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else state.global_step,
+        "best_metric": state.best_metric,
         "files": files,
     }
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

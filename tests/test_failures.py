@@ -1,0 +1,76 @@
+"""What is said when ranks have failed, from their reports alone."""
+
+import signal
+
+import pytest
+
+from harness.errors import DataError
+from harness.failures import explain_failure
+from harness.run import RankReport
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    reports = [RankReport(rank, tmp_path) for rank in range(3)]
+    for report in reports:
+        report.enter("training")
+    return reports
+
+
+def fail(report, error):
+    try:
+        raise error
+    except type(error) as caught:
+        report.failed(caught)
+
+
+def test_of_several_errors_the_first_in_time_is_told(ranks, tmp_path):
+    fail(ranks[2], DataError("rows.jsonl:7: not a row"))
+    fail(ranks[0], ValueError("later"))
+    failure = explain_failure(tmp_path, 1)
+    assert failure.exit_code == 2
+    assert failure.text.startswith(f"rank 2 on {ranks[2].host} failed while training:\nDataError: rows.jsonl:7: not a row\n")
+    assert str(tmp_path) in failure.text
+
+
+@pytest.mark.parametrize(
+    "echo", ["[enforce fail] Connection closed by peer [127.0.0.1]:2134", "Connection reset by peer", "Watchdog caught collective timeout"]
+)
+def test_a_rank_that_only_lost_its_peer_is_not_told_as_the_cause(ranks, tmp_path, echo):
+    fail(ranks[0], RuntimeError(echo))
+    fail(ranks[1], ZeroDivisionError("the cause"))
+    failure = explain_failure(tmp_path, 1)
+    assert failure.exit_code == 1 and failure.text.startswith("rank 1") and "ZeroDivisionError: the cause" in failure.text
+
+
+def test_a_rank_that_went_silent_is_told_before_the_peers_that_lost_it_and_those_that_were_ended(ranks, tmp_path):
+    fail(ranks[0], RuntimeError("Connection closed by peer"))
+    ranks[2].ended_by("SIGTERM")
+    failure = explain_failure(tmp_path, 1)
+    assert f"ended without an error of its own: rank 1 on {ranks[1].host} (pid " in failure.text
+    assert "rank 0" not in failure.text and "rank 2" not in failure.text
+
+
+def test_a_lost_peer_on_another_machine_is_told_when_nothing_better_is_known(ranks, tmp_path):
+    fail(ranks[0], RuntimeError("Connection closed by peer"))
+    for report in ranks[1:]:
+        report.enter("finished")
+    assert explain_failure(tmp_path, 1).text.startswith("rank 0")
+
+
+def test_a_kill_by_the_kernel_is_translated(ranks, tmp_path):
+    assert "memory limit" in explain_failure(tmp_path, 1, oom_kills=1).text
+    assert "memory limit" not in explain_failure(tmp_path, 1, oom_kills=0).text
+    assert "SIGSEGV" in explain_failure(tmp_path, -signal.SIGSEGV).text
+
+
+def test_ranks_that_all_were_ended_from_outside_say_by_what(ranks, tmp_path):
+    for report in ranks:
+        report.ended_by("SIGTERM")
+    assert "ended by SIGTERM" in explain_failure(tmp_path, 143).text
+
+
+def test_ranks_that_never_started_are_the_launchers_failure(tmp_path):
+    for attempt in (None, tmp_path):
+        failure = explain_failure(attempt, 7)
+        assert failure.exit_code == 1 and "could not be started" in failure.text and "left with 7" in failure.text

@@ -1,0 +1,96 @@
+"""The run folder: made once, deleted only on request and only if it is one, and enough on its own."""
+
+import json
+
+import pytest
+
+from harness.errors import LaunchError
+from harness.recipe import load
+from harness.run import RankReport, RunDir, rank_reports, replace_folder, smoke_recipe
+
+RECIPE = """
+model: {name_or_path: some/model}
+data: {train: rows.jsonl}
+"""
+ODD_NAME = 'a run\'s "blanks" & quotes'
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / 'it\'s a "recipe".yaml'
+    file.write_text(RECIPE)
+    return load(str(file), [f"output_dir={tmp_path / 'runs' / ODD_NAME}", "train.learning_rate=1e-4"])
+
+
+def test_the_recipe_in_a_run_folder_is_the_recipe(recipe):
+    run = RunDir.create(recipe)
+    assert load(run.recipe) == recipe
+
+
+def test_a_second_run_is_refused_and_fresh_deletes_the_first_whole(recipe):
+    run = RunDir.create(recipe)
+    (run.path / "final").mkdir()
+    with pytest.raises(LaunchError, match="already holds a run.*--fresh"):
+        RunDir.create(recipe)
+    RunDir.create(recipe, fresh=True)
+    assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
+
+
+def test_fresh_never_deletes_a_folder_that_is_not_a_run(recipe):
+    run = RunDir.of(recipe)
+    run.path.mkdir(parents=True)
+    (run.path / "thesis.tex").write_text("years of work")
+    with pytest.raises(LaunchError, match="holds no recipe.yaml"):
+        RunDir.create(recipe, fresh=True)
+    assert (run.path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_folder_that_is_empty_is_taken(recipe):
+    RunDir.of(recipe).path.mkdir(parents=True)
+    assert RunDir.create(recipe, fresh=True).recipe.is_file()
+
+
+def test_attempts_count_from_one_in_numbers_and_not_in_letters(recipe):
+    run = RunDir.create(recipe)
+    assert run.last_attempt() is None
+    folders = [run.open_attempt() for _ in range(11)]
+    assert [folder.name for folder in folders] == [f"attempt-{number}" for number in range(1, 12)]
+    assert run.last_attempt() == folders[-1]
+
+
+def test_a_folder_without_a_manifest_is_not_taken_for_a_run(recipe):
+    with pytest.raises(LaunchError, match="no run of harness began here"):
+        RunDir.create(recipe).read_manifest()
+
+
+def test_a_smoke_test_has_a_folder_of_its_own(recipe):
+    assert RunDir.of(smoke_recipe(recipe)).path.name == f"{ODD_NAME}-smoke"
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for name in ("final", "staging"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_folder(tmp_path / "staging", tmp_path / "final")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["final", "final/staging"]
+
+
+def test_a_rank_reports_only_once_it_knows_its_attempt(tmp_path):
+    report = RankReport(3)
+    assert report.failed(ValueError("early")) is False
+    report.enter("training", tmp_path)
+    (alive,) = rank_reports(tmp_path, "alive")
+    assert (alive["rank"], alive["phase"]) == (3, "training") and rank_reports(tmp_path, "errors") == []
+
+
+def test_an_error_with_a_name_is_reported_without_a_traceback_and_logged_with_one(tmp_path):
+    report = RankReport(0, tmp_path)
+    for error, traceback in ((LaunchError("two"), ""), (ValueError("three"), "Traceback")):
+        try:
+            raise error
+        except (LaunchError, ValueError) as caught:
+            assert report.failed(caught)
+        written = json.loads((tmp_path / "errors" / "rank-0.json").read_text())
+        assert written["message"] == str(error) and written["traceback"].startswith(traceback)
+        assert bool(written["traceback"]) == bool(traceback)
+    assert report.log.read_text().count("Traceback") == 2
