@@ -68,7 +68,9 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The beginning of a library's message, with our remedy for the one whose own names a Python argument."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{first}; set model.trust_remote_code: true if you have read and trust it" if "custom code" in first else first
 
 
 # ---- base
