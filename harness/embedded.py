@@ -7,6 +7,7 @@
 The tiny recipes and the quickstart use these; they need no network, no GPU and no data of anybody's.
 """
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -15,8 +16,6 @@ from harness.errors import RecipeError
 from harness.resources import cache_root
 
 PREFIX = "embedded:"
-VERSION = 1
-"""Raise it when what is made changes, so that an old cache is not taken for it."""
 WORLD_SEED = 0
 
 
@@ -24,7 +23,7 @@ def resolve(name: str) -> str:
     """The path that `embedded:NAME` means, made on first use; any other name as it is. Raises RecipeError for a NAME that does not exist."""
     if not name.startswith(PREFIX):
         return name
-    folder = cache_root() / "embedded" / f"v{VERSION}"
+    folder = cache_root() / "embedded" / _version()
     wanted = name.removeprefix(PREFIX)
     files = {file.removesuffix(".jsonl"): file for file in ("base-train.jsonl", "base-eval.jsonl", "adapt-train.jsonl", "adapt-eval.jsonl")}
     if wanted in files:
@@ -35,6 +34,12 @@ def resolve(name: str) -> str:
     raise RecipeError(
         f"{name}: nothing of that name is embedded; there are {', '.join(PREFIX + known for known in ('tiny-llama', *files))}"
     )
+
+
+def _version() -> str:
+    """A digest of the code that makes these things, so that an old cache is not taken for what today's code would make."""
+    code = Path(__file__).parent / "quickstart"
+    return hashlib.sha256(b"".join((code / name).read_bytes() for name in ("world.py", "tokenizer.py"))).hexdigest()[:12]
 
 
 def _once(folder: Path, make) -> Path:

@@ -26,9 +26,9 @@ def pytest_collection_modifyitems(items):
 
     gpu = os.path.isdir("/proc/driver/nvidia/gpus") and os.listdir("/proc/driver/nvidia/gpus")
     for item in items:
-        if "gpu" in item.keywords and not gpu:
+        if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; this machine has none"))
-        if "slurm" in item.keywords and not shutil.which("slurmctld"):
+        if item.get_closest_marker("slurm") and not shutil.which("slurmctld"):
             item.add_marker(pytest.mark.skip(reason="needs Slurm: apt-get install slurm-wlm munge"))
 
 

@@ -2,8 +2,11 @@
 
 import click
 
+from harness.errors import RecipeError
 from harness.overrides import dashed_overrides
 from harness.recipe import Recipe, load
+from harness.recipe.load import leaf_keys
+from harness.recipe.names import advise_key
 
 RECIPE_CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
 
@@ -14,5 +17,17 @@ def recipe_argument(function):
 
 
 def load_recipe(recipe: str, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe with the overrides of the command line. Raises RecipeError."""
+    """The recipe with the overrides of the command line. Raises RecipeError, also for an option that the verb does not have."""
+    _check_options(overrides)
     return load(recipe, dashed_overrides(list(overrides)))
+
+
+def _check_options(overrides: tuple[str, ...]) -> None:
+    """`--procesess 2` is a misspelt option and no override: a recipe's section has a dot behind it."""
+    context = click.get_current_context()
+    options = [name.removeprefix("--") for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+    for argument in overrides:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and "." not in name and name not in Recipe.model_fields:
+            advice = advise_key(name, [*options, "help"], leaf_keys(Recipe))
+            raise RecipeError(f"--{name}: no such option of harness {context.info_name}; {advice} (a recipe's keys are written key.path=value)")

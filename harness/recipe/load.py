@@ -189,7 +189,7 @@ def _explain(error: ValidationError, schema: type[BaseModel], settings: dict, fi
         key, first = ".".join(map(str, location)), problems[0]
         if first["type"] == "extra_forbidden":
             siblings, parent = _fields_at(schema, location[:-1]), ".".join(map(str, location[:-1])) or "the top level"
-            advice = advise_key(str(location[-1]), siblings, _leaf_keys(schema))
+            advice = advise_key(str(location[-1]), siblings, leaf_keys(schema))
             lines.append(f"{file}: {key}: unknown key in {parent}; {advice}")
         elif first["type"] == "missing":
             lines.append(f"{file}: {key}: is required and is not there")
@@ -253,12 +253,12 @@ def _fields_at(schema: type[BaseModel], location: tuple) -> list[str]:
     return list(section.model_fields)
 
 
-def _leaf_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
+def leaf_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, field in schema.model_fields.items():
         section = _section_of(field.annotation)
         if section:
-            found |= {key: where for key, where in _leaf_keys(section, f"{prefix}{name}.").items() if key not in found}
+            found |= {key: where for key, where in leaf_keys(section, f"{prefix}{name}.").items() if key not in found}
         found.setdefault(name, prefix + name)
     return found
 

@@ -114,4 +114,4 @@ def advise_key(key: str, siblings: list[str], everywhere: dict[str, str]) -> str
     if close:
         where = close[0] if close[0] in siblings else everywhere[close[0]]
         return f"did you mean `{where}`?"
-    return "keys here: " + ", ".join(siblings)
+    return "known here: " + ", ".join(siblings)

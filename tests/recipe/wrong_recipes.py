@@ -57,7 +57,7 @@ TYPOS = [
     ("tracking", "tracking.projekt=x", "tracking.projekt", "did you mean `project`?"),
     ("in another section", "model.max_length=512", "model.max_length", "`max_length` stands at `data.max_length`"),
     ("at the top, but nested", "learning_rate=1e-4", "learning_rate", "`learning_rate` stands at `train.learning_rate`"),
-    ("nothing like it", "train.zzz=1", "train.zzz", "keys here: num_train_epochs"),
+    ("nothing like it", "train.zzz=1", "train.zzz", "known here: num_train_epochs"),
     ("a hyphen", "train.learning-rate=1e-4", "train.learning-rate", "did you mean `learning_rate`?"),
 ]
 
