@@ -140,8 +140,7 @@ def as_parameters(chosen) -> list:
 
 
 class Reader:
-    """Follows pages from top to bottom, each in a folder of its own; a training that stands on several pages is run once, and its run folder
-    is copied."""
+    """Follows pages from top to bottom, each in a folder of its own; a training that stands on several pages is run once, and copied."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -276,11 +275,13 @@ def check_harness_command(arguments: list[str], environment: dict[str, str]) -> 
     verb = group.get_command(None, arguments[0])
     if "--help" in arguments:
         return
-    given = verb.make_context(f"harness {arguments[0]}", list(arguments[1:])).params
+    context = verb.make_context(f"harness {arguments[0]}", list(arguments[1:]))
+    given = context.params
     if "recipe" not in given:
         return
     backend = [f"backend={given['backend']}"] if given.get("backend") else []
-    recipe = load_recipe(given["recipe"], (*given["overrides"], *backend))
+    with context.scope(cleanup=False):
+        recipe = load_recipe(given["recipe"], (*given["overrides"], *backend))
     if arguments[0] == "run" and load_backend(recipe.backend).kind != "single":
         plan_launch(recipe, Machines.from_environment(given["processes"] or 1, environment), [])
 
