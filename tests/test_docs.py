@@ -275,7 +275,7 @@ def check_harness_command(arguments: list[str], environment: dict[str, str]) -> 
     verb = group.get_command(None, arguments[0])
     if "--help" in arguments:
         return
-    context = verb.make_context(f"harness {arguments[0]}", list(arguments[1:]))
+    context = verb.make_context(arguments[0], list(arguments[1:]))
     given = context.params
     if "recipe" not in given:
         return
