@@ -43,7 +43,8 @@ def choose_attention(asked: str, dtype: str, has_gpu: bool) -> str:
         raise ModelError("model.attn_implementation = flex_attention; it has no backward pass on a CPU; use auto or sdpa")
     if asked.startswith("flash_attention_") and not (has_gpu and _has_flash(int(asked[-1]))):
         raise ModelError(
-            f"model.attn_implementation = {asked}; the package flash-attn is not installed or there is no GPU; use auto (varlen needs no package)"
+            f"model.attn_implementation = {asked}; the package flash-attn is not installed or there is no GPU; "
+            "use auto (varlen needs no package)"
         )
     return asked
 
@@ -144,7 +145,7 @@ def check_isolation(model, vocab_size: int, device: "torch.device") -> float:
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
     if not effect <= tolerance:
         raise ModelError(
-            f"packing: a sample's logits change by {effect:.1%} with its neighbour in the pack, so samples see each other under this attention "
-            "or architecture; set data.packing: false, or another model.attn_implementation"
+            f"packing: a sample's logits change by {effect:.1%} with its neighbour in the pack, so samples see each other under this "
+            "attention or architecture; set data.packing: false, or another model.attn_implementation"
         )
     return effect

@@ -1,7 +1,8 @@
 """Ranks and what they agree on: the only file that calls torch.distributed.
 
 A rank is what a launcher started; its numbers come from the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK), and `start` checks that
-the process group really has that many ranks: Accelerate makes one process out of many, and says nothing, when it believes it should use the CPU.
+the process group really has that many ranks: Accelerate makes one process out of many, and says nothing, when it believes it should use
+the CPU.
 """
 
 import os
@@ -35,7 +36,7 @@ def start(timeout_s: int, *, group_of_one: bool = False) -> None:
     import torch
     from accelerate import PartialState
 
-    # With cpu=True Accelerate asks the launcher's variables for the world; without it, on a machine without an accelerator, it assumes one rank.
+    # With cpu=True Accelerate asks the launcher's variables for the world; without it, on a machine without a GPU, it assumes one rank.
     on_cpu = not torch.cuda.is_available()
     if group_of_one and world_size() == 1 and not os.environ.get("MASTER_ADDR"):
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()})

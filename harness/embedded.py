@@ -20,7 +20,7 @@ WORLD_SEED = 0
 
 
 def resolve(name: str) -> str:
-    """The path that `embedded:NAME` means, made on first use; any other name as it is. Raises RecipeError for a NAME that does not exist."""
+    """The path that `embedded:NAME` means, made on first use; any other name as it is. Raises RecipeError for an unknown NAME."""
     if not name.startswith(PREFIX):
         return name
     folder = cache_root() / "embedded" / _version()
@@ -71,7 +71,7 @@ def _make_model(folder: Path, world: Path) -> None:
 
     from harness.quickstart.tokenizer import save_base
 
-    rows = [json.loads(line) for name in ("base-train", "adapt-train") for line in open(world / f"{name}.jsonl", encoding="utf-8")]
+    rows = [json.loads(line) for name in ("base-train", "adapt-train") for line in (world / f"{name}.jsonl").open(encoding="utf-8")]
     save_base(folder, rows)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -54,7 +54,7 @@ def _end_text(launcher_code: int, oom_kills: int) -> str:
     if oom_kills:
         limit = _memory_limit()
         return (
-            f"killed by the host's memory limit{f' of {limit}' if limit else ''} (kills counted meanwhile: {oom_kills}): every rank holds the "
+            f"killed by the host's memory limit{f' of {limit}' if limit else ''} (kills meanwhile: {oom_kills}): every rank holds the "
             "whole model in host memory while it loads; use fewer ranks per machine, a smaller model, or ask for more memory"
         )
     if launcher_code < 0:

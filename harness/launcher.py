@@ -147,9 +147,9 @@ def _check_switches(recipe: Recipe, environment: dict[str, str], by_accelerate: 
     for variable in ("ACCELERATE_USE_CPU", "FORCE_CPU"):
         if environment.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t"):
             raise LaunchError(
-                f"{variable} = {environment[variable]} (use_cpu in a config, `accelerate launch --cpu`): makes one process out of however many "
-                "were asked for, and says nothing; leave it out, the rank program uses the CPU by itself where there is no GPU (to hide the "
-                "GPUs: CUDA_VISIBLE_DEVICES=)"
+                f"{variable} = {environment[variable]} (use_cpu in a config, `accelerate launch --cpu`): makes one process out of however "
+                "many were asked for, and says nothing; leave it out, the rank program uses the CPU by itself where there is no GPU "
+                "(to hide the GPUs: CUDA_VISIBLE_DEVICES=)"
             )
     # Set for several processes, which only some of its launchers then start.
     if by_accelerate and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:

@@ -90,7 +90,7 @@ def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> st
 
 
 def quantization_config(recipe: Recipe, dtype: str):
-    """bitsandbytes' config, or None. The storage type is the compute type unless the recipe says otherwise: only so do ZeRO-3 and FSDP2 shard."""
+    """bitsandbytes' config, or None. Stored in the compute type unless the recipe says otherwise: only so do ZeRO-3 and FSDP2 shard."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -108,7 +108,7 @@ def quantization_config(recipe: Recipe, dtype: str):
 
 
 def draw_weights(recipe: Recipe, folder: Path) -> None:
-    """For `model.init`: draw weights from the config with the run's seed and keep them in `folder`, so that every backend starts from the same.
+    """For `model.init`: draw weights from the config with the run's seed and keep them in `folder`: every backend starts from the same.
 
     Only rank 0 calls this, before anything is sharded.
     """
@@ -164,8 +164,11 @@ def load_base(recipe: Recipe, source: str, dtype: str, attention: str, backend: 
 
 
 def _keep_4bit_weights_as_they_are(model: "PreTrainedModel") -> None:
-    """On a CPU with AVX512-BF16 bitsandbytes repacks a weight in place at its first evaluation, in a layout that neither a shard nor a width off
-    the multiples of 32 survives, and computes in bfloat16 whatever the recipe says. Training and evaluation shall use the same weights."""
+    """Training and evaluation shall use the same weights.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks a weight in place at its first evaluation, in a layout that neither a shard nor a width
+    off the multiples of 32 survives, and computes in bfloat16 whatever the recipe says.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -176,8 +179,8 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
     rows, tokens = model.config.get_text_config().vocab_size, len(tokenizer)
     if tokens > rows:
         raise ModelError(
-            f"model: the tokenizer has {tokens} tokens but the embedding has {rows} rows; token ids from {rows} up would fail or read foreign "
-            "memory; use the tokenizer that belongs to this model"
+            f"model: the tokenizer has {tokens} tokens but the embedding has {rows} rows; token ids from {rows} up would fail or read "
+            "foreign memory; use the tokenizer that belongs to this model"
         )
     if model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings() is not None:
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
@@ -203,7 +206,7 @@ def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
 def attach_adapter(model: "PreTrainedModel", recipe: Recipe, backend: Backend, dtype: str):
     """The model with a LoRA adapter on it; the base is frozen.
 
-    The adapter is float32, except under ZeRO-3, whose gathers need one type for all persistent parameters (DeepSpeed keeps float32 masters there).
+    The adapter is float32, except under ZeRO-3, whose gathers need one type for all persistent parameters (its masters are float32).
     Raises ModelError when a target does not exist.
     """
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
@@ -235,7 +238,7 @@ def attach_adapter(model: "PreTrainedModel", recipe: Recipe, backend: Backend, d
 
 
 def settle_adapter_dtype(model, backend: Backend, dtype: str) -> None:
-    """Give every trainable tensor the adapter's type; TRL casts them to bfloat16 for a 4-bit base, on which AdamW would round updates away."""
+    """Give every trainable tensor the adapter's type; TRL casts them to bfloat16 for a 4-bit base, where AdamW would round updates away."""
     import torch
 
     wanted = getattr(torch, dtype) if backend.shards_parameters else torch.float32
@@ -249,7 +252,7 @@ def trainable_names(model) -> list[str]:
 
 
 def describe_parameters(model) -> str:
-    """`Trained 33,280 of 293,312 parameters (11.3 %)`; counts whole tensors also when this rank holds shares, and 4-bit weights as weights."""
+    """`Trained 33,280 of 293,312 parameters (11.3 %)`; counts whole tensors where this rank holds shares, and 4-bit weights as weights."""
     total = trained = 0
     for parameter in model.parameters():
         count = getattr(parameter, "ds_numel", None) or parameter.numel()
@@ -344,8 +347,8 @@ def check_export(
 ) -> dict[str, str]:
     """Reopen an export and compare: number of tensors, no empty shape, finite values, an adapter that is not zero. Returns file digests.
 
-    expected: tensor name -> shape as the model in memory has it, or None to check the folder alone. tied: names that may stand in the file as a
-    copy of another (gathers copy tied weights). moved: training took at least one step.
+    expected: tensor name -> shape as the model in memory has it, or None to check the folder alone. tied: names that may stand in the file
+    as a copy of another (gathers copy tied weights). moved: training took at least one step.
     Raises ModelError; the 40-byte adapter (no tensors at all) is the case that gave this function its reason.
     """
     import torch
@@ -382,8 +385,8 @@ def check_export(
         lacking, foreign = sorted(expected.keys() - kept.keys()), sorted(kept.keys() - expected.keys())
         other = [name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name]]
         raise ModelError(
-            f"{folder}: is not the model that was trained: {len(lacking)} tensors lacking {lacking[:2]}, {len(foreign)} foreign {foreign[:2]}, "
-            f"{len(other)} of another shape {other[:2]}"
+            f"{folder}: is not the model that was trained: {len(lacking)} tensors lacking {lacking[:2]}, "
+            f"{len(foreign)} foreign {foreign[:2]}, {len(other)} of another shape {other[:2]}"
         )
     return {file.name: digest_file(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name != MANIFEST}
 
@@ -402,7 +405,7 @@ def digest_base(source: str) -> str | None:
 
 
 def verify_export(folder: Path) -> dict:
-    """The manifest of an export whose every file still has the digest that was recorded. Raises ModelError that names the first that has not."""
+    """The manifest of an export whose every file still has the digest that was recorded. Raises ModelError that names another."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise ModelError(f"{folder}: holds no {MANIFEST}, so it is not an export of harness or it is not finished")
@@ -421,8 +424,8 @@ def verify_export(folder: Path) -> dict:
 def merge_adapter(adapter: Path, base: str, recipe: Recipe, dtype: str, target: Path, token_rows: list[list[int]]) -> dict[str, dict]:
     """Merge an adapter into its base in bfloat16, save it to `target`, reopen it, and measure what the merge changed.
 
-    dtype: in which the run loaded its base. token_rows: token ids to compare on. Returns name -> {"max_abs", "mean_abs", "kl"} of the reopened
-    merged model's logits against `adapter` (base + adapter in bfloat16: what merging alone changes) and, for a 4-bit run, against
+    dtype: in which the run loaded its base. token_rows: token ids to compare on. Returns name -> {"max_abs", "mean_abs", "kl"} of the
+    reopened merged model's logits against `adapter` (base + adapter in bfloat16: what merging alone changes) and, for a 4-bit run, against
     `trained_4bit` (what training saw: the 4-bit base's own error, which the adapter has learnt to live with and the merged model lacks).
     """
     import torch
@@ -478,7 +481,7 @@ def compare_logits(before: list["torch.Tensor"], after: list["torch.Tensor"]) ->
 
 
 def load_for_inference(folder: Path, dtype: str = "auto"):
-    """(model, tokenizer) of an exported model or adapter, as plain transformers and PEFT load them, in evaluation mode on the GPU if there is one."""
+    """(model, tokenizer) of an exported model or adapter, as plain transformers and PEFT load them, on the GPU if there is one."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -52,7 +52,7 @@ def test_attention_is_the_fastest_that_isolates_or_the_one_asked_for_or_refused(
 
 
 def varlen_double(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """What torch.nn.attention.varlen.varlen_attn promises: query [N, Hq, D], key and value [N, Hkv, D], boundaries [S + 1] int32 -> [N, Hq, D]."""
+    """What torch.nn.attention.varlen.varlen_attn promises: query [N, Hq, D], key, value [N, Hkv, D], boundaries [S + 1] -> [N, Hq, D]."""
     assert cu_q.dtype == cu_k.dtype == torch.int32 and torch.equal(cu_q, cu_k) and query.dtype in (torch.bfloat16, torch.float64)
     lengths = cu_q.diff().tolist()
     assert max_q == max_k == max(lengths) and sum(lengths) == len(query)

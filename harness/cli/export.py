@@ -22,7 +22,7 @@ COMPARED_WITH = {"adapter": "base + adapter", "trained_4bit": "the 4-bit model t
 @click.option("--merge", is_flag=True, help="Merge the adapter into its base in bfloat16, into RUN/merged.")
 @click.option("--force", is_flag=True, help="Replace a merged model that is there already.")
 def command(run: Path, merge: bool, force: bool):
-    """Verify the export of RUN against its digests; with --merge also write the adapter merged into its base, and measure what that changed."""
+    """Verify the export of RUN against its digests; with --merge also merge the adapter into its base, and measure what that changed."""
     folder = RunDir(run.expanduser().resolve())
     folder.read_manifest()
     quieten()
@@ -68,8 +68,8 @@ def merge_run(folder: RunDir, manifest: dict) -> tuple[dict, int]:
     differences = merge_adapter(folder.final, base, recipe, manifest["dtype"], staging, rows)
     load_tokenizer(recipe).save_pretrained(staging)
     files = check_export(staging, None, adapter=False)
-    content = {**manifest, "adapter": False, "dtype": "bfloat16", "merged_from": str(folder.final), "differences": differences, "files": files}
-    (staging / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
+    made = {"adapter": False, "dtype": "bfloat16", "merged_from": str(folder.final), "differences": differences, "files": files}
+    (staging / MANIFEST).write_text(json.dumps({**manifest, **made}, indent=2) + "\n")
     replace_folder(staging, folder.merged)
     return differences, sum(map(len, rows))
 

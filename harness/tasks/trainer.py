@@ -56,7 +56,7 @@ class HarnessTrainer:
 
         engine = self.accelerator.deepspeed_engine_wrapped.engine
         step = engine.step
-        # ZeRO-1 and 2 hold zeros for a tensor without a gradient, and a LoRA's A has zeros in the first step rightly: so it is noted who gets one.
+        # ZeRO-1 and 2 hold zeros for a tensor without a gradient, and a LoRA's A rightly has zeros in the first step: so note who gets one.
         reached: set[str] = set()
         trainable = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         notes = [parameter.register_hook(lambda _, name=name: reached.add(name)) for name, parameter in trainable]
@@ -123,6 +123,15 @@ class HarnessTrainer:
 
     def create_model_card(self, *args, **kwargs) -> None:
         """TRL writes one into every checkpoint; an export has its manifest instead."""
+
+
+def padding_share(lengths: list[int], batch_size: int, seed: int = 0) -> float:
+    """Share of tokens that would be padding in random batches of `batch_size` rows, padded to the longest of each."""
+    import random
+
+    order = random.Random(seed).sample(lengths, len(lengths))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
 
 def pad_for_ranks(dataset: "Dataset", multiple: int) -> "Dataset":

@@ -201,3 +201,19 @@ def test_machines_started_with_different_recipes_stop_instead_of_training_a_mixt
     monkeypatch.setattr(distributed, "broadcast_object", lambda _: said[0])
     with pytest.raises(LaunchError, match=r"different settings \(recipe\)"):
         check_one_recipe(mine, smoke=False)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+def test_fsdp2_on_one_gpu_trains_and_its_export_loads(recipe, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+
+    run = tmp_path / "run"
+    done = harness("run", recipe, f"output_dir={run}", "--backend", "fsdp2", "--processes", 1)
+    assert done.code == 0, done.output
+    assert ruled(run) == ("fsdp2", "recipe", 1)
+    trained = metrics(run, "train/loss")
+    assert trained[3] < trained[1]
+    AutoPeftModelForCausalLM.from_pretrained(run / "final")

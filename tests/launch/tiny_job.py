@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 RECIPE = """
 model: {name_or_path: "embedded:tiny-llama", lora: {r: 8, alpha: 16}}
-data: {train: [{path: "embedded:base-train", max_rows: 120}], eval: [{path: "embedded:base-eval", max_rows: 9}], max_length: 256, num_proc: 1}
+data: {train: [{path: "embedded:base-train", max_rows: 120}], eval: [{path: "embedded:base-eval", max_rows: 9}], max_length: 256}
 train: {max_steps: 3, per_device_train_batch_size: 4, global_batch_size: 8, learning_rate: 1.0e-2, logging_steps: 1, eval_steps: 3}
 backend: ddp
 tracking: {mode: disabled}

@@ -14,7 +14,7 @@ from harness.embedded import resolve
 
 RECIPE = """
 model: {{name_or_path: "{base}", lora: {{r: 8, alpha: 16}}}}
-data: {{train: [{{path: "embedded:base-train", max_rows: 40}}], eval: [{{path: "embedded:base-eval", max_rows: 9}}], max_length: 256, num_proc: 1}}
+data: {{train: [{{path: "embedded:base-train", max_rows: 40}}], eval: [{{path: "embedded:base-eval", max_rows: 9}}], max_length: 256}}
 train: {{max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2, logging_steps: 1}}
 tracking: {{mode: disabled}}
 """
@@ -247,3 +247,20 @@ def test_a_run_killed_while_it_exports_leaves_no_final_folder_at_all(train, tmp_
     run, done = train("killed", PYTHONPATH=str(tmp_path))
     assert done.code == 1 and "rank 0" in done.output and "while exporting" in done.output
     assert not (run / "final").exists() and (run / "final.incomplete").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+def test_the_best_model_comes_back_from_a_sharded_checkpoint(train, backend):
+    from safetensors.torch import load_file
+
+    run, done = train(
+        f"best-{backend}",
+        *("train.max_steps=40", "train.learning_rate=0.3", "train.lr_scheduler_type=constant", "train.eval_steps=4"),
+        *("train.metric_for_best_model=eval/loss", "train.early_stopping_patience=3", "--backend", backend, "--processes", 2),
+    )
+    assert done.code == 0, done.output
+    losses = metrics(run, "eval/loss")
+    best = min(losses, key=losses.get)
+    exported, kept = (load_file(run / name / "adapter_model.safetensors") for name in ("final", f"checkpoint-{best}"))
+    assert exported.keys() == kept.keys() and all(torch.equal(exported[name], kept[name]) for name in kept)
