@@ -30,4 +30,5 @@ def _check_options(overrides: tuple[str, ...]) -> None:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and "." not in name and name not in Recipe.model_fields:
             advice = advise_key(name, [*options, "help"], leaf_keys(Recipe))
-            raise RecipeError(f"--{name}: no such option of harness {context.info_name}; {advice} (a recipe's keys are written key.path=value)")
+            verb = context.info_name
+            raise RecipeError(f"--{name}: no such option of harness {verb}; {advice} (a recipe's keys are written key.path=value)")

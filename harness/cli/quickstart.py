@@ -25,9 +25,9 @@ MAX_NEW_TOKENS = 48
 
 
 @click.command("quickstart")
-@click.option("--output-dir", default="runs/quickstart", show_default=True, type=click.Path(path_type=Path), help="Where everything is written.")
+@click.option("--output-dir", default="runs/quickstart", show_default=True, type=click.Path(path_type=Path), help="Where all is written.")
 def command(output_dir: Path):
-    """Train a tiny tool-calling model on this machine, adapt it to new tools, and score it on held-out questions before and after each stage."""
+    """Train a tiny tool-calling model here, adapt it to new tools, and score it on held-out questions before and after each stage."""
     # Before torch starts its threads; harness.cli.run says why.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     begun = time.monotonic()

@@ -41,12 +41,13 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
 
 
 def warnings_about(counts: Counter) -> list[str]:
-    """Lines about gold calls that would teach a mistake; counted, not refused: 3 to 19 % of the calls in public sets break their own schema."""
+    """Lines about gold calls that would teach a mistake; counted, not refused: public sets break 3 to 19 % of their own schemas."""
     lines = []
     if counts["broken_calls"]:
-        kinds = ", ".join(f"{count} {kind.removeprefix('broken/').replace('_', ' ')}" for kind, count in sorted(counts.items()) if "broken/" in kind)
-        share = counts["broken_calls"] / counts["trained_calls"]
-        lines.append(f"warning: {counts['broken_calls']} of {counts['trained_calls']} gold calls ({share:.1%}) break their own tool's schema ({kinds})")
+        broken, calls = counts["broken_calls"], counts["trained_calls"]
+        by_kind = {kind.removeprefix("broken/").replace("_", " "): count for kind, count in sorted(counts.items()) if "broken/" in kind}
+        kinds = ", ".join(f"{count} {kind}" for kind, count in by_kind.items())
+        lines.append(f"warning: {broken} of {calls} gold calls ({broken / calls:.1%}) break their own tool's schema ({kinds})")
     if counts["unparsable_answers"]:
         lines.append(f"warning: {counts['unparsable_answers']} APIBench answers are not valid Python")
     return lines

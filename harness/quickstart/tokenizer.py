@@ -98,8 +98,8 @@ def _tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 def build_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """A Llama of about 120 thousand parameters: 64 wide, 2 layers, tied embeddings.
 
-    Found by trial, not by theory: with weights drawn at 0.1 and a RoPE base of 500 copying appeared within 800 steps on every seed tried; with
-    Llama's own 0.02 and 10,000 it took longer on some.
+    Found by trial, not by theory: with weights drawn at 0.1 and a RoPE base of 500 copying appeared within 800 steps on every seed
+    tried; with Llama's own 0.02 and 10,000 it took longer on some.
     """
     return LlamaConfig(
         vocab_size=len(tokenizer),

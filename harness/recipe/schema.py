@@ -111,7 +111,7 @@ class Data(Section):
     """`assistant`: only what the assistant says is trained. `all`: every token, tool results too."""
     packing: Literal["auto"] | bool = "auto"
     """Several samples in one sequence, kept apart by the attention. `auto`: on a GPU with a kernel for it; elsewhere
-    batches of like length."""
+    not, but rows of like length share a batch where random batches would be more than a fifth padding."""
     on_error: Literal["fail", "skip"] = "fail"
     """A row that cannot be read: stop and name it, or skip it, count it and list it."""
     chat_template: str | None = None
@@ -122,7 +122,7 @@ class Data(Section):
     cache_dir: str | None = None
     """Left out: $HARNESS_CACHE, else ~/.cache/harness."""
     seed: Seed = 42
-    """Of weights, held-out rows and packing; apart from `train.seed`, so that a seed sweep sees the same data."""
+    """Of the draws for source weights, held-out rows and packing; apart from `train.seed`, so that a seed sweep sees the same data."""
 
 
 Optimizer = Literal[

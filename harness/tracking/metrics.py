@@ -147,6 +147,9 @@ def plot_losses(run_folders: Path | str | Iterable[Path | str], path: Path | str
         if steps:
             eval_colour = colour if len(folders) > 1 else "C1"
             axes.plot(steps, losses, color=eval_colour, linestyle="--", marker="o", markersize=4, linewidth=1.2, label=f"{prefix}held out")
+    drawn = [value for line in axes.get_lines() for value in line.get_ydata() if value > 0]
+    if drawn and max(drawn) > 100 * min(drawn):
+        axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="loss", title=Path(folders[0]).resolve().name if len(folders) == 1 else "loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)

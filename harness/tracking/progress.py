@@ -1,7 +1,7 @@
 """ProgressCallback: one line that moves on a terminal, one plain line per log everywhere else.
 
-    step 120/2000  loss 1.234  lr 2.0e-4  grad 0.91  18,204 tok/s  eta 0:12:33
-    step 200/2000  eval loss 1.301  in 4.2 s
+step 120/2000  loss 1.234  lr 2.0e-4  grad 0.91  18,204 tok/s  eta 0:12:33
+step 200/2000  eval loss 1.301  in 4.2 s
 """
 
 import atexit

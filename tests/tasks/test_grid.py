@@ -1,11 +1,12 @@
 """{full, LoRA, QLoRA} x {single, ddp x2, zero1, zero2, zero3}: real ranks on real xLAM rows and a real pretrained model.
 
-Every cell trains at the same global batch (single: 1 rank x accumulation 4, the others: 2 ranks x 2), so all cells of a variant must have the
-same token-weighted losses; what is exported must load with plain transformers and PEFT and have the held-out loss that the run logged.
+Every cell trains at the same global batch (single: 1 rank x accumulation 4, the others: 2 ranks x 2), so all cells of a variant must have
+the same token-weighted losses; what is exported must load with plain transformers and PEFT and have the held-out loss that the run logged.
 """
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +38,8 @@ def cell(tmp_path_factory):
             f"""
 model: {{name_or_path: "{STORIES}"}}
 data: {{train: "{XLAM}", max_length: 512, eval_rows: 21, chat_template: "{MICRO_TEMPLATE}"}}
-train: {{learning_rate: 5e-3, max_steps: {STEPS}, logging_steps: 1, eval_steps: {STEPS}, global_batch_size: 16, per_device_train_batch_size: 4}}
+train: {{learning_rate: 5e-3, max_steps: {STEPS}, logging_steps: 1, eval_steps: {STEPS},
+        global_batch_size: 16, per_device_train_batch_size: 4}}
 tracking: {{mode: disabled}}
 """
         )
@@ -103,7 +105,7 @@ def held_out_loss(model, run):
 
     marker = json.loads(next(run.glob("logs/attempt-1/prepared-*.json")).read_text())
     folder = marker["folder"]
-    files = json.loads(open(f"{folder}/manifest.json").read())["files"]["eval"]
+    files = json.loads(Path(folder, "manifest.json").read_text())["files"]["eval"]
     rows = concatenate_datasets([Dataset.from_file(f"{folder}/{file['name']}") for file in files])
     total, tokens = 0.0, 0
     for row in rows:

@@ -35,7 +35,7 @@ G_JSON = '{"name": "g", "arguments": {"b": "x"}}'
         ("f(a=1)", [F], ""),
         ('f(a=1), g(b="x")', [F, G], ""),
         ("[ns.f(a=-1.5, b=[1, (2, 3)], c={'d': None})]", [ToolCall("ns.f", {"a": -1.5, "b": [1, [2, 3]], "c": {"d": None}})], ""),
-        (f'<think>Perhaps {G_JSON} or <tool_call>{G_JSON}</tool_call>?</think>\n<tool_call>{F_JSON}</tool_call>', [F], ""),
+        (f"<think>Perhaps {G_JSON} or <tool_call>{G_JSON}</tool_call>?</think>\n<tool_call>{F_JSON}</tool_call>", [F], ""),
         (f"so I call f.</think>{F_JSON}", [F], ""),  # the opening tag stood in the prompt
         ('{"name": "f", "arguments": {"a": "</think>"}}', [ToolCall("f", {"a": "</think>"})], ""),
     ],
@@ -108,7 +108,7 @@ def test_what_is_printed_in_a_notation_reads_back():
         if kind == 6:
             return [value(depth + 1) for _ in range(generator.randrange(3))]
         if kind == 7:
-            return {generator.choice("abc\"é {"): value(depth + 1) for _ in range(generator.randrange(3))}
+            return {generator.choice('abc"é {'): value(depth + 1) for _ in range(generator.randrange(3))}
         return [None, True, generator.randrange(-99, 99), generator.random(), "a'\"\\\n</tool", ""][kind]
 
     for _ in range(200):
