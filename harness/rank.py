@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
+    use_one_gpu(os.environ)
     terminal = os.fdopen(os.dup(2), "w")
     elastic = get_error_handler()
     elastic.initialize()
@@ -71,6 +72,13 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code if isinstance(error, HarnessError) else 1
     report.enter("finished")
     return 0
+
+
+def use_one_gpu(environment: dict[str, str]) -> None:
+    """Let a process that no launcher has started see the first GPU alone: with several in sight TRL refuses to train, because transformers
+    would spread each batch over all of them. Before CUDA starts, which reads the variable once."""
+    if int(environment.get("WORLD_SIZE", 1)) == 1 and "LOCAL_RANK" not in environment:
+        environment["CUDA_VISIBLE_DEVICES"] = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def leave_on_sigterm(report: RankReport) -> None:
