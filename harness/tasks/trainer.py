@@ -1,7 +1,7 @@
 """What our trainers do beyond TRL's: a mixin over transformers.Trainer, one method per seam.
 
 get_batch_samples    measures the wait for data
-training_step        counts tokens; checks isolation before the first step and gradients after the first backward
+training_step        counts tokens; checks isolation before the first step, and gradients before the optimiser first uses them
 _get_train_sampler   orders samples by the global batch, so that any number of ranks sees the same batches
 evaluation_loop      a held-out loss that is the mean over tokens, whatever the batches and ranks
 _save                no pickle among the weights
@@ -27,7 +27,7 @@ class HarnessTrainer:
         self._throughput = throughput
         self._checks_isolation = isolates
         self._groups_by_length = group_by_length
-        self._first_step = True
+        self._first_step = self._gradients_unchecked = True
         self._eval_nll: list[torch.Tensor] = []
         self._eval_tokens: list[torch.Tensor] = []
 
@@ -38,16 +38,18 @@ class HarnessTrainer:
 
     def training_step(self, model, inputs, *args, **kwargs):
         self._throughput.count(inputs)
-        if not self._first_step:
-            return super().training_step(model, inputs, *args, **kwargs)
-        self._first_step = False
-        if self._checks_isolation:
-            check_isolation(model, self.model.config.get_text_config().vocab_size, self.args.device)
-        if self.is_deepspeed_enabled:
-            self._check_gradients_before_engine_step()
-            return super().training_step(model, inputs, *args, **kwargs)
+        if self._first_step:
+            self._first_step = False
+            if self._checks_isolation:
+                check_isolation(model, self.model.config.get_text_config().vocab_size, self.args.device)
+            if self.is_deepspeed_enabled:
+                self._gradients_unchecked = False
+                self._check_gradients_before_engine_step()
         loss = super().training_step(model, inputs, *args, **kwargs)
-        check_gradients(self.model, finite=not self.args.fp16)
+        # After the first step's last micro-batch: before it FSDP2 keeps what it accumulates where `.grad` does not show it.
+        if self._gradients_unchecked and self.accelerator.sync_gradients:
+            self._gradients_unchecked = False
+            check_gradients(self.model, finite=not self.args.fp16)
         return loss
 
     def _check_gradients_before_engine_step(self) -> None:

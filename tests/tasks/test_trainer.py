@@ -116,6 +116,23 @@ def test_a_flattened_batch_trains_on_the_loss_of_its_rows_alone(build):
     assert losses[0] == pytest.approx(before, rel=1e-4)
 
 
+def test_gradients_are_checked_once_after_the_last_micro_batch_of_the_first_step(build, monkeypatch):
+    # FSDP2 shows no `.grad` before that one.
+    trainer, _ = build(
+        rows_of([5, 40, 9, 33] * 6),
+        None,
+        "train.eval_steps=null",
+        "data.eval=[]",
+        "train.gradient_accumulation_steps=3",
+        "train.max_steps=2",
+    )
+    seen = []
+    monkeypatch.setattr(trainer._throughput, "count", lambda inputs: seen.append("micro-batch"))
+    monkeypatch.setattr("harness.tasks.trainer.check_gradients", lambda model, **_: seen.append("check"))
+    trainer.train()
+    assert seen == ["micro-batch"] * 3 + ["check"] + ["micro-batch"] * 3
+
+
 # ---- the order of rows
 
 
