@@ -103,8 +103,11 @@ def varlen_attention_forward(
         raise ModelError(
             "varlen attention got a padded batch; it takes flattened batches only (packing or padding-free); use sdpa for padded ones"
         )
-    if softcap is not None or dropout:
-        raise ModelError("varlen attention has neither soft-capping nor dropout; set model.attn_implementation to sdpa or flex_attention")
+    if softcap is not None or dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ModelError(
+            "varlen attention has no soft-capping, dropout, sinks or position bias, and this model wants one of them; "
+            "set model.attn_implementation to flex_attention, sdpa or eager"
+        )
     batch, heads, length, _ = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)

@@ -89,8 +89,9 @@ def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> st
     return "bfloat16" if recipe.model.lora or backend.kind == "deepspeed" else "float32"
 
 
-def quantization_config(recipe: Recipe, dtype: str):
-    """bitsandbytes' config, or None. Stored in the compute type unless the recipe says otherwise: only so do ZeRO-3 and FSDP2 shard."""
+def quantization_config(recipe: Recipe, dtype: str, *, shards: bool = False):
+    """bitsandbytes' config, or None. Unless the recipe says otherwise, weights that are sharded (shards) are stored in the compute type,
+    because ZeRO-3 and FSDP2 shard no other, and the rest as bytes, which nothing that casts a model to another type touches."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -103,7 +104,7 @@ def quantization_config(recipe: Recipe, dtype: str):
         bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute),
-        bnb_4bit_quant_storage=getattr(torch, asked.bnb_4bit_quant_storage or compute),
+        bnb_4bit_quant_storage=getattr(torch, asked.bnb_4bit_quant_storage or (compute if shards else "uint8")),
     )
 
 
@@ -134,7 +135,7 @@ def load_base(recipe: Recipe, source: str, dtype: str, attention: str, backend: 
     import torch
     from transformers import AutoModelForCausalLM
 
-    quantized = quantization_config(recipe, dtype)
+    quantized = quantization_config(recipe, dtype, shards=backend.shards_parameters)
     placed: dict = {}
     if quantized is not None and not backend.shards_parameters:
         # bitsandbytes packs weights where they land; "auto" would spread one rank's model over all cards.
@@ -158,6 +159,12 @@ def load_base(recipe: Recipe, source: str, dtype: str, attention: str, backend: 
         raise ModelError(
             f"model: {source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, …); they would be random; fetch it again"
         )
+    if attention == "varlen" and not model._supports_flash_attn:
+        # For a registered function transformers does not ask; masks of its own kind (chunks, prefixes) would be dropped in silence.
+        raise ModelError(
+            f"model.attn_implementation = varlen; {type(model).__name__} takes no flash kernels in transformers, and its masks would be "
+            "lost; set model.attn_implementation to flex_attention or sdpa"
+        )
     if quantized is not None:
         _keep_4bit_weights_as_they_are(model)
     return model
@@ -172,6 +179,18 @@ def _keep_4bit_weights_as_they_are(model: "PreTrainedModel") -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def check_4bit_survives_the_engine(model: "PreTrainedModel", engine_dtype: str | None) -> None:
+    """Raises ModelError when packed 4-bit weights would be cast as if they were numbers: DeepSpeed and FSDP2 cast every floating-point
+    tensor to `engine_dtype` (None: nothing is cast). On a GPU nothing else would say so."""
+    for name, parameter in model.named_parameters():
+        stored = str(parameter.dtype).removeprefix("torch.")
+        if getattr(parameter, "quant_state", None) is not None and parameter.is_floating_point() and engine_dtype not in (None, stored):
+            raise ModelError(
+                f"model.quantization: {name} is packed into {stored}, and this backend casts what is floating-point to {engine_dtype}, "
+                f"which destroys it; set model.dtype: {engine_dtype} and leave bnb_4bit_quant_storage out"
+            )
 
 
 def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -229,7 +248,7 @@ def attach_adapter(model: "PreTrainedModel", recipe: Recipe, backend: Backend, d
         task_type=TaskType.CAUSAL_LM,
     )
     try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=not backend.shards_parameters)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=backend.zero_stage != 3)
     except ValueError as error:
         leaves = sorted({name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
         raise ModelError(f"model.lora.target_modules: {_first_line(error)}; modules with weights are: {', '.join(leaves)}") from error
@@ -241,7 +260,7 @@ def settle_adapter_dtype(model, backend: Backend, dtype: str) -> None:
     """Give every trainable tensor the adapter's type; TRL casts them to bfloat16 for a 4-bit base, where AdamW would round updates away."""
     import torch
 
-    wanted = getattr(torch, dtype) if backend.shards_parameters else torch.float32
+    wanted = getattr(torch, dtype) if backend.zero_stage == 3 else torch.float32
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)

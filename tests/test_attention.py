@@ -113,7 +113,7 @@ def test_without_boundaries_every_row_is_one_sample_and_float32_comes_back_as_fl
 
 def test_what_the_kernel_cannot_do_is_refused(kernel):
     tensor = torch.zeros(1, 2, 4, 8)
-    for more, says in (({"softcap": 30.0}, "soft-capping"), ({"dropout": 0.1}, "dropout")):
+    for more, says in (({"softcap": 30.0}, "soft-capping"), ({"dropout": 0.1}, "dropout"), ({"s_aux": torch.zeros(2)}, "sinks")):
         with pytest.raises(ModelError, match=says):
             varlen_attention_forward(None, tensor, tensor, tensor, None, **more)
     with pytest.raises(ModelError, match="padded batch"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from harness.attention import register_varlen
 from harness.embedded import resolve
 from harness.errors import ModelError
 from harness.model import (
@@ -15,6 +16,7 @@ from harness.model import (
     adapter_shapes,
     attach_adapter,
     check_4bit_is_sharded,
+    check_4bit_survives_the_engine,
     check_export,
     check_gradients,
     check_vocabulary,
@@ -117,6 +119,16 @@ def test_the_model_stops_where_the_tokenizers_turns_end(base, recipe_of):
     assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
+def test_varlen_is_refused_for_a_model_that_takes_no_flash_kernels(base, recipe_of, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    register_varlen()
+    load_base(recipe_of(base), str(base), "float32", "varlen", SINGLE, CPU)
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_flash_attn", False)
+    with pytest.raises(ModelError, match="LlamaForCausalLM takes no flash kernels.*flex_attention or sdpa"):
+        load_base(recipe_of(base), str(base), "float32", "varlen", SINGLE, CPU)
+
+
 def test_a_base_that_lacks_weights_is_refused_and_not_filled_with_random_ones(base, recipe_of):
     weights = load_file(base / "model.safetensors")
     lost = next(name for name in weights if "q_proj" in name)
@@ -190,11 +202,12 @@ def test_an_adapter_is_float32_again_after_a_library_has_cast_it_except_where_on
     recipe = recipe_of(base, *LORA)
     model = attach_adapter(open_base(recipe, base), recipe, SINGLE, "float32")
     frozen = next(parameter for parameter in model.parameters() if not parameter.requires_grad)
-    for backend, dtype, expected in ((SINGLE, "bfloat16", torch.float32), (ZERO3, "bfloat16", torch.bfloat16)):
+    # FSDP2 has no float32 masters of its own, and wants one type of what trains alone.
+    for backend, expected in ((SINGLE, torch.float32), (load_backend("fsdp2"), torch.float32), (ZERO3, torch.bfloat16)):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)  # as TRL does over a 4-bit base
-        settle_adapter_dtype(model, backend, dtype)
+        settle_adapter_dtype(model, backend, "bfloat16")
         assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {expected}
     assert frozen.dtype == torch.float32
 
@@ -221,6 +234,18 @@ def sharded(local: int, whole: int) -> torch.nn.Module:
     weight.ds_tensor, weight.ds_numel = torch.zeros(local, dtype=torch.bfloat16), whole
     model.weight = weight
     return model
+
+
+def test_packed_weights_that_deepspeed_would_cast_are_refused_and_bytes_are_not_cast(base, recipe_of):
+    qlora = ("model.quantization={}", *LORA)
+    packed_in_float32 = open_base(recipe_of(base, *qlora), base, ZERO3)
+    check_4bit_survives_the_engine(packed_in_float32, None)
+    check_4bit_survives_the_engine(packed_in_float32, "float32")
+    with pytest.raises(ModelError, match="packed into float32.*set model.dtype: bfloat16"):
+        check_4bit_survives_the_engine(packed_in_float32, "bfloat16")
+    model = open_base(recipe_of(base, *qlora), base, load_backend("zero2"))
+    check_4bit_survives_the_engine(model, "bfloat16")
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "q_proj" in name} == {torch.uint8}
 
 
 def test_a_share_of_4bit_weights_is_told_in_bytes_and_a_whole_copy_is_refused():

@@ -31,7 +31,7 @@ class Quantization(Section):
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Matrix products run in this type; `model.dtype` when left out."""
     bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] | None = None
-    """The type that packs the 4-bit weights. Left out: the compute dtype, which ZeRO-3 and FSDP2 need to shard them."""
+    """The type that packs the 4-bit weights. Left out: the compute dtype under ZeRO-3 and FSDP2, which shard no other; else uint8."""
 
 
 class Lora(Section):

@@ -100,6 +100,7 @@ def _train(job: Job) -> None:
     from harness.model import (
         attach_adapter,
         check_4bit_is_sharded,
+        check_4bit_survives_the_engine,
         check_vocabulary,
         choose_dtype,
         describe_parameters,
@@ -115,7 +116,8 @@ def _train(job: Job) -> None:
 
     recipe, backend, world_size = job.recipe, job.backend, distributed.world_size()
     has_gpu = torch.cuda.is_available()
-    bf16_hardware = has_gpu and torch.cuda.is_bf16_supported()
+    # Cards before Ampere emulate it, slowly, and refuse TF32.
+    bf16_hardware = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
     attention = choose_attention(recipe.model.attn_implementation, dtype, has_gpu)
     packing = attention in PACKING_KERNELS if recipe.data.packing == "auto" else recipe.data.packing
@@ -140,6 +142,8 @@ def _train(job: Job) -> None:
         distributed.barrier()
     torch.manual_seed(recipe.train.seed)
     model = load_base(recipe, source, dtype, attention, backend, args.device)
+    if backend.kind in ("deepspeed", "fsdp"):
+        check_4bit_survives_the_engine(model, "bfloat16" if args.bf16 else "float16" if args.fp16 else None)
     check_vocabulary(model, tokenizer)
     follow_tokenizer(model, tokenizer)
     if recipe.model.lora:
