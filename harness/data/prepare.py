@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from harness.data.packing import fill_rate, plan_packs, write_packs
 from harness.data.report import SPLITS, Dropped, PrepareReport, SplitReport
 from harness.data.store import SAMPLE_FEATURES, Prepared, building, is_complete, load_prepared, save_manifest
-from harness.data.templates import Rendered, Renderer, TrainingTemplate
+from harness.data.templates import Rendered, Renderer, TrainingTemplate, check_tokenizer
 from harness.errors import DataError, HarnessError
 
 if TYPE_CHECKING:
@@ -95,11 +95,15 @@ def prepare(
     num_proc: processes that tokenise; by default as many as there are cores and work for them, at most 8.
     skipped: rows that the sources left out; only passed on into the report.
     """
+    check_tokenizer(tokenizer, conversations=False)
     renderer = Renderer(tokenizer, training_template, train_on)
     rules = Rules(max_length, too_long, on_error)
     splits = {"train": train} | ({"eval": eval} if eval else {})
     folder = Path(cache_dir) / _digest(splits, renderer, rules)
     if not is_complete(folder):
+        if train_on == "assistant" and any("messages" in source.row for source in train):
+            # Says where turns end with another token than the one at which generation stops.
+            check_tokenizer(tokenizer, training_template=training_template)
         _tokenise(folder, splits, renderer, rules, num_proc)
     if packing:
         samples, folder = folder, folder.with_name(_hash(folder.name, "packs", max_length, seed))

@@ -85,6 +85,13 @@ def test_the_second_time_nothing_is_tokenised(tmp_path, tokenizer, monkeypatch):
     assert columns(load_prepared(first.folder)) == columns(first)
 
 
+def test_an_end_of_turn_at_which_generation_would_not_stop_is_said_before_training(tmp_path, caplog):
+    prepare(some_rows(3), chat_tokenizer("qwen2_5"), cache_dir=tmp_path / "a", max_length=128)
+    assert not caplog.records
+    prepare(some_rows(3), chat_tokenizer("qwen2_5", eos="<|endoftext|>"), cache_dir=tmp_path / "b", max_length=128)
+    assert "ends an assistant turn with '<|im_end|>', but generation stops at '<|endoftext|>'" in caplog.text
+
+
 def test_whatever_changes_a_token_changes_the_folder(tmp_path):
     def folder(rows=None, template="qwen2_5", eos="<|im_end|>", **more):
         settings = {"max_length": 128, **more}
