@@ -110,7 +110,9 @@ def rank_environment(machines: Machines, attempt: Path | None) -> dict[str, str]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
     environment[ATTEMPT_VARIABLE] = str(attempt or "")
     # Accelerate would give each rank one thread; on a CPU the ranks share the cores.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // machines.processes)))
+    # The cores that this process may use: in a container or a Slurm job they are fewer than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // machines.processes)))
     if not has_nvidia_gpu():
         # OpenMP threads that spin while they wait slow one another down thirtyfold as soon as anything else uses the cores (measured);
         # asleep they cost a quarter at the tiniest sizes and nothing at others.
