@@ -209,14 +209,18 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
             )
 
 
-def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Let the model stop where the tokenizer's turns end: configs and generation config name the same pad and eos."""
+def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", end_of_turn_ids: set[int] = frozenset()) -> list[int]:
+    """Let the model stop where the tokenizer's turns end: configs and generation config name the same pad, eos and end of turn.
+
+    Returns the ids at which the model as it was loaded would not have stopped.
+    """
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    if tokenizer.eos_token_id not in stops:
-        stops.insert(0, tokenizer.eos_token_id)
+    added = [token for token in (tokenizer.eos_token_id, *sorted(end_of_turn_ids)) if token not in stops]
+    stops = list(dict.fromkeys([*added, *stops]))
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    return list(dict.fromkeys(added))
 
 
 # ---- adapter

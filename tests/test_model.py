@@ -456,3 +456,14 @@ def test_a_base_in_4_bits_on_a_gpu_answers_like_the_base_and_trains_its_adapter(
     model = attach_adapter(quantized, recipe, SINGLE, "bfloat16").train()
     model(ids, labels=ids).loss.backward()
     check_gradients(model)
+
+
+def test_a_model_learns_where_turns_end_and_what_it_would_have_missed_is_named():
+    from types import SimpleNamespace
+
+    model = SimpleNamespace(config=SimpleNamespace(pad_token_id=None), generation_config=SimpleNamespace(pad_token_id=None, eos_token_id=2))
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    assert follow_tokenizer(model, tokenizer, {2, 7}) == [7]
+    assert model.generation_config.eos_token_id == [7, 2]
+    assert follow_tokenizer(model, tokenizer, {2, 7}) == []
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == 0

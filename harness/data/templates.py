@@ -77,6 +77,11 @@ def render(tokenizer: PreTrainedTokenizerBase, row: dict, *, training_template: 
     return Renderer(tokenizer, training_template=training_template).render(row, location)
 
 
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that end an assistant's turn in the tokenizer's own template; none without a template."""
+    return Renderer(tokenizer).end_of_turn_ids() if tokenizer.chat_template else set()
+
+
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -97,6 +97,7 @@ def _train(job: Job) -> None:
     from transformers import PrinterCallback
 
     from harness.attention import PACKING_KERNELS, choose_attention
+    from harness.data.templates import end_of_turn_ids
     from harness.model import (
         attach_adapter,
         check_4bit_is_sharded,
@@ -145,7 +146,13 @@ def _train(job: Job) -> None:
     if backend.kind in ("deepspeed", "fsdp"):
         check_4bit_survives_the_engine(model, "bfloat16" if args.bf16 else "float16" if args.fp16 else None)
     check_vocabulary(model, tokenizer)
-    follow_tokenizer(model, tokenizer)
+    missed = follow_tokenizer(model, tokenizer, end_of_turn_ids(tokenizer))
+    if missed and recipe.model.lora and distributed.is_main():
+        # An adapter is saved without a generation config: whoever loads it generates by the base's.
+        words = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missed)))
+        say(
+            f"warning: the base's generation_config does not stop at {words}, which ends a turn here; pass eos_token_id={missed} to generate()"
+        )
     if recipe.model.lora:
         torch.manual_seed(recipe.train.seed)
         model = attach_adapter(model, recipe, backend, dtype)
