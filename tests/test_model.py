@@ -12,24 +12,19 @@ from harness.attention import register_varlen
 from harness.embedded import resolve
 from harness.errors import ModelError
 from harness.model import (
-    MANIFEST,
-    adapter_shapes,
     attach_adapter,
     check_4bit_is_sharded,
     check_4bit_survives_the_engine,
-    check_export,
     check_gradients,
     check_vocabulary,
     choose_dtype,
-    compare_logits,
-    digest_file,
     draw_weights,
     follow_tokenizer,
     load_base,
     load_tokenizer,
     settle_adapter_dtype,
-    verify_export,
 )
+from harness.model.export import MANIFEST, adapter_shapes, check_export, compare_logits, digest_file, verify_export
 from harness.recipe import load
 from harness.recipe.backend import load_backend
 
@@ -416,7 +411,7 @@ def test_the_difference_of_logits_is_what_it_is_by_hand():
 def test_a_merged_model_is_the_base_plus_the_scaled_product_of_the_adapters_halves(base, recipe_of, exported, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from harness.model import merge_adapter
+    from harness.model.export import merge_adapter
 
     folder, _ = exported
     rows = [[5, 9, 2, 40, 7, 33], [8, 8, 1]]

@@ -26,7 +26,7 @@ def command(run: Path, merge: bool, force: bool):
     folder = RunDir(run.expanduser().resolve())
     folder.read_manifest()
     quieten()
-    from harness.model import verify_export
+    from harness.model.export import verify_export
 
     manifest = verify_export(folder.final)
     click.echo(f"{folder.final}: {len(manifest['files'])} files, all as they were exported at step {manifest['step']}")
@@ -54,7 +54,8 @@ def merge_run(folder: RunDir, manifest: dict) -> tuple[dict, int]:
     Returns them and the number of tokens that they were measured on.
     """
     from harness.embedded import resolve
-    from harness.model import MANIFEST, check_export, digest_base, load_tokenizer, merge_adapter
+    from harness.model import load_tokenizer
+    from harness.model.export import MANIFEST, check_export, digest_base, merge_adapter
 
     base = resolve(manifest["base"])
     if manifest["base_digest"] and digest_base(base) != manifest["base_digest"]:

@@ -74,7 +74,7 @@ def score(folder: Path, questions: str) -> dict:
     """The metrics of a model or adapter on held-out questions, by greedy decoding and the one scorer."""
     quieten()
     from harness.evaluate.calls import evaluate_calls
-    from harness.model import load_for_inference
+    from harness.model.export import load_for_inference
 
     model, tokenizer = load_for_inference(folder)
     metrics, answers = evaluate_calls(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, batch_size=128)

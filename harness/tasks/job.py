@@ -5,7 +5,6 @@
 
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 
@@ -16,7 +15,8 @@ from harness.launcher import RuledBackend, check_world, rule_backend
 from harness.logs import open_log
 from harness.operators import announce_compiling
 from harness.recipe import Recipe, recipe_digest
-from harness.run import RankReport, RunDir, rank_reports, replace_folder, write_text_atomically
+from harness.recipe.backend import Backend
+from harness.run import RankReport, RunDir, rank_reports, write_text_atomically
 
 PREPARED_POLL_S = 0.5
 WORTH_GROUPING = 0.2
@@ -93,87 +93,31 @@ def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
 
 
 def _train(job: Job) -> None:
-    import torch
-    from transformers import PrinterCallback
-
-    from harness.attention import PACKING_KERNELS, choose_attention
-    from harness.data.templates import end_of_turn_ids
-    from harness.model import (
-        attach_adapter,
-        check_4bit_is_sharded,
-        check_4bit_survives_the_engine,
-        check_vocabulary,
-        choose_dtype,
-        describe_parameters,
-        draw_weights,
-        follow_tokenizer,
-        load_base,
-        load_tokenizer,
-        settle_adapter_dtype,
-    )
+    from harness.model import load_tokenizer
     from harness.tasks import sft
     from harness.tasks.arguments import eval_strategy, training_arguments
-    from harness.tasks.trainer import pad_for_ranks, padding_share
+    from harness.tasks.export import export
 
     recipe, backend, world_size = job.recipe, job.backend, distributed.world_size()
-    has_gpu = torch.cuda.is_available()
-    # Cards before Ampere emulate it, slowly, and refuse TF32.
-    bf16_hardware = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
-    attention = choose_attention(recipe.model.attn_implementation, dtype, has_gpu)
-    packing = attention in PACKING_KERNELS if recipe.data.packing == "auto" else recipe.data.packing
-    flattens = packing or attention == "varlen"
+    settled = settle(recipe, backend)
 
     job.report.enter("loading data")
     tokenizer = load_tokenizer(recipe)
-    prepared = load_data(job, tokenizer, packing)
+    prepared = load_data(job, tokenizer, settled.packing)
     train_rows, eval_rows = prepared.train, prepared.eval if eval_strategy(recipe) != "no" else None
     if job.smoke:
         recipe, train_rows, eval_rows = _smoke(recipe, train_rows, world_size)
 
     # Before the model: under ZeRO-3 these make `from_pretrained` read weights straight into shards.
-    arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=has_gpu, bf16_hardware=bf16_hardware)
-    args = sft.build_arguments(recipe, arguments, flattens=flattens)
+    arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=settled.has_gpu, bf16_hardware=settled.bf16_hardware)
+    args = sft.build_arguments(recipe, arguments, flattens=settled.flattens)
 
     job.report.enter("loading model")
-    source = str(job.run.init) if recipe.model.init else resolve(recipe.model.name_or_path)
-    if recipe.model.init:
-        if distributed.is_main():
-            _without_zero_init(draw_weights, recipe, job.run.init)
-        distributed.barrier()
-    torch.manual_seed(recipe.train.seed)
-    model = load_base(recipe, source, dtype, attention, backend, args.device)
-    if backend.kind in ("deepspeed", "fsdp"):
-        check_4bit_survives_the_engine(model, "bfloat16" if args.bf16 else "float16" if args.fp16 else None)
-    check_vocabulary(model, tokenizer)
-    missed = follow_tokenizer(model, tokenizer, end_of_turn_ids(tokenizer))
-    if missed and recipe.model.lora and distributed.is_main():
-        # An adapter is saved without a generation config: whoever loads it generates by the base's.
-        words = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missed)))
-        say(
-            f"warning: the base's generation_config does not stop at {words}, which ends a turn here; pass eos_token_id={missed} to generate()"
-        )
-    if recipe.model.lora:
-        torch.manual_seed(recipe.train.seed)
-        model = attach_adapter(model, recipe, backend, dtype)
+    source = base_source(job)
+    model = load_model(recipe, backend, settled, source, tokenizer, args)
 
     job.report.enter("building trainer")
-    if eval_rows is not None:
-        eval_rows = pad_for_ranks(eval_rows, args.per_device_eval_batch_size * world_size)
-    callbacks, tracking, throughput = build_callbacks(job, model, args, len(train_rows))
-    trainer = sft.build_trainer(args, model, tokenizer, train_rows, eval_rows, callbacks)
-    trainer.remove_callback(PrinterCallback)
-    groups = not flattens and padding_share(row_lengths(train_rows), args.per_device_train_batch_size) > WORTH_GROUPING
-    trainer.configure(throughput=throughput, isolates=flattens, group_by_length=groups)
-    if recipe.model.lora:
-        settle_adapter_dtype(model, backend, dtype)
-    if distributed.is_main():
-        say(
-            f"{describe_parameters(model)}; {attention} attention, {dtype} weights, "
-            + ("packed" if packing else "flattened" if flattens else "batches of like length" if groups else "batches in random order")
-        )
-    if recipe.model.quantization and backend.shards_parameters:
-        trainer.add_callback(_on_train_begin(lambda: check_4bit_is_sharded(model, world_size)))
+    trainer, tracking = build_trainer(job, settled, args, model, tokenizer, train_rows, eval_rows)
 
     exit_code = 1
     try:
@@ -183,10 +127,41 @@ def _train(job: Job) -> None:
         if job.smoke:
             report_smoke(train_rows)
         else:
-            export(job, trainer, prepared.digest, source, dtype, tracking)
+            export(job, trainer, prepared.digest, source, settled.dtype, tracking)
         exit_code = 0
     finally:
         tracking.finish(exit_code)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the recipe leaves to the machine, decided."""
+
+    has_gpu: bool
+    bf16_hardware: bool
+    dtype: str
+    attention: str
+    packing: bool
+
+    @property
+    def flattens(self) -> bool:
+        """Batches are one row of several samples, without padding."""
+        return self.packing or self.attention == "varlen"
+
+
+def settle(recipe: Recipe, backend: Backend) -> Settled:
+    import torch
+
+    from harness.attention import PACKING_KERNELS, choose_attention
+    from harness.model import choose_dtype
+
+    has_gpu = torch.cuda.is_available()
+    # Cards before Ampere emulate it, slowly, and refuse TF32.
+    bf16_hardware = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
+    attention = choose_attention(recipe.model.attn_implementation, dtype, has_gpu)
+    packing = attention in PACKING_KERNELS if recipe.data.packing == "auto" else recipe.data.packing
+    return Settled(has_gpu, bf16_hardware, dtype, attention, packing)
 
 
 # ---- data
@@ -254,10 +229,74 @@ def report_smoke(rows) -> None:
         say(f"smoke: 2 steps on the {len(rows)} longest rows (longest {longest} tokens); {kind} of the fullest rank: {memory}")
 
 
+# ---- model
+
+
+def base_source(job: Job) -> str:
+    """Where the base lies; for `model.init` the weights that rank 0 has drawn into the run folder."""
+    from harness.model import draw_weights
+
+    if not job.recipe.model.init:
+        return resolve(job.recipe.model.name_or_path)
+    if distributed.is_main():
+        _without_zero_init(draw_weights, job.recipe, job.run.init)
+    distributed.barrier()
+    return str(job.run.init)
+
+
+def load_model(recipe: Recipe, backend: Backend, settled: Settled, source: str, tokenizer, args):
+    """The base, checked against its tokenizer, with the adapter on it if the recipe has one."""
+    import torch
+
+    from harness import model as models
+    from harness.data.templates import end_of_turn_ids
+
+    torch.manual_seed(recipe.train.seed)
+    model = models.load_base(recipe, source, settled.dtype, settled.attention, backend, args.device)
+    if backend.kind in ("deepspeed", "fsdp"):
+        models.check_4bit_survives_the_engine(model, "bfloat16" if args.bf16 else "float16" if args.fp16 else None)
+    models.check_vocabulary(model, tokenizer)
+    missed = models.follow_tokenizer(model, tokenizer, end_of_turn_ids(tokenizer))
+    if not recipe.model.lora:
+        return model
+    if missed and distributed.is_main():
+        # An adapter is saved without a generation config: whoever loads it generates by the base's.
+        words = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(missed)))
+        say(f"warning: the base's generation_config does not stop at {words}, which ends a turn; pass eos_token_id={missed} to generate()")
+    torch.manual_seed(recipe.train.seed)
+    return models.attach_adapter(model, recipe, backend, settled.dtype)
+
+
 # ---- trainer
 
 
-def build_callbacks(job: Job, model, args, rows: int):
+def build_trainer(job: Job, settled: Settled, args, model, tokenizer, train_rows, eval_rows):
+    """(trainer, tracking), and a line that says what is about to be trained and how."""
+    from transformers import PrinterCallback
+
+    from harness.model import check_4bit_is_sharded, describe_parameters, settle_adapter_dtype
+    from harness.tasks import sft
+    from harness.tasks.trainer import pad_for_ranks, padding_share
+
+    world_size, quantization = distributed.world_size(), job.recipe.model.quantization
+    if eval_rows is not None:
+        eval_rows = pad_for_ranks(eval_rows, args.per_device_eval_batch_size * world_size)
+    callbacks, tracking, throughput = build_callbacks(job, model)
+    trainer = sft.build_trainer(args, model, tokenizer, train_rows, eval_rows, callbacks)
+    trainer.remove_callback(PrinterCallback)
+    groups = not settled.flattens and padding_share(row_lengths(train_rows), args.per_device_train_batch_size) > WORTH_GROUPING
+    trainer.configure(throughput=throughput, isolates=settled.flattens, group_by_length=groups)
+    if job.recipe.model.lora:
+        settle_adapter_dtype(model, job.backend, settled.dtype)
+    if distributed.is_main():
+        batches = "packed" if settled.packing else "flattened" if settled.flattens else "of like length" if groups else "in random order"
+        say(f"{describe_parameters(model)}; {settled.attention} attention, {settled.dtype} weights, batches {batches}")
+    if quantization and job.backend.shards_parameters:
+        trainer.add_callback(_on_train_begin(lambda: check_4bit_is_sharded(model, world_size)))
+    return trainer, tracking
+
+
+def build_callbacks(job: Job, model):
     """(callbacks, tracking, throughput); tracking last, so that it records what the others add to a log line."""
     from transformers import EarlyStoppingCallback
 
@@ -315,57 +354,6 @@ def _without_zero_init(function, *arguments) -> None:
         function(*arguments)
     finally:
         set_hf_deepspeed_config(config)
-
-
-# ---- export
-
-
-def export(job: Job, trainer, data_digest: str, source: str, dtype: str, tracking) -> None:
-    """final/: gathered by all ranks, written beside its place, reopened and compared, and only then renamed to `final`."""
-    from harness.model import MANIFEST, adapter_shapes, check_export, digest_base
-
-    staging = job.run.path / "final.incomplete"
-    if distributed.is_main():
-        shutil.rmtree(staging, ignore_errors=True)
-    distributed.barrier()
-    # A collective under ZeRO and FSDP: every rank calls it, rank 0 writes.
-    trainer.save_model(str(staging))
-    if not distributed.is_main():
-        distributed.barrier()
-        return
-    adapter = bool(job.recipe.model.lora)
-    expected, tied = (adapter_shapes(trainer.model), frozenset()) if adapter else _expected_shapes(trainer.model)
-    files = check_export(staging, expected, tied=tied, adapter=adapter, moved=trainer.state.global_step > 0)
-    base, state, args = job.recipe.model.name_or_path or job.recipe.model.init, trainer.state, trainer.args
-    manifest = {
-        "task": job.recipe.task,
-        "base": base,
-        "base_revision": job.recipe.model.revision,
-        "base_digest": digest_base(source),
-        "adapter": adapter,
-        "data": data_digest,
-        "recipe_digest": recipe_digest(job.recipe),
-        "dtype": dtype,
-        # Of the weights that are exported: the best model's, where there is one.
-        "step": state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else state.global_step,
-        "best_metric": state.best_metric,
-        "files": files,
-    }
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    replace_folder(staging, job.run.final)
-    lineage = {key: manifest[key] for key in ("base", "base_revision", "base_digest", "data", "recipe_digest", "step")}
-    tracking.log_artifact(job.run.final, lineage)
-    say(f"exported {len(files)} files to {job.run.final} (reopened and verified)")
-    distributed.barrier()
-
-
-def _expected_shapes(model) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-    """Tensor name -> whole shape of what a full export must hold, and the names that are tied to another tensor."""
-    tied = frozenset(model.all_tied_weights_keys)
-    saved = model.state_dict().keys()
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
-    whole = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors if name in saved and name not in tied}
-    return whole, tied
 
 
 def say(text: str) -> None:

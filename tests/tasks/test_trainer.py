@@ -188,3 +188,14 @@ def test_what_is_saved_holds_no_pickle(build, tmp_path):
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert "model.safetensors" in names and not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_rows_of_like_length_are_grouped_only_where_random_batches_are_mostly_padding():
+    from harness.tasks.job import WORTH_GROUPING
+    from harness.tasks.trainer import padding_share
+
+    assert padding_share([100] * 64, 8) == 0
+    # By hand: one batch of 10 and 30 is padded to 60 tokens, of which 40 are real.
+    assert padding_share([10, 30], 2) == pytest.approx(1 / 3)
+    alike, mixed = [95 + i % 20 for i in range(640)], [30 + 2000 * (i % 10 == 0) for i in range(640)]
+    assert padding_share(alike, 64) < WORTH_GROUPING < padding_share(mixed, 64)
