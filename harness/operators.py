@@ -6,6 +6,10 @@ On a CPU they are the gathers through shared memory (any ZeRO stage) and CPUAdam
 import os
 import sys
 import time
+from pathlib import Path
+
+LOADING_S, COMPILING_S = 60, 600
+"""How long a process may hold an operator's lock: to load what is compiled (about a second), and to compile it."""
 
 
 def needed_operators() -> list[str]:
@@ -17,12 +21,13 @@ def needed_operators() -> list[str]:
 
 def is_compiled(name: str) -> bool:
     """Whether the operator's library lies in torch's cache of extensions already."""
-    from pathlib import Path
+    return (_build_folder(name) / f"{_builder(name).name}.so").is_file()
 
+
+def _build_folder(name: str) -> Path:
     from torch.utils.cpp_extension import _get_build_directory
 
-    module = _builder(name).name
-    return (Path(_get_build_directory(module, verbose=False)) / f"{module}.so").is_file()
+    return Path(_get_build_directory(_builder(name).name, verbose=False))
 
 
 def _builder(name: str):
@@ -39,11 +44,36 @@ def announce_compiling(*, offloads: bool, say=print) -> None:
         say(f"DeepSpeed compiles {' and '.join(missing)} now, once per machine: about a minute each")
 
 
+def release_abandoned_locks(*, offloads: bool, say=print, poll_s: float = 0.5) -> None:
+    """Remove the lock of a process that was killed while it loaded or compiled an operator: torch would wait for it for ever, in silence.
+
+    The lock does not say whose it is, so its age decides; a younger one is waited for.
+    """
+    for name in needed_operators():
+        if name == "CPUAdamBuilder" and not offloads:
+            continue
+        lock = _build_folder(name) / "lock"
+        while (made := _modified(lock)) is not None:
+            if time.time() - made > (LOADING_S if is_compiled(name) else COMPILING_S):
+                say(f"removed {lock}, which a process that was killed has left")
+                lock.unlink(missing_ok=True)
+            else:
+                time.sleep(poll_s)
+
+
+def _modified(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
 def main() -> int:
     import torch
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    release_abandoned_locks(offloads=True)
     for name in needed_operators():
         if is_compiled(name):
             continue

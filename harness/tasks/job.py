@@ -13,7 +13,7 @@ from harness.embedded import resolve
 from harness.errors import LaunchError
 from harness.launcher import RuledBackend, check_world, rule_backend
 from harness.logs import open_log
-from harness.operators import announce_compiling
+from harness.operators import announce_compiling, release_abandoned_locks
 from harness.recipe import Recipe, recipe_digest
 from harness.recipe.backend import Backend
 from harness.run import RankReport, RunDir, rank_reports, write_text_atomically
@@ -56,6 +56,8 @@ def join(recipe: Recipe, report: RankReport, *, smoke: bool, fresh: bool) -> Job
     ruled = rule_backend(recipe, os.environ, has_gpu=has_gpu)
     if has_gpu:
         torch.cuda.set_device(distributed.local_rank())
+    if ruled.backend.kind == "deepspeed" and distributed.local_rank() == 0:
+        release_abandoned_locks(offloads=ruled.backend.offloads, say=say)
     if ruled.backend.kind == "deepspeed" and distributed.is_main():
         announce_compiling(offloads=ruled.backend.offloads, say=say)
     distributed.start(recipe.train.ddp_timeout, group_of_one=ruled.backend.kind == "deepspeed")
