@@ -1,0 +1,21 @@
+import json
+
+import pytest
+from conftest import harness
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_its_tools_and_adapts_to_new_ones_and_writes_what_it_measured(tmp_path):
+    done = harness("quickstart", "--output-dir", tmp_path / "runs", timeout_s=590)
+    assert done.code == 0, done.output
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert [stage["name"] for stage in results["stages"]] == ["base", "adapt"]
+    for stage in results["stages"]:
+        assert stage["before"]["exact_match"] < 0.1
+        assert stage["after"]["exact_match"] >= 0.9
+        assert stage["after"]["valid_schema"] >= 0.95
+        assert stage["after"]["right_abstention"] >= 0.9
+        # The table on the screen shows the file's numbers.
+        assert f"{stage['before']['exact_match']:.1%} → {stage['after']['exact_match']:.1%}" in done.output
+    assert (tmp_path / "runs" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert results["seconds"] < 480
