@@ -18,7 +18,7 @@ PACKING_KERNELS = ("varlen", "flash_attention_2", "flash_attention_3", "flex_att
 def choose_attention(asked: str, dtype: str, has_gpu: bool) -> str:
     """The attention that will run: what was asked for, or for `auto` the fastest that this machine has and that isolates samples.
 
-    Raises ModelError when the one asked for cannot run here.
+    dtype: in which the products are computed, the autocast's where there is one. Raises ModelError when the one asked for cannot run here.
     """
     half = dtype in ("bfloat16", "float16")
     if asked == "auto":
@@ -28,7 +28,8 @@ def choose_attention(asked: str, dtype: str, has_gpu: bool) -> str:
             return register_varlen()
         if half and _has_flash(2):
             return "flash_attention_2"
-        return "flex_attention"
+        # Flex compiles its kernels for Ampere and newer; in float32, or on an older card, nothing packs well.
+        return "flex_attention" if half and _is_ampere() else "sdpa"
     if asked == "varlen":
         if not has_gpu or not _has_varlen():
             raise ModelError(
@@ -36,7 +37,7 @@ def choose_attention(asked: str, dtype: str, has_gpu: bool) -> str:
             )
         if not half:
             raise ModelError(
-                f"model.attn_implementation = varlen; its kernels are half precision and model.dtype is {dtype}; use bfloat16, or sdpa"
+                f"model.attn_implementation = varlen; its kernels are half precision and this run is in {dtype}; set train.bf16, or sdpa"
             )
         return register_varlen()
     if asked == "flex_attention" and not has_gpu:
@@ -49,10 +50,16 @@ def choose_attention(asked: str, dtype: str, has_gpu: bool) -> str:
     return asked
 
 
+def _is_ampere() -> bool:
+    import torch
+
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
 def _has_varlen() -> bool:
     import torch
 
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
+    if not torch.cuda.is_available() or not _is_ampere():
         return False
     try:
         import torch.nn.attention.varlen  # noqa: F401
@@ -115,7 +122,8 @@ def varlen_attention_forward(
     flat = [tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], tensor.shape[3]) for tensor in (query, key, value)]
     if flat[0].dtype == torch.float32:
         # A float32 norm or adapter upstream; the kernels are half precision.
-        flat = [tensor.to(torch.bfloat16) for tensor in flat]
+        half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.bfloat16
+        flat = [tensor.to(half) for tensor in flat]
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     mixed = varlen_attn(
         *flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, enable_gqa=heads != key.shape[1]

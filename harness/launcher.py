@@ -134,12 +134,17 @@ def rule_backend(recipe: Recipe, environment: dict[str, str], *, has_gpu: bool) 
         check_world(recipe, backend, world_size)
         environment.update(accelerate_environment(backend, world_size))
         ruled = RuledBackend(backend, "recipe")
-    if ruled.backend.kind == "fsdp" and not has_gpu:
-        raise LaunchError(
-            f"backend {ruled.backend.name}: this machine has no GPU, and Accelerate 1.15 drops FSDP on a CPU without a word, so nothing "
-            "would be sharded; use zero3, which shards on CPU too"
-        )
+    check_device(ruled.backend, has_gpu=has_gpu)
     return ruled
+
+
+def check_device(backend: Backend, *, has_gpu: bool) -> None:
+    """Raises LaunchError when the backend cannot shard on this machine."""
+    if backend.kind == "fsdp" and not has_gpu:
+        raise LaunchError(
+            f"backend {backend.name}: this machine has no GPU, and Accelerate 1.15 drops FSDP on a CPU without a word, so nothing would be "
+            "sharded; use zero3, which shards on CPU too"
+        )
 
 
 def _check_switches(recipe: Recipe, environment: dict[str, str], by_accelerate: bool) -> None:

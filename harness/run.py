@@ -55,9 +55,12 @@ class RunDir:
 
     @classmethod
     def create(cls, recipe: Recipe, *, fresh: bool = False) -> "RunDir":
-        """Make the folder and write the resolved recipe. Raises LaunchError when a run lies there already; `fresh` deletes that first."""
+        """Make the folder and write the resolved recipe. Raises LaunchError when a run lies there already; `fresh` deletes that first.
+
+        A folder in which nothing was trained yet, because it failed before, is used again.
+        """
         run = cls.of(recipe)
-        if run.recipe.is_file() and not fresh:
+        if run.recipe.is_file() and not fresh and run.holds_training():
             raise LaunchError(
                 f"{run.path}: already holds a run; choose another folder (output_dir=...) or begin again with --fresh, which deletes it"
             )
@@ -70,6 +73,9 @@ class RunDir:
         run.path.mkdir(parents=True, exist_ok=True)
         write_text_atomically(run.recipe, render_recipe(recipe))
         return run
+
+    def holds_training(self) -> bool:
+        return self.metrics.is_file() or self.final.is_dir() or any(self.path.glob("checkpoint-*"))
 
     def attempts(self) -> list[int]:
         folders = self.path.glob("logs/attempt-*")

@@ -21,7 +21,7 @@ CHOICES = [
     (("auto", "bfloat16", True, True, True), "varlen"),
     (("auto", "bfloat16", True, False, True), "flash_attention_2"),
     (("auto", "bfloat16", True, False, False), "flex_attention"),
-    (("auto", "float32", True, True, True), "flex_attention"),
+    (("auto", "float32", True, True, True), "sdpa"),
     (("auto", "float32", False, False, False), "sdpa"),
     (("auto", "bfloat16", False, True, True), "sdpa"),
     (("sdpa", "float32", True, True, True), "sdpa"),
@@ -39,6 +39,7 @@ CHOICES = [
 @pytest.mark.parametrize(("here", "expected"), CHOICES)
 def test_attention_is_the_fastest_that_isolates_or_the_one_asked_for_or_refused(here, expected, monkeypatch):
     asked, dtype, has_gpu, varlen, flash = here
+    monkeypatch.setattr(attention, "_is_ampere", lambda: True)
     monkeypatch.setattr(attention, "_has_varlen", lambda: varlen)
     monkeypatch.setattr(attention, "_has_flash", lambda version: flash)
     if " " in expected:

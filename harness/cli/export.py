@@ -63,6 +63,7 @@ def merge_run(folder: RunDir, manifest: dict) -> tuple[dict, int]:
             f"{base}: is not the base that the adapter was trained on (its digest differs); restore that one, or merging spoils the adapter"
         )
     recipe = load(folder.recipe)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": manifest["base_revision"]})})
     staging = folder.path / "merged.incomplete"
     shutil.rmtree(staging, ignore_errors=True)
     rows = rows_to_compare(folder)

@@ -13,7 +13,7 @@ import click
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
 from harness.errors import HarnessError
 from harness.failures import count_oom_kills, explain_failure
-from harness.launcher import Machines, plan_launch
+from harness.launcher import Machines, check_device, plan_launch
 from harness.logs import quieten
 from harness.recipe import Recipe, render_recipe
 from harness.recipe.backend import load_backend
@@ -57,15 +57,17 @@ def run_recipe(recipe: Recipe, machines: Machines, *, smoke: bool = False, fresh
     """Make the run folder, prepare the data, start the ranks, wait. Returns the exit code, after saying why it is not 0."""
     run, attempt = RunDir.of(recipe), None
     # Refused before anything is made or deleted.
+    # Whatever can be wrong is found before a folder is made or a GPU taken.
     plan_launch(recipe, machines, [])
+    check_device(load_backend(recipe.backend), has_gpu=has_nvidia_gpu())
+    if machines.processes > 1 or has_nvidia_gpu():
+        prepare(recipe)
     if machines.index == 0:
         run = RunDir.create(recipe, fresh=fresh)
         attempt = run.open_attempt()
     with rank_recipe(recipe, run, machines) as file:
         argv = plan_launch(recipe, machines, ["--recipe", str(file), *(["--smoke"] if smoke else [])])
         environment = rank_environment(machines, attempt)
-        if machines.processes > 1:
-            prepare(recipe)
         click.echo(f"run folder: {run.path}")
         click.echo(f"$ {shlex.join(argv)}")
         kills = count_oom_kills()
@@ -94,14 +96,16 @@ def rank_recipe(recipe: Recipe, run: RunDir, machines: Machines) -> Iterator[Pat
 
 
 def prepare(recipe: Recipe) -> None:
-    """Tokenise before any rank starts, so that no GPU waits for it."""
+    """Tokenise before any rank starts, so that no GPU waits for it, and say what became of the rows."""
     quieten()
     from harness.data import prepare_recipe
+    from harness.data.report import render_report
     from harness.model import load_tokenizer
     from harness.tasks.templates import training_template
 
     prepared = prepare_recipe(recipe, load_tokenizer(recipe), packing=recipe.data.packing is True, training_template=training_template)
-    click.echo(f"data: {len(prepared.train):,} rows prepared in {prepared.folder}")
+    click.echo(render_report(prepared.report))
+    click.echo(f"prepared in {prepared.folder}")
 
 
 def rank_environment(machines: Machines, attempt: Path | None) -> dict[str, str]:

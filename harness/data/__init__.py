@@ -1,8 +1,10 @@
 """Data: files in several layouts -> canonical rows -> a tokenised, masked, content-addressed data set that ranks map into memory."""
 
 from collections import Counter
+from pathlib import Path
 
 from harness.resources import cache_root
+from harness.run import write_text_atomically
 
 
 def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, say=print):
@@ -23,7 +25,7 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     skipped = Dropped()
     for part in (*loaded, *held_out):
         skipped.add(len(part.skipped), [f"{row.location}: {row.reason}" for row in part.skipped])
-    return prepare(
+    prepared = prepare(
         mixture.train,
         tokenizer,
         cache_dir=cache_root(data.cache_dir) / "data",
@@ -38,6 +40,16 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
         training_template=training_template,
         skipped=skipped,
     )
+    if skipped.rows:
+        say(f"warning: {skipped.rows:,} rows were skipped; each with its reason: {list_skipped((*loaded, *held_out), prepared.folder)}")
+    return prepared
+
+
+def list_skipped(parts, folder: Path) -> Path:
+    """Write every skipped row, `location: reason`, beside the prepared data."""
+    path = folder.with_name(f"{folder.name}.skipped.txt")
+    write_text_atomically(path, "".join(f"{row.location}: {row.reason}\n" for part in parts for row in part.skipped))
+    return path
 
 
 def warnings_about(counts: Counter) -> list[str]:

@@ -79,6 +79,8 @@ def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> st
     """
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
+    if recipe.train.fp16 and recipe.model.lora:
+        return "float16"
     if not bf16_hardware or recipe.train.fp16:
         return "float32"
     return "bfloat16" if recipe.model.lora or backend.kind == "deepspeed" else "float32"

@@ -215,6 +215,11 @@ def _sharded_4bit_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
             f"model.quantization.bnb_4bit_quant_storage = {storage}; backend {backend.name} shards only weights of one type, and the "
             f"compute dtype is {compute}; leave it out"
         )
+    if recipe.train.bf16 is True and model.dtype == "float32":
+        yield (
+            f"model.dtype = float32; backend {backend.name} casts what it shards to bfloat16 (train.bf16), which would destroy weights "
+            "that are packed into float32; make it bfloat16"
+        )
     if compute and model.dtype not in ("auto", compute):
         yield (
             f"model.quantization.bnb_4bit_compute_dtype = {compute}; backend {backend.name} needs it equal to model.dtype = {model.dtype}; "

@@ -27,7 +27,7 @@ def training_arguments(recipe: Recipe, backend: Backend, output_dir: Path, world
         # transformers reads a number below 1 as a share of all steps.
         "warmup_steps": train.warmup_ratio or train.warmup_steps or 0,
         "lr_scheduler_kwargs": {key: value for key, value in train.lr_scheduler_kwargs if value is not None},
-        "bf16": bf16_hardware and not train.fp16 and recipe.model.dtype != "float32" if train.bf16 == "auto" else train.bf16,
+        "bf16": autocasts_bf16(recipe, bf16_hardware),
         "tf32": (True if has_gpu and bf16_hardware else None) if train.tf32 == "auto" else train.tf32,
         "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant(recipe, backend)} if train.gradient_checkpointing else None,
         "use_cpu": not has_gpu,
@@ -46,6 +46,12 @@ def training_arguments(recipe: Recipe, backend: Backend, output_dir: Path, world
         "dataloader_persistent_workers": train.dataloader_num_workers > 0,
     }
     return arguments | {"eval_strategy": eval_strategy(recipe)} | _saving(recipe)
+
+
+def autocasts_bf16(recipe: Recipe, bf16_hardware: bool) -> bool:
+    if recipe.train.bf16 != "auto":
+        return recipe.train.bf16
+    return bf16_hardware and not recipe.train.fp16 and recipe.model.dtype != "float32"
 
 
 def use_reentrant(recipe: Recipe, backend: Backend) -> bool:

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import distributed
+from harness.errors import ModelError
 from harness.model.export import MANIFEST, adapter_shapes, check_export, digest_base
 from harness.recipe import recipe_digest
 from harness.run import replace_folder
@@ -21,19 +23,31 @@ def export(job: "Job", trainer, data_digest: str, source: str, dtype: str, track
     distributed.barrier()
     # A collective under ZeRO and FSDP: every rank calls it, rank 0 writes.
     trainer.save_model(str(staging))
-    if not distributed.is_main():
-        distributed.barrier()
-        return
-    adapter = bool(job.recipe.model.lora)
-    expected, tied = (adapter_shapes(trainer.model), frozenset()) if adapter else whole_shapes(trainer.model)
-    files = check_export(staging, expected, tied=tied, adapter=adapter, moved=trainer.state.global_step > 0)
+    adapter, files, problem = bool(job.recipe.model.lora), {}, None
+    if distributed.is_main():
+        expected, tied = (adapter_shapes(trainer.model), frozenset()) if adapter else whole_shapes(trainer.model)
+        try:
+            files = check_export(staging, expected, tied=tied, adapter=adapter, moved=trainer.state.global_step > 0)
+        except ModelError as error:
+            problem = error
+    # All ranks leave together: one that waited for a rank that has gone would wait for as long as a collective may.
+    if distributed.agree(problem is not None):
+        raise problem or ModelError("the export is not what was trained; rank 0 says what is wrong with it")
+    if distributed.is_main():
+        publish(job, trainer, staging, files, data_digest, source, dtype, tracking)
+    distributed.barrier()
+
+
+def publish(job: "Job", trainer, staging: Path, files: dict[str, str], data_digest: str, source: str, dtype: str, tracking) -> None:
+    """Say in the manifest what the export was made from, and give it its name."""
     base, state, args = job.recipe.model.name_or_path or job.recipe.model.init, trainer.state, trainer.args
     manifest = {
         "task": job.recipe.task,
         "base": base,
-        "base_revision": job.recipe.model.revision,
+        # For a hub id the commit that was read: its branch may be elsewhere on the day of the merge.
+        "base_revision": getattr(trainer.model.config, "_commit_hash", None) or job.recipe.model.revision,
         "base_digest": digest_base(source),
-        "adapter": adapter,
+        "adapter": bool(job.recipe.model.lora),
         "data": data_digest,
         "recipe_digest": recipe_digest(job.recipe),
         "dtype": dtype,
@@ -47,7 +61,6 @@ def export(job: "Job", trainer, data_digest: str, source: str, dtype: str, track
     lineage = {key: manifest[key] for key in ("base", "base_revision", "base_digest", "data", "recipe_digest", "step")}
     tracking.log_artifact(job.run.final, lineage)
     print(f"exported {len(files)} files to {job.run.final} (reopened and verified)", flush=True)
-    distributed.barrier()
 
 
 def whole_shapes(model) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:

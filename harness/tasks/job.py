@@ -60,7 +60,7 @@ def join(recipe: Recipe, report: RankReport, *, smoke: bool, fresh: bool) -> Job
         release_abandoned_locks(offloads=ruled.backend.offloads, say=say)
     if ruled.backend.kind == "deepspeed" and distributed.is_main():
         announce_compiling(offloads=ruled.backend.offloads, say=say)
-    distributed.start(recipe.train.ddp_timeout, group_of_one=ruled.backend.kind == "deepspeed")
+    distributed.start(recipe.train.ddp_timeout, group_of_one=ruled.backend.kind in ("deepspeed", "fsdp"))
     check_world(recipe, ruled.backend, distributed.world_size())
     check_one_recipe(recipe, smoke=smoke)
     run, attempt = RunDir.of(recipe), report.attempt
@@ -156,12 +156,14 @@ def settle(recipe: Recipe, backend: Backend) -> Settled:
 
     from harness.attention import PACKING_KERNELS, choose_attention
     from harness.model import choose_dtype
+    from harness.tasks.arguments import autocasts_bf16
 
     has_gpu = torch.cuda.is_available()
     # Cards before Ampere emulate it, slowly, and refuse TF32.
     bf16_hardware = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
-    attention = choose_attention(recipe.model.attn_implementation, dtype, has_gpu)
+    computes = "float16" if recipe.train.fp16 else "bfloat16" if autocasts_bf16(recipe, bf16_hardware) else dtype
+    attention = choose_attention(recipe.model.attn_implementation, computes, has_gpu)
     packing = attention in PACKING_KERNELS if recipe.data.packing == "auto" else recipe.data.packing
     return Settled(has_gpu, bf16_hardware, dtype, attention, packing)
 

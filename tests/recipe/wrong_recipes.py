@@ -255,6 +255,12 @@ COMBINATIONS = [
         "shards only weights of one type",
     ),
     (
+        "packed into a type that is cast",
+        f"{Q} backend=zero3 model.dtype=float32 train.bf16=true",
+        "model.dtype",
+        "make it bfloat16",
+    ),
+    (
         "compute unlike the model",
         f"{Q} backend=zero3 model.dtype=float32 model.quantization.bnb_4bit_compute_dtype=bfloat16",
         "model.quantization.bnb_4bit_compute_dtype",
