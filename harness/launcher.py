@@ -96,7 +96,7 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
         raise LaunchError(
             f"train.global_batch_size = {train.global_batch_size}; {world_size} ranks with per_device_train_batch_size = "
             f"{train.per_device_train_batch_size} take {per_micro_step} rows at once, which does not divide it; "
-            f"use {' or '.join(map(str, possible))} ranks, or another per_device_train_batch_size"
+            f"use {' or '.join(map(str, possible))} rank{'' if possible == [1] else 's'}, or another per_device_train_batch_size"
         )
     return train.global_batch_size // per_micro_step
 
@@ -134,12 +134,17 @@ def rule_backend(recipe: Recipe, environment: dict[str, str], *, has_gpu: bool) 
         check_world(recipe, backend, world_size)
         environment.update(accelerate_environment(backend, world_size))
         ruled = RuledBackend(backend, "recipe")
-    check_device(ruled.backend, has_gpu=has_gpu)
+    check_device(recipe, ruled.backend, has_gpu=has_gpu)
     return ruled
 
 
-def check_device(backend: Backend, *, has_gpu: bool) -> None:
-    """Raises LaunchError when the backend cannot shard on this machine."""
+def check_device(recipe: Recipe, backend: Backend, *, has_gpu: bool) -> None:
+    """Raises LaunchError for what only a GPU can do, where there is none."""
+    train = recipe.train
+    wants_gpu = {"fp16": train.fp16, "tf32": train.tf32 is True, "use_liger_kernel": train.use_liger_kernel}
+    for key, asked in wants_gpu.items():
+        if asked and not has_gpu:
+            raise LaunchError(f"train.{key} = true; it needs a CUDA GPU, and this machine has none; leave it out")
     if backend.kind == "fsdp" and not has_gpu:
         raise LaunchError(
             f"backend {backend.name}: this machine has no GPU, and Accelerate 1.15 drops FSDP on a CPU without a word, so nothing would be "

@@ -15,8 +15,10 @@ runs/<name>/
 The prepared data alone lies elsewhere, in the cache, from where it can be made again.
 """
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -31,6 +33,12 @@ from harness import __version__
 from harness.errors import HarnessError, LaunchError
 from harness.recipe import Recipe, recipe_digest, render_recipe
 
+LOCK = ".lock"
+OURS = re.compile(
+    r"recipe\.yaml|run\.json|logs|metrics\.jsonl|wandb|wandb\.json|init|checkpoint-\d+|(final|merged)(\.incomplete|\.old)?|\.lock|\..+\.\d+"
+)
+"""The names of what a run leaves in its folder, `.NAME.PID` being a file that was about to be renamed."""
+_HELD: dict = {}
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
 ATTEMPT_VARIABLE = "HARNESS_ATTEMPT"
 """Set by a `harness run` parent for its ranks: the folder of the attempt that it has opened; empty on other machines than the first."""
@@ -55,24 +63,52 @@ class RunDir:
 
     @classmethod
     def create(cls, recipe: Recipe, *, fresh: bool = False) -> "RunDir":
-        """Make the folder and write the resolved recipe. Raises LaunchError when a run lies there already; `fresh` deletes that first.
+        """Make the folder, write the resolved recipe, and hold the folder until this process ends.
 
-        A folder in which nothing was trained yet, because it failed before, is used again.
+        Raises LaunchError when a run lies there already (`fresh` deletes it first), when another process runs in it, or when the folder is
+        no place for a run. A folder in which nothing was trained yet, because it failed before, is used again.
         """
         run = cls.of(recipe)
+        try:
+            run._check_place()
+            run.path.mkdir(parents=True, exist_ok=True)
+            run._hold()
+        except OSError as error:
+            raise LaunchError(f"{run.path}: no run folder can be made there: {error.strerror}; choose another output_dir") from error
         if run.recipe.is_file() and not fresh and run.holds_training():
             raise LaunchError(
                 f"{run.path}: already holds a run; choose another folder (output_dir=...) or begin again with --fresh, which deletes it"
             )
-        if fresh and run.path.is_dir():
-            if any(run.path.iterdir()) and not run.recipe.is_file():
-                raise LaunchError(
-                    f"{run.path}: --fresh deletes only run folders, and this one holds no recipe.yaml; choose another output_dir"
-                )
-            shutil.rmtree(run.path)
-        run.path.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for entry in run.path.iterdir():
+                if entry.name != LOCK:
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         write_text_atomically(run.recipe, render_recipe(recipe))
         return run
+
+    def _check_place(self) -> None:
+        """Raises LaunchError for a folder that is not a run's alone: whatever lies in a run folder goes with `--fresh`."""
+        if self.path.exists() and not self.path.is_dir():
+            raise LaunchError(f"{self.path}: is a file, not a folder; choose another output_dir")
+        if self.path in (Path.home(), Path.cwd(), *Path.cwd().parents):
+            raise LaunchError(f"{self.path}: is no place for a run folder; choose one of its own below it, such as output_dir=runs/first")
+        foreign = sorted(entry.name for entry in self.path.glob("*") if not OURS.fullmatch(entry.name))
+        if foreign:
+            raise LaunchError(
+                f"{self.path}: holds what is not a run's ({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}); "
+                "choose a folder that is new or a run's alone"
+            )
+
+    def _hold(self) -> None:
+        """Lock the folder for the life of this process. Raises LaunchError when another holds it."""
+        if self.path in _HELD:
+            return
+        lock = open(self.path / LOCK, "a")  # noqa: SIM115 - open, and so held, until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LaunchError(f"{self.path}: another process is running in it; wait for it, or choose another output_dir") from None
+        _HELD[self.path] = lock
 
     def holds_training(self) -> bool:
         return self.metrics.is_file() or self.final.is_dir() or any(self.path.glob("checkpoint-*"))
@@ -206,8 +242,12 @@ class RankReport:
             return False
         content = {"rank": self.rank, "host": self.host, "pid": os.getpid(), "phase": self.phase, "time": time.time(), **more}
         folder = self.attempt / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / f"rank-{self.rank}.json", json.dumps(content))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(folder / f"rank-{self.rank}.json", json.dumps(content))
+        except OSError:
+            # A full or vanished disk; then the rank says on the terminal what it could not write.
+            return False
         return True
 
 

@@ -462,3 +462,14 @@ def test_a_model_learns_where_turns_end_and_what_it_would_have_missed_is_named()
     assert model.generation_config.eos_token_id == [7, 2]
     assert follow_tokenizer(model, tokenizer, {2, 7}) == []
     assert model.config.pad_token_id == model.generation_config.pad_token_id == 0
+
+
+def test_a_row_beyond_the_models_positions_is_refused():
+    from types import SimpleNamespace
+
+    from harness.model import check_positions
+
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=512))
+    check_positions(SimpleNamespace(config=config), 512)
+    with pytest.raises(ModelError, match="513 tokens .* positions for 512.*set data.max_length: 512"):
+        check_positions(SimpleNamespace(config=config), 513)

@@ -1,6 +1,7 @@
 """The run folder: made once, deleted only on request and only if it is one, and enough on its own."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -33,14 +34,51 @@ def test_a_second_run_is_refused_and_fresh_deletes_the_first_whole(recipe):
     with pytest.raises(LaunchError, match="already holds a run.*--fresh"):
         RunDir.create(recipe)
     RunDir.create(recipe, fresh=True)
-    assert [path.name for path in run.path.iterdir()] == ["recipe.yaml"]
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "recipe.yaml"]
+
+
+def test_a_folder_in_which_nothing_was_trained_is_used_again(recipe):
+    run = RunDir.create(recipe)
+    run.open_attempt()
+    assert RunDir.create(recipe).path == run.path
+    run.metrics.touch()
+    with pytest.raises(LaunchError, match="already holds a run"):
+        RunDir.create(recipe)
+
+
+def test_two_processes_never_run_in_one_folder(recipe):
+    import fcntl
+
+    run = RunDir.of(recipe)
+    run.path.mkdir(parents=True)
+    with open(run.path / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(LaunchError, match="another process is running in it"):
+            RunDir.create(recipe, fresh=True)
+    assert RunDir.create(recipe).recipe.is_file()
+
+
+@pytest.mark.parametrize("place", ["/", "home", "."])
+def test_a_folder_that_holds_more_than_runs_is_no_place_for_one(recipe, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    place = str(Path.home()) if place == "home" else place
+    with pytest.raises(LaunchError, match="is no place for a run folder"):
+        RunDir.create(recipe.model_copy(update={"output_dir": place}), fresh=True)
+
+
+def test_a_folder_that_cannot_be_made_is_a_message_and_no_traceback(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    places = ((tmp_path / "file", "is a file"), (tmp_path / "file" / "below", "no run folder can be made"), ("/proc/x", "no run folder"))
+    for place, match in places:
+        with pytest.raises(LaunchError, match=match):
+            RunDir.create(recipe.model_copy(update={"output_dir": str(place)}))
 
 
 def test_fresh_never_deletes_a_folder_that_is_not_a_run(recipe):
     run = RunDir.of(recipe)
     run.path.mkdir(parents=True)
     (run.path / "thesis.tex").write_text("years of work")
-    with pytest.raises(LaunchError, match="holds no recipe.yaml"):
+    with pytest.raises(LaunchError, match="holds what is not a run.s .thesis.tex."):
         RunDir.create(recipe, fresh=True)
     assert (run.path / "thesis.tex").read_text() == "years of work"
 

@@ -59,9 +59,8 @@ def run_recipe(recipe: Recipe, machines: Machines, *, smoke: bool = False, fresh
     # Refused before anything is made or deleted.
     # Whatever can be wrong is found before a folder is made or a GPU taken.
     plan_launch(recipe, machines, [])
-    check_device(load_backend(recipe.backend), has_gpu=has_nvidia_gpu())
-    if machines.processes > 1 or has_nvidia_gpu():
-        prepare(recipe)
+    check_device(recipe, load_backend(recipe.backend), has_gpu=has_nvidia_gpu())
+    prepare(recipe)
     if machines.index == 0:
         run = RunDir.create(recipe, fresh=fresh)
         attempt = run.open_attempt()

@@ -14,7 +14,7 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     """
     from harness.data.prepare import prepare
     from harness.data.report import Dropped
-    from harness.data.sources import load_rows, mix
+    from harness.data.sources import content_digest, load_rows, mix
 
     data = recipe.data
     loaded = [load_rows(source, data.on_error) for source in data.train]
@@ -22,6 +22,12 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     held_out = [load_rows(source, data.on_error) for source in data.eval]
     for warning in warnings_about(sum((part.counts for part in (*loaded, *held_out)), Counter())):
         say(warning)
+    trained = {content_digest(row.row) for row in mixture.train} if held_out else set()
+    leaked = sum(content_digest(row.row) in trained for part in held_out for row in part.rows)
+    if leaked:
+        say(
+            f"warning: {leaked:,} rows of data.eval are also rows of data.train, so the held-out loss is not held out; remove them from one"
+        )
     skipped = Dropped()
     for part in (*loaded, *held_out):
         skipped.add(len(part.skipped), [f"{row.location}: {row.reason}" for row in part.skipped])

@@ -14,6 +14,7 @@ one step; the process that loses a race for the name takes the winner's. A reade
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -66,7 +67,10 @@ class Prepared:
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
     """A scratch folder that becomes `folder` when the block ends well, and vanishes when it does not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder.parent}: no cache can be made there: {error.strerror}; set HARNESS_CACHE to another folder") from error
     _remove_abandoned(folder)
     scratch = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     scratch.mkdir()
@@ -77,6 +81,12 @@ def building(folder: Path) -> Iterator[Path]:
         _flush(scratch)
         _rename(scratch, folder)
         _flush(folder.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"{folder.parent}: {error.strerror} while data was prepared; free some, or set HARNESS_CACHE to another folder"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -142,7 +142,8 @@ class Renderer:
 
     @property
     def name(self) -> str:
-        return self.tokenizer.name_or_path or type(self.tokenizer).__name__
+        """Whose template it is: the recipe's file (model.load_tokenizer notes it), or the tokenizer's folder or hub id."""
+        return getattr(self.tokenizer, "chat_template_file", None) or self.tokenizer.name_or_path or type(self.tokenizer).__name__
 
     def render(self, row: dict, location: str = "row") -> Rendered:
         if "messages" in row:
@@ -313,7 +314,8 @@ class Renderer:
         """The template that rows are rendered with: the tokenizer's own if it has markers or no training template is given."""
         if self.tokenizer.chat_template is None:
             raise ModelError(
-                f"{self.name}: rows are conversations, but the tokenizer has no chat template; set data.chat_template to a file"
+                f"{self.name}: rows are conversations, but the tokenizer has no chat template; set data.chat_template to a file, or to "
+                "templates/plain-tools.jinja, which ships with harness and fits any tokenizer"
             )
         own = self.tokenizer.get_chat_template(tools=tools)
         return own if has_markers(own) else self.training_template or own

@@ -52,6 +52,7 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
         if path is None:
             raise ModelError(f"data.chat_template = {recipe.data.chat_template}; no such file; give the path of a Jinja file")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template_file = str(path)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model: the tokenizer at {source} has no end-of-sequence token, so nothing would teach the model to stop; set eos_token in it"
@@ -204,6 +205,16 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
             raise ModelError(
                 "model: config.json says that embeddings are tied, but head and embedding are two tensors; fix tie_word_embeddings"
             )
+
+
+def check_positions(model: "PreTrainedModel", longest_row: int) -> None:
+    """Raises ModelError when a row has more tokens than the model has positions for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest_row > positions:
+        raise ModelError(
+            f"data.max_length: the longest row has {longest_row} tokens and the model positions for {positions}; beyond them it was never "
+            f"trained; set data.max_length: {positions}"
+        )
 
 
 def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", end_of_turn_ids: set[int] = frozenset()) -> list[int]:

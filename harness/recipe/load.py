@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from harness.errors import RecipeError
 from harness.recipe.names import advise_key
 from harness.recipe.rules import check_rules
-from harness.recipe.schema import Recipe
+from harness.recipe.schema import Recipe, as_sources
 from harness.resources import find_config, shipped_names
 
 
@@ -28,6 +28,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     file = find_recipe(path)
     settings = read_yaml(file)
+    if isinstance(settings.get("data"), dict):
+        # So that data.train.0.max_rows=3 finds a source, however the file wrote it.
+        settings["data"] |= {key: as_sources(settings["data"][key]) for key in ("train", "eval") if key in settings["data"]}
     for override in overrides:
         _apply_override(settings, override)
     settings.setdefault("output_dir", f"runs/{_recipe_name(file)}")
@@ -144,7 +147,9 @@ def _read_value(text: str, override: str) -> Any:
     stream.name = f"override {override!r}"
     try:
         return yaml.load(stream, _Loader) if text else ""  # noqa: S506
-    except yaml.YAMLError:
+    except yaml.YAMLError as error:
+        if text.lstrip()[:1] in ("[", "{"):
+            raise RecipeError(f"override {override!r}: its value is not YAML: {getattr(error, 'problem', error)}") from None
         return text
 
 

@@ -84,14 +84,14 @@ class Source(Section):
     max_rows: PositiveInt | None = None
 
 
-def _as_sources(value):
+def as_sources(value):
     """`train: rows.jsonl` and `train: {path: rows.jsonl}` mean a list of one."""
     if isinstance(value, str):
         value = {"path": value}
     return [value] if isinstance(value, dict) else value
 
 
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources), Field(strict=False)]
+Sources = Annotated[tuple[Source, ...], BeforeValidator(as_sources), Field(strict=False)]
 
 
 class Data(Section):
@@ -102,7 +102,7 @@ class Data(Section):
     eval_fraction: Fraction | None = None
     """Share of `train` that is held out, chosen by the content of a row: the same rows in any order, and duplicates never on both sides."""
     eval_rows: PositiveInt | None = None
-    """The same, as a number of rows."""
+    """The same, as a number of rows; duplicates stay together, so it may be a few more."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """In tokens."""
     too_long: Literal["drop_turns", "drop_row", "fail"] = "drop_turns"

@@ -95,7 +95,7 @@ def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
 
 
 def _train(job: Job) -> None:
-    from harness.model import load_tokenizer
+    from harness.model import check_positions, load_tokenizer
     from harness.tasks import sft
     from harness.tasks.arguments import eval_strategy, training_arguments
     from harness.tasks.export import export
@@ -117,6 +117,7 @@ def _train(job: Job) -> None:
     job.report.enter("loading model")
     source = base_source(job)
     model = load_model(recipe, backend, settled, source, tokenizer, args)
+    check_positions(model, prepared.report.train.length_percentiles["max"])
 
     job.report.enter("building trainer")
     trainer, tracking = build_trainer(job, settled, args, model, tokenizer, train_rows, eval_rows)
@@ -294,7 +295,8 @@ def build_trainer(job: Job, settled: Settled, args, model, tokenizer, train_rows
         settle_adapter_dtype(model, job.backend, settled.dtype)
     if distributed.is_main():
         batches = "packed" if settled.packing else "flattened" if settled.flattens else "of like length" if groups else "in random order"
-        say(f"{describe_parameters(model)}; {settled.attention} attention, {settled.dtype} weights, batches {batches}")
+        autocast = ", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""
+        say(f"{describe_parameters(model)}; {settled.attention} attention, {settled.dtype} weights{autocast}, batches {batches}")
     if quantization and job.backend.shards_parameters:
         trainer.add_callback(_on_train_begin(lambda: check_4bit_is_sharded(model, world_size)))
     return trainer, tracking

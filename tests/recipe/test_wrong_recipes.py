@@ -136,7 +136,7 @@ def test_an_unknown_recipe_is_answered_with_the_known_ones(capsys):
     "overrides, world_size, words",
     [
         ("backend=ddp train.global_batch_size=16", 3, "train.global_batch_size = 16; 3 ranks"),
-        ("backend=ddp train.global_batch_size=8", 2, "use 1 ranks, or another per_device_train_batch_size"),
+        ("backend=ddp train.global_batch_size=8", 2, "use 1 rank, or another per_device_train_batch_size"),
         ("backend=ddp train.global_batch_size=24 train.per_device_train_batch_size=4", 4, "use 1 or 2 or 3 or 6 ranks"),
         ("", 2, "backend = single is one process, but 2 were asked for; use backend=ddp"),
     ],

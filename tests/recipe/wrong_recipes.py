@@ -316,6 +316,7 @@ OVERRIDES = [
     ("no key", ["=5"], "override '=5': write key.path=value"),
     ("into a value", ["model.name_or_path.x=5"], "`model.name_or_path` is 'some/model', not a section; override it whole"),
     ("into a list by name", ["data.train=[a]", "data.train.first.weight=2"], "'first' is not an index of a list of 1"),
+    ("a list without its end", ["data.train=[{path: a}"], "its value is not YAML"),
     ("beyond a list", ["data.train=[a]", "data.train.1=b"], "'1' is not an index of a list of 1"),
     ("twice the same key", ["model.lora={r: 8, r: 9}"], "override 'model.lora={r: 8, r: 9}':1: `r` already stands in line 1"),
 ]
