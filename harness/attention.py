@@ -11,7 +11,7 @@ from harness.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-PACKING_KERNELS = ("varlen", "flash_attention_2", "flash_attention_3", "flex_attention")
+PACKING_KERNELS = ("varlen", "flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "flex_attention")
 """Attention that skips the products between samples of a pack. SDPA isolates samples too, by a mask, but computes all products."""
 
 
@@ -42,6 +42,11 @@ def choose_attention(asked: str, dtype: str, has_gpu: bool) -> str:
         return register_varlen()
     if asked == "flex_attention" and not has_gpu:
         raise ModelError("model.attn_implementation = flex_attention; it has no backward pass on a CPU; use auto or sdpa")
+    if asked.startswith("kernels-community/") and not (has_gpu and _has_hub_kernels()):
+        raise ModelError(
+            f"model.attn_implementation = {asked}; the package `kernels` is not installed or there is no GPU; pip install kernels, "
+            "or use auto (varlen needs no package)"
+        )
     if asked.startswith("flash_attention_") and not (has_gpu and _has_flash(int(asked[-1]))):
         raise ModelError(
             f"model.attn_implementation = {asked}; the package flash-attn is not installed or there is no GPU; "
@@ -66,6 +71,12 @@ def _has_varlen() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _has_hub_kernels() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("kernels") is not None
 
 
 def _has_flash(version: int) -> bool:

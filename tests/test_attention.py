@@ -33,6 +33,7 @@ CHOICES = [
     (("flex_attention", "float32", False, False, False), "no backward pass on a CPU"),
     (("flash_attention_2", "bfloat16", True, True, False), "not installed"),
     (("flash_attention_2", "bfloat16", False, True, True), "no GPU"),
+    (("kernels-community/flash-attn2", "bfloat16", False, True, True), "pip install kernels"),
 ]
 
 

@@ -49,6 +49,11 @@ class Lora(Section):
     """Modules that are trained and saved whole, beside the adapter. Makes the adapter large and keeps it out of most servers."""
 
 
+Attention = Literal[
+    "auto", "varlen", "flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "flex_attention", "sdpa", "eager"
+]
+
+
 class Model(Section):
     name_or_path: str | None = None
     """A folder or a hub id. Exactly one of `name_or_path` and `init` is given."""
@@ -61,8 +66,9 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which weights are loaded. `auto` is bfloat16 where the accelerator has it and float32 on a CPU.
     Full fine-tuning in bfloat16 without DeepSpeed rounds small updates away: there `auto` is float32, with bf16 autocast."""
-    attn_implementation: Literal["auto", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa", "eager"] = "auto"
-    """`auto` is the fastest that this machine has and that keeps packed samples apart; `varlen` is torch's own (CUDA)."""
+    attn_implementation: Attention = "auto"
+    """`auto` is the fastest that this machine has and that keeps packed samples apart; `varlen` is torch's own (CUDA);
+    `kernels-community/flash-attn2` comes from the hub, with the package `kernels`."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Off: a model is data."""
     quantization: Quantization | None = None
