@@ -11,6 +11,7 @@ runs/<name>/
   checkpoint-N/          the trainer's checkpoints
   final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
   merged/                `harness export --merge`
+  .lock                  held by the process that runs in the folder
 
 The prepared data alone lies elsewhere, in the cache, from where it can be made again.
 """
