@@ -106,7 +106,7 @@ def test_a_run_folder_is_what_its_docstring_says(overshot):
 
     documented = set(re.findall(r"^  (\S+?)/?(?:,| {2,})", harness.run.__doc__, flags=re.MULTILINE))
     found = {re.sub(r"-\d+$", "-N", path.name) for path in overshot.iterdir()}
-    assert found == {"recipe.yaml", "run.json", "logs", "metrics.jsonl", "checkpoint-N", "final"}
+    assert found == {"recipe.yaml", "run.json", "logs", "metrics.jsonl", "checkpoint-N", "final", ".lock"}
     assert {"logs/attempt-K" if name == "logs" else name for name in found} <= documented
 
 
