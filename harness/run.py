@@ -179,17 +179,18 @@ def library_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with `+changes` when the work tree differs; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    """The commit of the code that runs, with `+changes` when the work tree differs; None for an installed copy."""
+    here = Path(__file__).resolve()
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(["git", "-C", str(here.parent), *args], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
+    # A copy in the .venv of some other project's checkout is not tracked there, and that project's commit would say nothing.
+    commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", here.name) else None
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += "+changes"
     return commit

@@ -1,6 +1,7 @@
 """The run folder: made once, deleted only on request and only if it is one, and enough on its own."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,21 @@ def test_an_error_with_a_name_is_reported_without_a_traceback_and_logged_with_on
         assert written["message"] == str(error) and written["traceback"].startswith(traceback)
         assert bool(written["traceback"]) == bool(traceback)
     assert report.log.read_text().count("Traceback") == 2
+
+
+def test_an_installed_copy_never_names_the_commit_of_the_checkout_around_it(tmp_path):
+    import shutil
+    import subprocess
+
+    from harness.run import git_commit
+
+    def git(*args):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *args], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "somebody's own project")
+    package = Path(git_commit.__code__.co_filename).parent
+    shutil.copytree(package, tmp_path / "site" / "harness", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import harness.run; print(harness.run.__file__, harness.run.git_commit())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "site" / "harness" / "run.py"), "None"]

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def drawn_weights(recipe, output_dir: Path) -> Path:
 
     quieten()
     folder = output_dir / "untrained"
+    # An earlier quickstart's, of another version of the world perhaps.
+    shutil.rmtree(folder, ignore_errors=True)
     draw_weights(recipe, folder)
     load_tokenizer(recipe).save_pretrained(folder)
     return folder

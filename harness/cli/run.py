@@ -54,9 +54,8 @@ def default_processes(recipe: Recipe) -> int:
 
 
 def run_recipe(recipe: Recipe, machines: Machines, *, smoke: bool = False, fresh: bool = False) -> int:
-    """Make the run folder, prepare the data, start the ranks, wait. Returns the exit code, after saying why it is not 0."""
+    """Prepare the data, make the run folder, start the ranks, wait. Returns the exit code, after saying why it is not 0."""
     run, attempt = RunDir.of(recipe), None
-    # Refused before anything is made or deleted.
     # Whatever can be wrong is found before a folder is made or a GPU taken.
     plan_launch(recipe, machines, [])
     check_device(recipe, load_backend(recipe.backend), has_gpu=has_nvidia_gpu())

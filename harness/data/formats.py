@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 from harness.errors import DataError
 from harness.tools import Problem, ToolCall, check_call, did_you_mean, normalise_tools, parse_calls, read_call
+from harness.tools.schema import decode_json
 
 ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"developer": "system"}  # OpenAI's newer name for the same message
@@ -103,7 +104,7 @@ def _from_xlam(row: dict) -> dict:
         if isinstance(query, list):
             query = [{k: v for k, v in turn.items() if (k, v) != ("type", "message")} if isinstance(turn, dict) else turn for turn in query]
         messages = [{"role": "user", "content": query}] if isinstance(query, str) else _messages(query, "input")
-    answers = _decoded(answers, "answers")
+    answers = decode_json(answers, "answers")
     if not isinstance(answers, list):
         raise DataError(f"answers is {_kind(answers)}; must be a list of calls")
     if not answers:
@@ -200,7 +201,7 @@ LAYOUTS: dict[str, tuple[tuple[set[str], ...], str, Callable[[dict], dict]]] = {
 
 
 def _messages(raw: object, where: str) -> list[dict]:
-    raw = _decoded(raw, where)
+    raw = decode_json(raw, where)
     if not isinstance(raw, list):
         raise DataError(f"{where} is {_kind(raw)}; must be a list of messages")
     return [_message(message, f"{where}[{i}]") for i, message in enumerate(raw)]
@@ -258,7 +259,7 @@ def _content(content: object, where: str) -> str:
 
 
 def _calls(raw: object, where: str) -> list[dict]:
-    raw = _decoded(raw, f"{where}: tool_calls")
+    raw = decode_json(raw, f"{where}: tool_calls")
     if not isinstance(raw, list):
         raise DataError(f"{where}: tool_calls is {_kind(raw)}; must be a list")
     return [_call(call, f"{where}: call {i}") for i, call in enumerate(raw)]
@@ -352,18 +353,8 @@ def is_python(code: str) -> bool:
 # ---- values
 
 
-def _decoded(value: object, what: str) -> object:
-    """JSON text where an object or a list is meant (xLAM's columns, Parquet written with datasets' Json)."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} is text that is not JSON ({error})") from None
-
-
 def _object(value: object, what: str) -> dict:
-    value = _decoded(value, what)
+    value = decode_json(value, what)
     if not isinstance(value, dict):
         raise DataError(f"{what} is {_kind(value)}; must be an object")
     return value

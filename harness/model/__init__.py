@@ -278,10 +278,6 @@ def settle_adapter_dtype(model, backend: Backend, dtype: str) -> None:
             parameter.data = parameter.data.to(wanted)
 
 
-def trainable_names(model) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
 def describe_parameters(model) -> str:
     """`Trained 33,280 of 293,312 parameters (11.3 %)`; counts whole tensors where this rank holds shares, and 4-bit weights as weights."""
     total = trained = 0

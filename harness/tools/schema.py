@@ -63,7 +63,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def normalise_tools(raw: object) -> list[dict]:
     """A row's `tools` (a list, or its JSON text) as Tools. None and [] give []. Raises DataError naming the tool that cannot be read."""
-    raw = _decoded(raw, "tools")
+    raw = decode_json(raw, "tools")
     if raw is None:
         return []
     if not isinstance(raw, list):
@@ -74,7 +74,7 @@ def normalise_tools(raw: object) -> list[dict]:
 def normalise_tool(raw: object) -> dict:
     """One tool as a Tool. Equal tools come back as the same object, since a million rows share a few tools: do not write to it."""
     if isinstance(raw, str):
-        raw = _decoded(raw, "a tool")
+        raw = decode_json(raw, "a tool")
     if not isinstance(raw, dict):
         raise DataError(f"a tool is {_named(raw)}; must be an object with a name and parameters")
     return _normalise_tool(json.dumps(raw))
@@ -92,7 +92,7 @@ def _normalise_tool(text: str) -> dict:
     tool = {"name": name}
     if isinstance(function.get("description"), str):
         tool["description"] = function["description"]
-    parameters = _decoded(function.get("parameters"), f'tool "{name}": parameters')
+    parameters = decode_json(function.get("parameters"), f'tool "{name}": parameters')
     if parameters is not None:
         if not isinstance(parameters, dict):
             raise DataError(f'tool "{name}": parameters is {_named(parameters)}; must be an object')
@@ -229,7 +229,8 @@ def _any_of(parts: list[dict]) -> dict:
     return distinct[0] if len(distinct) == 1 else {"anyOf": distinct}
 
 
-def _decoded(value: object, what: str) -> object:
+def decode_json(value: object, what: str) -> object:
+    """JSON text where an object or a list is meant (xLAM's columns, Parquet written with datasets' Json); anything else as it is."""
     if not isinstance(value, str):
         return value
     try:
