@@ -47,6 +47,44 @@ def start(timeout_s: int, *, group_of_one: bool = False) -> None:
             "do not set use_cpu, ACCELERATE_USE_CPU or `accelerate launch --cpu`: the rank program chooses the device itself"
         )
 
+    _open_control_group(timeout_s)
+
+
+_CONTROL = None
+
+
+def _open_control_group(timeout_s: int) -> None:
+    """A gloo group of all ranks for decisions: apart from the one that carries gradients, so that neither can be taken for the other's, and
+    on the host, so that a vote does not wait for the GPU."""
+    global _CONTROL
+    from datetime import timedelta
+
+    dist = _group()
+    if dist and _CONTROL is None:
+        _CONTROL = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def vote(values: list[float]) -> list[float]:
+    """The sum over all ranks, element by element, on the control group. A yes is 1.0, so a positive sum means that some rank said yes."""
+    dist = _group()
+    if not dist:
+        return list(values)
+    import torch
+
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, group=_CONTROL)
+    return tensor.tolist()
+
+
+def gather_objects(value) -> list:
+    """Every rank's value, in the order of ranks, on every rank. Small picklable values from our own code only."""
+    dist = _group()
+    if not dist:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_CONTROL)
+    return values
+
 
 def _free_port() -> str:
     import socket
@@ -114,7 +152,9 @@ def _device():
 
 
 def shutdown() -> None:
+    global _CONTROL
     import torch.distributed as dist
 
+    _CONTROL = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -8,7 +8,12 @@ runs/<name>/
   metrics.jsonl          every logged point, the same keys and steps as W&B
   wandb.json, wandb/     the W&B id of this run, and its offline files
   init/                  the weights that were drawn, for `model.init`
-  checkpoint-N/          the trainer's checkpoints
+  checkpoint-N/          what a run continues from: complete on every rank, with a manifest of digests, or not there (harness.checkpoint)
+  ledger.jsonl           what happened to the run: each life, commit, retirement, failed save, quarantine, skipped step and rollback
+  STOP, SAVE             made by a person or a scheduler: save and leave; save and go on
+  .staging/              checkpoints that are being written
+  .retired/              checkpoints that are being deleted
+  .quarantine/           checkpoints that were not whole
   final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
   merged/                `harness export --merge`
   .lock                  held by the process that runs in the folder
@@ -36,7 +41,8 @@ from harness.recipe import Recipe, recipe_digest, render_recipe
 
 LOCK = ".lock"
 OURS = re.compile(
-    r"recipe\.yaml|run\.json|logs|metrics\.jsonl|wandb|wandb\.json|init|checkpoint-\d+|(final|merged)(\.incomplete|\.old)?|\.lock|\..+\.\d+"
+    r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|init|checkpoint-\d+|(final|merged)(\.incomplete|\.old)?"
+    r"|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+"
 )
 """The names of what a run leaves in its folder, `.NAME.PID` being a file that was about to be renamed."""
 _HELD: dict = {}
@@ -57,6 +63,12 @@ class RunDir:
     init = property(lambda self: self.path / "init")
     final = property(lambda self: self.path / "final")
     merged = property(lambda self: self.path / "merged")
+    ledger = property(lambda self: self.path / "ledger.jsonl")
+    stop = property(lambda self: self.path / "STOP")
+    save = property(lambda self: self.path / "SAVE")
+    staging = property(lambda self: self.path / ".staging")
+    retired = property(lambda self: self.path / ".retired")
+    quarantine = property(lambda self: self.path / ".quarantine")
 
     @classmethod
     def of(cls, recipe: Recipe) -> "RunDir":

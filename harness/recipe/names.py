@@ -80,6 +80,7 @@ ELSEWHERE = {
     "save_steps": "checkpoint.every_steps",
     "save_strategy": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep",
+    "logging_nan_inf_filter": "guard.max_skips",
     "saves_per_epoch": "checkpoint.every_steps",
     "deepspeed": "backend",
     "fsdp": "backend",

@@ -186,14 +186,14 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
 
 
 def _checkpoint_rules(recipe: Recipe) -> Iterator[str]:
-    checkpoint, by_metric = recipe.checkpoint, recipe.train.metric_for_best_model
-    if by_metric and checkpoint.every_steps:
-        yield (
-            f"checkpoint.every_steps = {checkpoint.every_steps}; with metric_for_best_model a checkpoint is written whenever that metric "
-            "improves; remove one of the two"
-        )
-    if checkpoint.keep != Checkpoint().keep and not by_metric and not checkpoint.every_steps:
-        yield f"checkpoint.keep = {checkpoint.keep}; no checkpoint is written; add checkpoint.every_steps or remove this"
+    checkpoint = recipe.checkpoint
+    given = [key for key in ("every_steps", "every_minutes", "auto") if getattr(checkpoint, key)]
+    if len(given) > 1:
+        yield f"checkpoint.{given[1]} = {getattr(checkpoint, given[1])}; checkpoint.{given[0]} is given as well; remove one of the two"
+    if checkpoint.auto is False and not given and not recipe.train.metric_for_best_model:
+        for key in ("keep", "keep_every"):
+            if getattr(checkpoint, key) != getattr(Checkpoint(), key):
+                yield f"checkpoint.{key} = {getattr(checkpoint, key)}; with auto: false no checkpoint is written; remove one of the two"
 
 
 # ---- what the backend can and cannot

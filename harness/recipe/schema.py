@@ -217,10 +217,51 @@ class Train(Section):
 
 
 class Checkpoint(Section):
+    """When a run is saved whole, so that it can be continued exactly. Besides, it is saved at its end, when it is told to stop, and
+    whenever `metric_for_best_model` improves."""
+
     every_steps: PositiveInt | None = None
-    """Left out: no checkpoints but the final export (with `metric_for_best_model`: whenever it improves)."""
+    """Optimiser steps between two checkpoints."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Minutes between two checkpoints, by rank 0's clock."""
+    auto: bool | None = None
+    """An interval from the measured time of a save and an assumed rate of failures (Young and Daly). Left out: true, unless one of the two
+    above is given. `auto: false` alone: none but when it is told to stop, so a run that is cut off begins again."""
     keep: PositiveInt = 2
-    """How many checkpoints stay; the best one always does."""
+    """How many of the newest checkpoints stay. The best one always does."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps stay for good."""
+    verify: Literal["digests", "sizes"] = "digests"
+    """What a checkpoint must have right before a run continues from it: every byte, or only every file's size (faster, and blind to flipped
+    bits)."""
+
+
+class Guard(Section):
+    """What happens when a loss or a gradient is not a number, or far from what it was. All ranks vote on each step before the
+    optimiser sees it."""
+
+    max_skips: NonNegativeInt = 3
+    """So many bad steps in a row are passed over: no update, and the schedule goes on."""
+    max_rollbacks: NonNegativeInt = 1
+    """After that the run goes back to its last checkpoint and passes over the data since, so many times; then it stops and names
+    the rows."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A step is bad, too, when its loss is more than so many times the median of the last 64. Left out: only what is not finite
+    is bad."""
+
+
+class Watchdog(Section):
+    """How long a rank may go without a sign of life before `harness run` shows every rank's stack, ends them all and continues from the
+    last checkpoint. In seconds."""
+
+    start_s: Annotated[float, Field(gt=0)] = 3600
+    """Joining, loading data and model."""
+    first_step_s: Annotated[float, Field(gt=0)] = 1800
+    """The first step compiles kernels."""
+    step_s: Annotated[float, Field(gt=0)] | None = None
+    """Between two steps, or two batches of an evaluation. Left out: 20 times the median step, but at least 300."""
+    save_s: Annotated[float, Field(gt=0)] = 1800
+    """Saving, verifying and exporting."""
 
 
 class Tracking(Section):
@@ -244,6 +285,8 @@ class Recipe(Section):
     backend: str = "single"
     """How the run is sharded: single, ddp, zero1, zero2, zero3, zero3-offload, fsdp2, or the path of an Accelerate config file."""
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
+    watchdog: Watchdog = Watchdog()
     tracking: Tracking = Tracking()
     output_dir: str | None = None
     """The run folder. Left out: runs/<name of the recipe file>."""

@@ -119,7 +119,9 @@ def test_everything_that_is_wrong_is_said_at_once(base, capsys):
         "modle",
         "train.seed",
     ]
-    combined = refused_by_command([base, "checkpoint.keep=5", "train.fp16=true", "train.bf16=true", "backend=nope"], capsys)
+    combined = refused_by_command(
+        [base, "checkpoint.auto=false", "checkpoint.keep=5", "train.fp16=true", "train.bf16=true", "backend=nope"], capsys
+    )
     assert [line.removeprefix("RecipeError: ").split()[1] for line in combined.splitlines()] == ["train.fp16", "checkpoint.keep", "backend"]
 
 

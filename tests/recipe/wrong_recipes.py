@@ -230,12 +230,13 @@ COMBINATIONS = [
     ("better without a metric", "train.greater_is_better=true", "train.greater_is_better", "metric_for_best_model"),
     ("unknown metric", f"{EVAL} train.metric_for_best_model=eval/acc", "train.metric_for_best_model", "must be eval/loss"),
     (
-        "two reasons to save",
-        f"{EVAL} train.metric_for_best_model=eval/loss checkpoint.every_steps=5",
-        "checkpoint.every_steps",
+        "two intervals",
+        "checkpoint.every_minutes=5 checkpoint.every_steps=5",
+        "checkpoint.every_minutes",
         "remove one of the two",
     ),
-    ("nothing to keep", "checkpoint.keep=5", "checkpoint.keep", "no checkpoint is written"),
+    ("an interval and auto", "checkpoint.auto=true checkpoint.every_steps=5", "checkpoint.auto", "checkpoint.every_steps is given as well"),
+    ("nothing to keep", "checkpoint.auto=false checkpoint.keep=5", "checkpoint.keep", "no checkpoint is written"),
     (
         "uint8 under ZeRO-3",
         f"{Q} backend=zero3 model.quantization.bnb_4bit_quant_storage=uint8",
