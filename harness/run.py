@@ -3,8 +3,9 @@
 runs/<name>/
   recipe.yaml            the resolved recipe; loading it again gives the same recipe
   run.json               what the run is: recipe digest, backend and who chose it, world, versions, git commit, argv
-  logs/attempt-K/        rank-R.log of every rank; alive/rank-R.json: its host, pid and phase; errors/rank-R.json if it failed;
-                         prepared-R.json: the prepared data that the machine of rank R (the first on it) loads
+  logs/attempt-K/        one life of the run: rank-R.log of every rank; alive/rank-R.json: its host, pid, phase and step, written over with
+                         every step; errors/rank-R.json if it failed; prepared-R.json: the prepared data that the machine of rank R (the
+                         first on it) loads; outcome.json: how the life ended; hang.txt: every rank's stack, if one stood still
   metrics.jsonl          every logged point, the same keys and steps as W&B
   wandb.json, wandb/     the W&B id of this run, and its offline files
   init/                  the weights that were drawn, for `model.init`
@@ -21,6 +22,7 @@ runs/<name>/
 The prepared data alone lies elsewhere, in the cache, from where it can be made again.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -29,6 +31,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -49,6 +52,10 @@ _HELD: dict = {}
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
 ATTEMPT_VARIABLE = "HARNESS_ATTEMPT"
 """Set by a `harness run` parent for its ranks: the folder of the attempt that it has opened; empty on other machines than the first."""
+LAUNCH_VARIABLE = "HARNESS_LAUNCH"
+"""Set by a `harness run` parent for its ranks and all that they start: a word by which it knows its own processes."""
+ALIVE_WIDTH = 512
+"""Bytes of an alive/ file, so that it is written over in place."""
 
 
 @dataclass(frozen=True)
@@ -212,14 +219,22 @@ def git_commit() -> str | None:
 
 
 class RankReport:
-    """Kept by each rank in its attempt's folder: `alive/` says host, pid and phase while it runs, `errors/` its own error when it fails.
+    """Kept by each rank in its attempt's folder: `alive/` is its heart, with host, pid, phase and step while it runs; `errors/` is its own
+    error when it fails.
 
-    So that the person who started the run reads the first failing rank's error, and not the launcher's. Before the attempt is known (a rank
-    that no parent on this machine has opened one for) nothing is written.
+    So that the person who started the run reads the first failing rank's error, and not the launcher's, and so that a rank that stands
+    still is seen (harness.watchdog). Before the attempt is known (a rank that no parent on this machine has opened one for) nothing is
+    written.
     """
 
     def __init__(self, rank: int, attempt: Path | None = None):
         self.rank, self.host, self.phase, self.attempt = rank, socket.gethostname(), "starting", attempt
+        self.step: int | None = None
+        self._leaves: dict[str, str] = {}
+        self._alive: int | None = None
+        self._width = ALIVE_WIDTH
+        # A rank that is ended writes so from a thread of its own, and no beat may come after that.
+        self._writing = threading.Lock()
         self.enter("starting")
 
     @property
@@ -229,42 +244,104 @@ class RankReport:
     def enter(self, phase: str, attempt: Path | None = None) -> None:
         """Say what this rank does from now on, and with `attempt` in which attempt."""
         self.phase, self.attempt = phase, attempt or self.attempt
-        self._write("alive", {})
+        self._write_alive()
+
+    def beat(self, step: int | None = None) -> None:
+        """This rank lives, and works on this step. Takes microseconds, so it can be called at every batch."""
+        self.step = self.step if step is None else step
+        self._write_alive()
+
+    def stopped(self, reason: str) -> None:
+        """This rank leaves on purpose, and the run can be continued."""
+        self.phase, self._leaves = "stopped", {"stopped": reason}
+        self._write_alive()
 
     def ended_by(self, signal_name: str) -> None:
         """This rank leaves because it was told to, not because of anything of its own."""
-        self._write("alive", {"ended_by": signal_name})
+        self._leaves = {"ended_by": signal_name}
+        self._write_alive()
 
     def failed(self, error: BaseException) -> bool:
         """Keep the error, and its whole traceback in the rank's log. False when there is no attempt to keep it in."""
+        if self.attempt is None:
+            return False
         named = isinstance(error, HarnessError)
         whole = "".join(traceback.format_exception(error))
-        content = {
+        content = self._content() | {
             "type": type(error).__name__,
             "message": str(error),
             "exit_code": error.exit_code if named else 1,
             "traceback": "" if named else whole,
         }
-        if not self._write("errors", content):
-            return False
-        with open(self.log, "a", encoding="utf-8") as log:
-            log.write(whole)
-        return True
-
-    def _write(self, kind: str, more: dict) -> bool:
-        if self.attempt is None:
-            return False
-        content = {"rank": self.rank, "host": self.host, "pid": os.getpid(), "phase": self.phase, "time": time.time(), **more}
-        folder = self.attempt / kind
+        folder = self.attempt / "errors"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text_atomically(folder / f"rank-{self.rank}.json", json.dumps(content))
+            with open(self.log, "a", encoding="utf-8") as log:
+                log.write(whole)
         except OSError:
             # A full or vanished disk; then the rank says on the terminal what it could not write.
             return False
         return True
 
+    def _content(self) -> dict:
+        return {
+            "rank": self.rank,
+            "host": self.host,
+            "pid": os.getpid(),
+            "launch": os.environ.get(LAUNCH_VARIABLE, ""),
+            "phase": self.phase,
+            "step": self.step,
+            "time": time.time(),
+        }
+
+    def _write_alive(self) -> None:
+        """Into the same bytes each time and not flushed: a heart beats on a full disk too, costs next to nothing, and is worth nothing after
+        a crash of the machine. A disk that is gone silences it, which the watchdog sees."""
+        if self.attempt is None:
+            return
+        with self._writing, contextlib.suppress(OSError):
+            text = json.dumps(self._content() | self._leaves) + "\n"
+            self._width = max(self._width, len(text))
+            padded = text.rjust(self._width).encode()
+            if self._alive is not None:
+                os.pwrite(self._alive, padded, 0)
+                return
+            path = self.attempt / "alive" / f"rank-{self.rank}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            alive = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            os.pwrite(alive, padded, 0)
+            os.replace(temporary, path)
+            self._alive = alive
+
 
 def rank_reports(attempt: Path, kind: str) -> list[dict]:
     """What the ranks of an attempt have written of one kind (`alive` or `errors`), in the order of time."""
-    return sorted((json.loads(path.read_text()) for path in (attempt / kind).glob("rank-*.json")), key=lambda report: report["time"])
+    reports = filter(None, (_read_report(path) for path in (attempt / kind).glob("rank-*.json")))
+    return sorted(reports, key=lambda report: report["time"])
+
+
+def _read_report(path: Path) -> dict | None:
+    """None for a file that a crash of the machine has torn."""
+    for _ in range(3):
+        # More than once, because it may be read in the middle of a beat, which takes microseconds.
+        with contextlib.suppress(ValueError):
+            return json.loads(path.read_text())
+    return None
+
+
+# ---- how a life ended
+
+
+def write_outcome(attempt: Path, outcome: str, *, step: int | None, checkpoint: int | None, reason: str) -> None:
+    """Say how an attempt ended: `done`, `stopped`, `rolled_back` or `hang`. Whoever says it first is right: nothing is written over."""
+    path, content = attempt / "outcome.json", {"outcome": outcome, "step": step, "checkpoint": checkpoint, "reason": reason}
+    if not path.exists():
+        write_text_atomically(path, json.dumps(content) + "\n")
+
+
+def read_outcome(attempt: Path | None) -> dict | None:
+    """How an attempt ended, None when nobody could say it: its ranks failed or were killed."""
+    path = attempt / "outcome.json" if attempt else None
+    return json.loads(path.read_text()) if path and path.is_file() else None

@@ -2,13 +2,23 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from harness.errors import LaunchError
 from harness.recipe import load
-from harness.run import RankReport, RunDir, rank_reports, replace_folder, smoke_recipe
+from harness.run import (
+    LAUNCH_VARIABLE,
+    RankReport,
+    RunDir,
+    rank_reports,
+    read_outcome,
+    replace_folder,
+    smoke_recipe,
+    write_outcome,
+)
 
 RECIPE = """
 model: {name_or_path: some/model}
@@ -120,6 +130,50 @@ def test_a_rank_reports_only_once_it_knows_its_attempt(tmp_path):
     report.enter("training", tmp_path)
     (alive,) = rank_reports(tmp_path, "alive")
     assert (alive["rank"], alive["phase"]) == (3, "training") and rank_reports(tmp_path, "errors") == []
+
+
+def test_a_beat_says_the_step_in_the_same_bytes_and_costs_microseconds(tmp_path, monkeypatch):
+    monkeypatch.setenv(LAUNCH_VARIABLE, "this one")
+    report = RankReport(1, tmp_path)
+    path = tmp_path / "alive" / "rank-1.json"
+    place, width = path.stat().st_ino, path.stat().st_size
+    report.enter("training")
+    begun = time.perf_counter()
+    for step in range(1000):
+        report.beat(step)
+    assert time.perf_counter() - begun < 0.5
+    report.beat()  # a batch of the same step
+    (alive,) = rank_reports(tmp_path, "alive")
+    assert (alive["step"], alive["phase"], alive["launch"], alive["host"]) == (999, "training", "this one", report.host)
+    assert (path.stat().st_ino, path.stat().st_size) == (place, width)  # no new block is asked of a disk that may be full
+    report.enter("saving: " + "a name longer than any" * 50)
+    report.enter("training")
+    assert rank_reports(tmp_path, "alive")[0]["phase"] == "training"
+
+
+def test_no_beat_comes_after_a_ranks_last_word(tmp_path):
+    report = RankReport(0, tmp_path)
+    report.ended_by("SIGTERM")  # from a thread, while the main thread goes on for a moment
+    report.beat(7)
+    assert rank_reports(tmp_path, "alive")[0]["ended_by"] == "SIGTERM"
+    report.stopped("asked")
+    report.beat(8)
+    (alive,) = rank_reports(tmp_path, "alive")
+    assert (alive["phase"], alive["stopped"]) == ("stopped", "asked")
+
+
+def test_a_report_that_a_crash_of_the_machine_has_torn_is_passed_over(tmp_path):
+    RankReport(0, tmp_path)
+    RankReport(1, tmp_path)
+    (tmp_path / "alive" / "rank-0.json").write_text("")
+    assert [report["rank"] for report in rank_reports(tmp_path, "alive")] == [1]
+
+
+def test_the_first_word_on_how_a_life_ended_stands(tmp_path):
+    assert read_outcome(None) is None and read_outcome(tmp_path) is None
+    write_outcome(tmp_path, "stopped", step=7, checkpoint=7, reason="asked")
+    write_outcome(tmp_path, "hang", step=None, checkpoint=None, reason="slow to leave")
+    assert read_outcome(tmp_path) == {"outcome": "stopped", "step": 7, "checkpoint": 7, "reason": "asked"}
 
 
 def test_an_error_with_a_name_is_reported_without_a_traceback_and_logged_with_one(tmp_path):
