@@ -56,10 +56,10 @@ class Guard:
         loss = loss.detach().float()
         self._loss = loss if self._loss is None else self._loss + loss
 
-    def local_verdict(self, gradient: "torch.Tensor | float | None") -> tuple[bool, float]:
+    def local_verdict(self, gradient_norm: "torch.Tensor | float") -> tuple[bool, float]:
         """(this rank finds the step bad, the sum of its losses), after the step's last micro-batch.
 
-        gradient: a number that is not finite when any gradient is not: the norm over all ranks, or `gradient_magnitude`.
+        gradient_norm: of the gradients of all ranks, or of this rank's part of them: the vote joins the parts.
 
         The mean of the sums over all ranks is the loss of the step. Each micro-batch's loss comes divided by what the whole step divides by
         (transformers 5.23, Trainer.compute_loss and training_step): by the tokens of all ranks and micro-batches, times the number of ranks
@@ -68,8 +68,11 @@ class Guard:
         import torch
 
         values, self._loss = [self._loss], None
-        if gradient is not None and not self._fp16:
-            values.append(torch.as_tensor(gradient, dtype=torch.float32, device=values[0].device))
+        if not self._fp16:
+            if hasattr(gradient_norm, "to_local"):
+                # FSDP2's, which mixes with no plain tensor.
+                gradient_norm = gradient_norm.to_local()
+            values.append(torch.as_tensor(gradient_norm, dtype=torch.float32, device=values[0].device))
         values = torch.stack(values).tolist()
         return not all(map(math.isfinite, values)), values[0]
 
@@ -96,7 +99,8 @@ class Guard:
         if factor is None or len(self._good_losses) < ENOUGH:
             return ""
         usual = statistics.median(self._good_losses)
-        if mean_loss <= factor * usual:
+        # A loss about zero or below it, as preference and policy losses are, has no multiple that would be far away.
+        if usual <= 0 or mean_loss <= factor * usual:
             return ""
         return f"its loss is {mean_loss:.4g}, more than {factor:g} times {usual:.4g}, the median of the last {len(self._good_losses)}"
 
@@ -142,8 +146,8 @@ def skip_update(optimizer) -> None:
 # ---- DeepSpeed, whose engine updates the weights inside `backward`
 
 
-def gradient_magnitude(engine) -> "torch.Tensor":
-    """A number that is not finite when a gradient of this rank's partition is not. To be asked between the last micro-batch's backward and
+def local_gradient_norm(engine) -> "torch.Tensor":
+    """The norm of the gradients in this rank's partition, before clipping. To be asked between the last micro-batch's backward and
     `engine.step`; no copy to the host, no collective."""
     import torch
 
@@ -155,7 +159,7 @@ def gradient_magnitude(engine) -> "torch.Tensor":
         gradients = list(optimizer.norm_for_param_grads.values())
     else:
         gradients = [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
-    return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def skip_engine_step(engine) -> None:

@@ -1,7 +1,9 @@
-"""What two real DeepSpeed ranks do with a step that the guard leaves out: `torchrun --nproc-per-node 2 guard_ranks.py OUT CASE...`, where a
-CASE is such as zero2-float32 or zero3-offload-float32. Each rank writes OUT/CASE-R.json.
+"""What two real DeepSpeed ranks do with a step that the guard leaves out.
 
-The engine is driven as accelerate's DeepSpeedEngineWrapper does, and the guard asked where the trainer asks it: before `engine.step`.
+    torchrun --nproc-per-node 2 guard_ranks.py OUT CASE...      a CASE is such as zero2-float32 or zero3-offload-bfloat16
+
+Each rank R writes OUT/CASE-R.json, and what it makes of a norm that is sharded as FSDP2's is in OUT/sharded-R.json. The engine is driven as
+accelerate's DeepSpeedEngineWrapper does, and the guard asked where the trainer asks it: before `engine.step`.
 """
 
 import json
@@ -13,7 +15,7 @@ import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
 from harness import distributed
-from harness.guard import Guard, gradient_magnitude, skip_engine_step
+from harness.guard import Guard, local_gradient_norm, skip_engine_step
 from harness.recipe.schema import Guard as Settings
 
 GOOD = [0, 1, 2, 3, 4]
@@ -73,7 +75,7 @@ def train(case: str, numbers: list[int], *, leave_out: tuple = (FINITE,)) -> tup
     current = None
 
     def guarded_step():
-        bad, _ = guard.local_verdict(gradient_magnitude(engine))
+        bad, _ = guard.local_verdict(local_gradient_norm(engine))
         seen["bad"].append(bad)
         if not distributed.vote([float(bad)])[0] and current not in leave_out:
             seen["applied"] += 1
@@ -96,11 +98,25 @@ def train(case: str, numbers: list[int], *, leave_out: tuple = (FINITE,)) -> tup
     return end, seen
 
 
+def see_sharded_norms() -> list[bool]:
+    """This rank's verdicts on the norm that FSDP2's gradients have: first all is well, then rank 1's part is not a number."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, guard, verdicts = init_device_mesh("cpu", (2,)), Guard(Settings(), fp16=False), []
+    for worst in (1.0, float("nan")):
+        mine = torch.tensor([1.0, worst if distributed.rank() == 1 else 1.0])
+        guard.observe(torch.tensor(2.0))
+        verdicts.append(guard.local_verdict(torch.nn.utils.get_total_norm([DTensor.from_local(mine, mesh, [Shard(0)])]))[0])
+    return verdicts
+
+
 def main(out: Path, cases: list[str]) -> None:
     distributed.start(120, group_of_one=True)
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed calls fp16 too slow for a CPU; it is right all the same.
     deepspeed.get_accelerator().is_fp16_supported = lambda: True
+    (out / f"sharded-{distributed.rank()}.json").write_text(json.dumps(see_sharded_norms()))
     for case in cases:
         never, _ = train(case, GOOD)
         skipped, seen = train(case, [0, NOT_A_NUMBER, 1, 2, FINITE, 3, NOT_A_NUMBER, 4])
