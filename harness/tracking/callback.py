@@ -1,5 +1,7 @@
 """TrackingCallback: everything that the trainer logs goes to metrics.jsonl and to W&B, under the same keys and at the same steps."""
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,10 @@ from transformers import TrainerCallback
 
 from harness.run import git_commit, library_versions
 from harness.tracking.metrics import MetricsFile, metric_values, name_non_finite
+from harness.tracking.replay import Replay, wandb_values
 from harness.tracking.wandb_run import TrackingSection, WandbRun
+
+logger = logging.getLogger(__name__)
 
 
 class TrackingCallback(TrainerCallback):
@@ -15,6 +20,9 @@ class TrackingCallback(TrainerCallback):
 
     `config` is the resolved recipe. Add it after `Throughput`, whose values it records, and call `finish(exit_code)` when the process ends:
     training's end is too early, because the export still has to be logged.
+
+    `attempt` and what follows are about this life of the run: the three of `Replay`, and `alarm(step, key, was, is)`, which is called
+    for each value that a repeated step should have brought again and has not.
     """
 
     def __init__(
@@ -26,13 +34,21 @@ class TrackingCallback(TrainerCallback):
         *,
         backend: str | None = None,
         world_size: int = 1,
+        attempt: int | None = None,
+        resumed_from: int | None = None,
+        exact: bool = True,
+        compare_until: int | None = None,
+        alarm: Callable[[int, str, Any, Any], None] | None = None,
     ):
         self.run_folder = Path(run_folder)
         self._tracking = tracking
         self._config = config
         self._is_main = is_main
-        self._launch = {"backend": backend, "world_size": world_size}
+        self._launch = {"backend": backend, "world_size": world_size, "attempt": attempt, "resumed_from": resumed_from}
+        self._compares = {"resumed_from": resumed_from, "exact": exact, "compare_until": compare_until}
+        self._alarm = alarm
         self._file: MetricsFile | None = None
+        self._replay: Replay | None = None
         self._wandb: WandbRun | None = None
 
     def start(self) -> None:
@@ -40,6 +56,7 @@ class TrackingCallback(TrainerCallback):
         if self._file is not None or not self._is_main:
             return
         self._file = MetricsFile(self.run_folder)
+        self._replay = Replay(self._file.earlier, **self._compares)
         about = {"git_commit": git_commit(), "versions": library_versions(), **self._launch}
         self._wandb = WandbRun.start(self.run_folder, self._tracking, {**self._config, "harness": about})
 
@@ -55,10 +72,24 @@ class TrackingCallback(TrainerCallback):
             return
         self.start()
         values = name_non_finite(metric_values(logs))
+        repeated = self._replay.repeated(step, values)
+        values.update(self._compare(step, values))
         row = self._file.rows
-        self._file.append(step, values)
+        self._file.append(step, values, repeated)
         if self._wandb is not None:
-            self._wandb.log(row, step, values)
+            self._wandb.log(row, step, wandb_values(values, repeated))
+
+    def _compare(self, step: int, values: dict[str, Any]) -> dict[str, int]:
+        """Say what a repeated step has brought otherwise than the first time; returns how many values that are, if any."""
+        differences = self._replay.differences(step, values)
+        if not differences:
+            return {}
+        named = ", ".join(f"{key} was {was} and is {now}" for key, was, now in differences)
+        logger.warning("step %d came out otherwise than before the resume: %s", step, named)
+        if self._alarm is not None:
+            for difference in differences:
+                self._alarm(step, *difference)
+        return {"replay/differs": len(differences)}
 
     def log_artifact(self, export_folder: Path, lineage: dict[str, Any]) -> None:
         """The export as a W&B artifact of type "model". `lineage`: base model, data fingerprint, recipe digest."""

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +55,35 @@ def name_non_finite(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "non_finite": " ".join(found)} if found else values
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as it stands in the file: JSON has no NaN, so what is not finite is null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
 
 
 class MetricsFile:
-    """Appends lines to a run folder's metrics.jsonl, each one flushed. `rows` counts the lines of all lives."""
+    """Appends lines to a run folder's metrics.jsonl, each one flushed.
+
+    `rows` counts the lines of all lives, torn ones too; `earlier` are the whole lines that stood there when it was opened.
+    """
 
     def __init__(self, run_folder: Path, now: Callable[[], float] = time.time):
         self._now = now
         path = Path(run_folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        before = path.read_bytes() if path.exists() else b""
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # 1: every line reaches the system when it is written
-        if before and not before.endswith(b"\n"):
-            self._file.write("\n")  # a life that was killed in mid-line must not spoil the next one's first line
+        before = _read(path) if path.exists() else ""
+        self.earlier = list(_parse(before, path).values())
         self.rows = len(before.splitlines())
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # 1: every line reaches the system when it is written
+        if before and not before.endswith("\n"):
+            self._file.write("\n")  # a life that was killed in mid-line must not spoil the next one's first line
 
-    def append(self, step: int, values: dict[str, Any]) -> None:
-        line = {"step": step, "time": round(self._now(), 3), **_finite(values)}
+    def append(self, step: int, values: dict[str, Any], repeated: Sequence[str] = ()) -> None:
+        """One line. `repeated`: the keys that an earlier life has logged at this step already."""
+        line = {"step": step, "time": round(self._now(), 3), **finite(values), **({"replays": list(repeated)} if repeated else {})}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self.rows += 1
 
@@ -91,20 +97,33 @@ def read_metrics(run_folder: Path | str) -> list[dict[str, Any]]:
     A torn line (a life of the run was killed while it wrote) is left out, and a warning in the log says so.
     Raises HarnessError where there is no metrics.jsonl.
     """
+    return list(read_rows(run_folder).values())
+
+
+def read_rows(run_folder: Path | str) -> dict[int, dict[str, Any]]:
+    """`read_metrics`, each line under its number in the file, from 0, which is W&B's counter."""
     path = Path(run_folder) / FILE_NAME
     if not path.is_file():
         raise HarnessError(f"{path}: not there; expected the folder of a run that has logged at least once")
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    return _parse(_read(path), path)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _parse(text: str, path: Path) -> dict[int, dict[str, Any]]:
+    rows = {}
+    for row, written in enumerate(text.splitlines()):
         try:
-            line = json.loads(text)
+            line = json.loads(written)
         except json.JSONDecodeError:
             line = None
         if isinstance(line, dict):
-            lines.append(line)
-        elif text.strip():
-            logger.warning("%s:%d: torn line, left out (the run was stopped while it wrote): %.60s", path, number, text)
-    return lines
+            rows[row] = line
+        elif written.strip():
+            logger.warning("%s:%d: torn line, left out (the run was stopped while it wrote): %.60s", path, row + 1, written)
+    return rows
 
 
 def loss_curve(lines: Iterable[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

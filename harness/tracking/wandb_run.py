@@ -1,11 +1,11 @@
-"""One Weights & Biases run per run folder, through every requeue. The only file that imports wandb.
+"""One Weights & Biases run per run folder, through every requeue. Only this file and sync.py import wandb.
 
 Promises: a run without a key or without a network is recorded offline and loses nothing; trouble with W&B is said in one line and never
 ends a training; no secret is written (see `redact`); the run keeps its id (wandb.json) from its first life to its last.
 
 The trainer's step is logged as the metric "step" and is the x axis of every chart. W&B's own counter is the number of the line in
 metrics.jsonl instead: it only ever rises, while the trainer's step goes back to the checkpoint on resume, and W&B drops what is logged
-to a step that has passed.
+to a step that has passed. What a life repeats of an earlier one stands under `replay/` (replay.py).
 """
 
 import json
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 ID_FILE = "wandb.json"
 EXIT_RESUMABLE = 75  # stopped early and can be resumed (design.md, exit codes)
 INIT_TIMEOUT_S = 30  # W&B's default is 90; every GPU of the job waits for it
-FINISH_TIMEOUT_S = 900  # W&B's default is to wait for ever; what was not sent by then stays on disk for `wandb sync`
+FINISH_TIMEOUT_S = 900  # W&B's default is to wait for ever; what was not sent by then stays on disk for `harness sync`
 
 
 class TrackingSection(Protocol):
@@ -140,13 +140,13 @@ class WandbRun:
         run_id = load_run_id(run_folder)
         for attempt in dict.fromkeys((mode, "offline")):
             try:
-                run = _init(wandb, run_folder, tracking, config, run_id, attempt)
+                run = open_run(wandb, run_folder, tracking, config, run_id, attempt)
             except failures(wandb) as error:
                 rest = "recording offline instead" if attempt == "online" else "this run goes on without it, metrics.jsonl has everything"
-                logger.warning("W&B: cannot start %s (%s); %s", attempt, _first_line(error), rest)
+                logger.warning("W&B: cannot start %s (%s); %s", attempt, first_line(error), rest)
                 wandb.teardown()  # the failed start holds the run's id until W&B's helper process has ended
                 continue
-            where = run.url if attempt == "online" else f"offline; send it with `wandb sync {Path(run.dir).parent}`"
+            where = run.url if attempt == "online" else f"offline; send it with `harness sync {run_folder}`"
             logger.info("W&B: run %s, %s", run_id, where)
             return cls(wandb, run)
         return None
@@ -156,15 +156,8 @@ class WandbRun:
         self._guarded("log", lambda run: run.log({"step": step, **values}, step=row))
 
     def log_artifact(self, export_folder: Path, lineage: dict[str, Any]) -> None:
-        """The export as an artifact of type "model", with its lineage as metadata; offline it is uploaded by `wandb sync`."""
-
-        def send(run: Any) -> None:
-            artifact = self._wandb.Artifact(f"model-{run.id}", type="model", metadata=redact(lineage))
-            # immutable: hash the files where they are. The default first copies them all, and an export may have 140 GB.
-            artifact.add_dir(str(export_folder), policy="immutable", skip_cache=True)
-            run.log_artifact(artifact, aliases=["final"])
-
-        self._guarded("log the export", send)
+        """The export as an artifact of type "model", with its lineage as metadata; offline it is uploaded by `harness sync`."""
+        self._guarded("log the export", lambda run: log_export(self._wandb, run, export_folder, lineage))
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the run. With exit code 75 W&B shows it as preempted, not as failed, until its next life."""
@@ -180,37 +173,47 @@ class WandbRun:
             do(self._run)
         except failures(self._wandb) as error:
             self._run = None
-            logger.warning("W&B: cannot %s (%s); this run goes on without it, metrics.jsonl has everything", action, _first_line(error))
+            logger.warning("W&B: cannot %s (%s); this run goes on without it, metrics.jsonl has everything", action, first_line(error))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _init(wandb: ModuleType, run_folder: Path, tracking: TrackingSection, config: dict[str, Any], run_id: str, mode: str) -> Any:
-    settings = wandb.Settings(
-        init_timeout=INIT_TIMEOUT_S,
-        finish_timeout=FINISH_TIMEOUT_S,
-        console="off",  # the run folder has a log per rank; W&B's copy of a progress bar helps nobody
-        disable_code=True,  # no diff of the checkout, no source, no remote URL: the commit is in the config
-        disable_git=True,
-        silent=True,  # we say in one line what matters
-    )
+def open_run(
+    wandb: ModuleType, folder: Path, tracking: TrackingSection, config: dict[str, Any], run_id: str, mode: str, **settings: Any
+) -> Any:
+    """wandb.init with what every run of ours has in common; `settings` are wandb.Settings."""
     run = wandb.init(
         id=run_id,
-        # W&B ignores `resume` offline; the id still joins the lives when they are synced
+        # W&B ignores `resume` offline, and then records it: `wandb sync` of a file that has it adds its lines to those of the server.
         resume="allow" if mode == "online" else None,
         mode=mode,
-        dir=str(Path(run_folder).resolve()),
+        dir=str(Path(folder).resolve()),
         project=tracking.project,
         entity=tracking.entity,
-        name=tracking.name or Path(run_folder).resolve().name,
+        name=tracking.name or Path(folder).resolve().name,
         group=tracking.group,
         tags=list(tracking.tags) or None,
         config=redact(config),
         allow_val_change=True,  # a later life may run on another commit or with more ranks
-        settings=settings,
+        settings=wandb.Settings(
+            init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+            console="off",  # the run folder has a log per rank; W&B's copy of a progress bar helps nobody
+            disable_code=True,  # no diff of the checkout, no source, no remote URL: the commit is in the config
+            disable_git=True,
+            silent=True,  # we say in one line what matters
+            **settings,
+        ),
     )
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     return run
+
+
+def log_export(wandb: ModuleType, run: Any, export_folder: Path, lineage: dict[str, Any]) -> None:
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=redact(lineage))
+    # immutable: hash the files where they are. The default first copies them all, and an export may have 140 GB.
+    artifact.add_dir(str(export_folder), policy="immutable", skip_cache=True)
+    run.log_artifact(artifact, aliases=["final"])
