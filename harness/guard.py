@@ -41,7 +41,7 @@ class Guard:
         self._fp16 = fp16
         self._rolled_back = list(rolled_back)
         self._good_losses: deque[float] = deque(maxlen=WINDOW)
-        self._bad_in_a_row, self._last_bad_step = 0, 0
+        self.bad_in_a_row, self._last_bad_step = 0, 0
         self._loss: torch.Tensor | None = None
         self.why = ""
         """What was wrong with the step that was decided last; empty when nothing was."""
@@ -84,9 +84,9 @@ class Guard:
         if not self.why:
             self._good_losses.append(mean_loss)
             return "step"
-        self._bad_in_a_row = self._bad_in_a_row + 1 if step == self._last_bad_step + 1 else 1
+        self.bad_in_a_row = self.bad_in_a_row + 1 if step == self._last_bad_step + 1 else 1
         self._last_bad_step = step
-        if self._bad_in_a_row <= self._settings.max_skips:
+        if self.bad_in_a_row <= self._settings.max_skips:
             return "skip"
         return "roll_back" if len(self._rolled_back) < self._settings.max_rollbacks else "stop"
 
@@ -106,11 +106,11 @@ class Guard:
 
     def state(self) -> dict:
         """What a resumed run needs to decide as the uninterrupted one would; JSON keeps it whole."""
-        return {"good_losses": list(self._good_losses), "bad_in_a_row": self._bad_in_a_row, "last_bad_step": self._last_bad_step}
+        return {"good_losses": list(self._good_losses), "bad_in_a_row": self.bad_in_a_row, "last_bad_step": self._last_bad_step}
 
     def load_state(self, state: dict) -> None:
         self._good_losses = deque(state["good_losses"], maxlen=WINDOW)
-        self._bad_in_a_row, self._last_bad_step = state["bad_in_a_row"], state["last_bad_step"]
+        self.bad_in_a_row, self._last_bad_step = state["bad_in_a_row"], state["last_bad_step"]
 
 
 def windows_of(events: Iterable[dict]) -> list[Window]:

@@ -1,7 +1,7 @@
 """The rank program behind launch/train.py: its arguments, its log file, and how it ends.
 
 A rank writes its own log (logs/attempt-K/rank-R.log); rank 0 also speaks to the terminal. An error with a name ends it with that error's
-exit code, and its traceback stands in the log alone; any other is shown whole.
+exit code, and its traceback stands in the log alone; any other is shown whole. A rank that was asked to stop leaves with 75.
 """
 
 import argparse
@@ -13,23 +13,30 @@ import threading
 import traceback
 from pathlib import Path
 
-from harness.errors import HarnessError
+from harness.checkpoint.door import Signals
+from harness.errors import HarnessError, Stopped
 from harness.logs import quieten
 from harness.overrides import dashed_overrides
 from harness.recipe import load
-from harness.run import ATTEMPT_VARIABLE, RankReport, smoke_recipe
+from harness.run import ATTEMPT_VARIABLE, RankReport, rank_reports, smoke_recipe
+from harness.watchdog import process_state
+
+LOOK_EVERY_S = 0.5
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/train.py",
-        usage="%(prog)s --recipe RECIPE [--smoke] [--fresh] [key=value ...] [--key.path value ...]",
+        usage="%(prog)s --recipe RECIPE [--smoke] [--resume | --fresh] [--allow-change KEY] [key=value ...] [--key.path value ...]",
         description="one rank of a training run",
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", required=True, help="a recipe file, or the name of a shipped one")
     parser.add_argument("--smoke", action="store_true", help="two steps on the longest rows, then stop")
-    parser.add_argument("--fresh", action="store_true", help="delete what lies in the run folder first")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="continue, and refuse to begin")
+    begin.add_argument("--fresh", action="store_true", help="delete what lies in the run folder first")
+    parser.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="continue although this setting has changed")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     # What argparse does not know it leaves in its order; as a positional of its own, the 7 of `--train.seed 7` would be torn from its key.
@@ -38,7 +45,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code of this rank: 0 done, 2 the recipe or data is wrong, 1 anything else, 143 ended by SIGTERM.
+    """Exit code of this rank: 0 done, 2 the recipe or data is wrong, 75 stopped and can be continued, 143 ended by SIGTERM, 1 otherwise.
 
     Started by `harness run`, which prints the first failing rank's error last, a rank says nothing more on the terminal once its report is
     written. Started by hand, it prints its own error, and leaves it where torchrun's summary finds it.
@@ -52,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     elastic.initialize()
     parents_attempt = os.environ.get(ATTEMPT_VARIABLE)
     report = RankReport(int(os.environ.get("RANK", 0)), Path(parents_attempt) if parents_attempt else None)
+    signals = Signals()
+    signals.install()
     leave_on_sigterm(report)
     try:
         quieten()
@@ -60,7 +69,20 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load(options.recipe, dashed_overrides(options.overrides))
         if options.smoke and ATTEMPT_VARIABLE not in os.environ:
             recipe, options.fresh = smoke_recipe(recipe), True
-        train_recipe(recipe, report, smoke=options.smoke, fresh=options.fresh)
+        train_recipe(
+            recipe,
+            report,
+            signals,
+            smoke=options.smoke,
+            fresh=options.fresh,
+            must_resume=options.resume,
+            allowed=tuple(options.allow_change),
+        )
+    except Stopped as stopped:
+        report.stopped(str(stopped))
+        if report.rank == 0:
+            print(stopped, flush=True)
+        return stopped.exit_code
     except BaseException as error:
         elastic.record_exception(error)
         reported = report.failed(error)
@@ -82,21 +104,38 @@ def use_one_gpu(environment: dict[str, str]) -> None:
 
 
 def leave_on_sigterm(report: RankReport) -> None:
-    """On SIGTERM write that this rank was ended, and end, also while it waits in a collective.
+    """On SIGTERM leave at once where there is nothing to save: before the training, and when another rank of this machine has failed,
+    because no vote can be held any more and the launcher is ending the rest. Otherwise the signal is the stop door's.
 
     A handler in Python runs only between two of the main thread's instructions, and a collective is one; the byte that the interpreter
-    writes at once wakes a thread. Without the note the rank that was killed could not be told from those that the launcher then ended.
+    writes at once wakes a thread. It leaves a note, without which the rank that was killed could not be told from those that the launcher
+    then ended.
     """
     wake, woken = socket.socketpair()
     woken.setblocking(False)
     signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
 
     def leave() -> None:
         while signal.SIGTERM not in wake.recv(64):
             pass
+        wake.settimeout(LOOK_EVERY_S)
+        while may_be_saved(report):
+            try:
+                wake.recv(64)
+            except TimeoutError:
+                continue
         report.ended_by("SIGTERM")
         woken.close()
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=leave, name="leave-on-sigterm", daemon=True).start()
+
+
+def may_be_saved(report: RankReport) -> bool:
+    """This rank is training, or on its way out, and no rank of this attempt has failed or, on this machine, is gone."""
+    if report.attempt is None or not report.phase.startswith(("training", "evaluating", "saving", "leaving", "stopped", "finished")):
+        return False
+    if rank_reports(report.attempt, "errors"):
+        return False
+    others = [other for other in rank_reports(report.attempt, "alive") if other["host"] == report.host and "stopped" not in other]
+    return not any(process_state(other["pid"]) in (None, "Z", "X") and other["phase"] != "finished" for other in others)

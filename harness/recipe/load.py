@@ -301,6 +301,6 @@ def _differences(section: BaseModel, prefix: str) -> dict[str, Any]:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Hex digest of everything that decides what is trained; where it is written and how it is tracked are left out."""
-    settings = recipe.model_dump(mode="json", exclude={"output_dir", "tracking"})
+    """Hex digest of everything that decides what is trained; where it is written, how it is tracked, saved and watched are left out."""
+    settings = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "checkpoint", "watchdog"})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

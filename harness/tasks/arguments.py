@@ -44,6 +44,8 @@ def training_arguments(recipe: Recipe, backend: Backend, output_dir: Path, world
         # A blocking copy to the card waits for all that was queued before it, and would count as waiting for data.
         "accelerator_config": {"non_blocking": has_gpu},
         "dataloader_persistent_workers": train.dataloader_num_workers > 0,
+        # Patience that had run before a resume has run after it.
+        "restore_callback_states_from_checkpoint": True,
     }
     return arguments | {"eval_strategy": eval_strategy(recipe)} | _saving(recipe)
 
@@ -71,6 +73,7 @@ def eval_strategy(recipe: Recipe) -> str:
 
 
 def _saving(recipe: Recipe) -> dict:
+    """When and how long checkpoints are kept is harness.checkpoint's; transformers is told of the best model alone."""
     metric = recipe.train.metric_for_best_model
     if metric:
         better_is_more = recipe.train.greater_is_better if recipe.train.greater_is_better is not None else not metric.endswith("loss")
@@ -79,8 +82,5 @@ def _saving(recipe: Recipe) -> dict:
             "load_best_model_at_end": True,
             "metric_for_best_model": metric.replace("/", "_"),
             "greater_is_better": better_is_more,
-            "save_total_limit": recipe.checkpoint.keep,
         }
-    if recipe.checkpoint.every_steps:
-        return {"save_strategy": "steps", "save_steps": recipe.checkpoint.every_steps, "save_total_limit": recipe.checkpoint.keep}
     return {"save_strategy": "no"}

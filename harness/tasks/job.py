@@ -1,22 +1,32 @@
-"""What every rank does, from top to bottom: join, prepare, load, train, export.
+"""What every rank does, from top to bottom: join, choose a checkpoint, prepare, load, train, export.
 
 `train_recipe` is the whole job; harness.rank calls it. Each step is a phase, whose name stands in the report of a rank that fails.
 """
 
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from harness import distributed
+from harness.checkpoint import resume
+from harness.checkpoint.cadence import Cadence
+from harness.checkpoint.commit import Committer
+from harness.checkpoint.door import Door, Signals
+from harness.checkpoint.ledger import Ledger, read_ledger
+from harness.checkpoint.retention import clean
+from harness.checkpoint.selection import Selected, select_checkpoint
 from harness.embedded import resolve
-from harness.errors import LaunchError
+from harness.errors import HarnessError, LaunchError, Stopped
 from harness.launcher import RuledBackend, check_world, rule_backend
 from harness.logs import open_log
 from harness.operators import announce_compiling, release_abandoned_locks
 from harness.recipe import Recipe, recipe_digest
 from harness.recipe.backend import Backend
-from harness.run import RankReport, RunDir, rank_reports, write_text_atomically
+from harness.run import RankReport, RunDir, git_commit, library_versions, rank_reports, write_outcome, write_text_atomically
+from harness.watchdog import register_stack_dump
 
 PREPARED_POLL_S = 0.5
 WORTH_GROUPING = 0.2
@@ -32,22 +42,40 @@ class Job:
     run: RunDir
     ruled: RuledBackend
     report: RankReport
+    signals: Signals
     smoke: bool = False
+    allowed: tuple[str, ...] = ()
+    """What may differ from the checkpoint that the run is continued from."""
 
     @property
     def backend(self):
         return self.ruled.backend
 
+    @property
+    def attempt(self) -> int:
+        return int(self.report.attempt.name.removeprefix("attempt-"))
 
-def train_recipe(recipe: Recipe, report: RankReport, *, smoke: bool = False, fresh: bool = False) -> None:
-    """Run a recipe on this rank. Raises HarnessError for whatever has a name. `report` is told of each phase."""
+
+def train_recipe(
+    recipe: Recipe,
+    report: RankReport,
+    signals: Signals,
+    *,
+    smoke: bool = False,
+    fresh: bool = False,
+    must_resume: bool = False,
+    allowed: tuple[str, ...] = (),
+) -> None:
+    """Run a recipe on this rank, from its newest whole checkpoint if there is one. Raises HarnessError for whatever has a name, Stopped
+    when the run left early and can be continued. `report` is told of each phase."""
     try:
-        _train(join(recipe, report, smoke=smoke, fresh=fresh))
+        job = join(recipe, report, signals, smoke=smoke, fresh=fresh, allowed=allowed)
+        _train(job, continue_from(job, must_resume=must_resume))
     finally:
         distributed.shutdown()
 
 
-def join(recipe: Recipe, report: RankReport, *, smoke: bool, fresh: bool) -> Job:
+def join(recipe: Recipe, report: RankReport, signals: Signals, *, smoke: bool, fresh: bool, allowed: tuple[str, ...]) -> Job:
     """Join the group under the backend that rules, and the run folder that rank 0 (or the parent command) has made."""
     import torch
 
@@ -70,6 +98,7 @@ def join(recipe: Recipe, report: RankReport, *, smoke: bool, fresh: bool) -> Job
     run, attempt = distributed.broadcast_object((run, attempt))
     report.enter("opening the run folder", attempt)
     open_log(report.log, to_terminal=distributed.is_main())
+    register_stack_dump(report.log)
     if distributed.is_main():
         run.write_manifest(
             recipe,
@@ -79,7 +108,7 @@ def join(recipe: Recipe, report: RankReport, *, smoke: bool, fresh: bool) -> Job
             attempt=int(attempt.name.removeprefix("attempt-")),
             smoke=smoke,
         )
-    return Job(recipe, run, ruled, report, smoke)
+    return Job(recipe, run, ruled, report, signals, smoke, allowed)
 
 
 def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
@@ -94,13 +123,39 @@ def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
         )
 
 
-def _train(job: Job) -> None:
+def continue_from(job: Job, *, must_resume: bool) -> Selected | None:
+    """The checkpoint that this life begins from, None for the beginning. Rank 0 chooses and verifies, and all hear of it."""
+    found, problem = None, None
+    if distributed.is_main() and not job.smoke:
+        ledger = Ledger(job.run.ledger, job.attempt)
+        try:
+            clean(job.run)
+            found = select_checkpoint(job.run, ledger, verify=job.recipe.checkpoint.verify, on_progress=job.report.enter)
+            if found:
+                resume.check_recipe(found.manifest, job.recipe, job.allowed)
+                resume.check_engine(found.manifest, job.backend)
+            elif must_resume:
+                raise LaunchError(f"{job.run.path}: holds no checkpoint to continue from; leave --resume out to begin")
+        except HarnessError as error:
+            problem = error
+    found, problem = distributed.broadcast_object((found, problem))
+    if problem:
+        raise problem
+    return found
+
+
+def _train(job: Job, resumed: Selected | None) -> None:
     from harness.model import check_positions, load_tokenizer
     from harness.tasks import sft
     from harness.tasks.arguments import eval_strategy, training_arguments
+    from harness.tasks.checkpointing import RolledBack
     from harness.tasks.export import export
 
     recipe, backend, world_size = job.recipe, job.backend, distributed.world_size()
+    if resumed:
+        recipe, said = resume.keep_global_batch(resumed.manifest, recipe, world_size, job.allowed)
+        if distributed.is_main():
+            say(f"continues from {resumed.path.name}" + (f"; {said}" if said else ""))
     settled = settle(recipe, backend)
 
     job.report.enter("loading data")
@@ -118,22 +173,85 @@ def _train(job: Job) -> None:
     source = base_source(job)
     model = load_model(recipe, backend, settled, source, tokenizer, args)
     check_positions(model, prepared.report.train.length_percentiles["max"])
+    facts = facts_of(job, recipe, args, prepared.digest, source, model)
+    if resumed:
+        resume.check_facts(resumed.manifest, facts, job.allowed)
 
     job.report.enter("building trainer")
-    trainer, tracking = build_trainer(job, settled, args, model, tokenizer, train_rows, eval_rows)
+    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed)
 
     exit_code = 1
     try:
         job.report.enter("training")
-        trainer.train()
+        trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
+        if trainer.stopped:
+            leave_early(job, trainer)
         job.report.enter("exporting")
         if job.smoke:
             report_smoke(train_rows)
         else:
             export(job, trainer, prepared.digest, source, settled.dtype, tracking)
+            end_life(job, "done", "finished", trainer.state.global_step, trainer.state.global_step, "")
         exit_code = 0
+    except Stopped as stopped:
+        exit_code = stopped.exit_code
+        if distributed.is_main() and isinstance(stopped, RolledBack):
+            committer = trainer.lives.committer
+            write_outcome(
+                job.report.attempt, "rolled_back", step=trainer.state.global_step, checkpoint=committer.last_step, reason=str(stopped)
+            )
+        raise
     finally:
         tracking.finish(exit_code)
+
+
+def facts_of(job: Job, recipe: Recipe, args, data_digest: str, source: str, model) -> dict[str, Any]:
+    """What every manifest of this life says alike; `recipe` is the one that is trained, the job's the one that was asked for."""
+    from harness.model.export import digest_base
+
+    base = job.recipe.model.name_or_path or job.recipe.model.init
+    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.world_size()
+    return {
+        "global_batch": global_batch,
+        "accumulation": args.gradient_accumulation_steps,
+        "micro_batch": args.per_device_train_batch_size,
+        "world_size": distributed.world_size(),
+        "backend": job.backend.name,
+        "engine": resume.engine_of(job.backend),
+        "seed": recipe.train.seed,
+        "recipe_digest": recipe_digest(job.recipe),
+        "recipe": job.recipe.model_dump(mode="json"),
+        "allowed_changes": list(job.allowed),
+        "versions": library_versions(),
+        "python": sys.version.split()[0],
+        "git_commit": git_commit() if distributed.is_main() else None,
+        "base": distributed.broadcast_object(
+            {
+                "name": base,
+                "revision": getattr(model.config, "_commit_hash", None) or job.recipe.model.revision,
+                "digest": digest_base(source) if distributed.is_main() else None,
+            }
+        ),
+        "data": {"digest": data_digest},
+        "wandb": {},
+    }
+
+
+def leave_early(job: Job, trainer) -> None:
+    """Raises Stopped, after saying how far the run came."""
+    step, kept, reason = trainer.state.global_step, trainer.lives.committer.last_step, trainer.lives.door.reason
+    job.report.enter("leaving")
+    if distributed.is_main():
+        trainer.lives.door.stopped(job.report.attempt)
+    end_life(job, "stopped", "stopped", step, kept, reason)
+    saved = f"checkpoint-{kept} is whole" if kept else "nothing was trained yet"
+    raise Stopped(f"stopped at step {step} ({reason}); {saved}; the same command continues")
+
+
+def end_life(job: Job, outcome: str, event: str, step: int, checkpoint: int | None, reason: str) -> None:
+    if distributed.is_main():
+        Ledger(job.run.ledger, job.attempt).append(event, step=step, reason=reason)
+        write_outcome(job.report.attempt, outcome, step=step, checkpoint=checkpoint, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -211,7 +329,7 @@ def _smoke(recipe: Recipe, rows, world_size: int):
         }
         | {"metric_for_best_model": None, "early_stopping_patience": None, "warmup_steps": None, "warmup_ratio": None}
     )
-    checkpoint = recipe.checkpoint.model_copy(update={"every_steps": None})
+    checkpoint = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None, "auto": False})
     return recipe.model_copy(update={"train": train, "checkpoint": checkpoint}), rows.select(longest), None
 
 
@@ -275,31 +393,72 @@ def load_model(recipe: Recipe, backend: Backend, settled: Settled, source: str, 
 # ---- trainer
 
 
-def build_trainer(job: Job, settled: Settled, args, model, tokenizer, train_rows, eval_rows):
+def build_trainer(
+    job: Job, recipe: Recipe, settled: Settled, args, model, tokenizer, train_rows, eval_rows, facts: dict, resumed: Selected | None
+):
     """(trainer, tracking), and a line that says what is about to be trained and how."""
     from transformers import PrinterCallback
 
+    from harness.data.order import EpochOrder
     from harness.model import check_4bit_is_sharded, describe_parameters, settle_adapter_dtype
     from harness.tasks import sft
-    from harness.tasks.trainer import pad_for_ranks, padding_share
+    from harness.tasks.trainer import pad_for_ranks, padding_share, with_filler
 
-    world_size, quantization = distributed.world_size(), job.recipe.model.quantization
+    world_size, quantization = distributed.world_size(), recipe.model.quantization
     if eval_rows is not None:
         eval_rows = pad_for_ranks(eval_rows, args.per_device_eval_batch_size * world_size)
+    lengths = row_lengths(train_rows)
+    groups = not settled.flattens and padding_share(lengths, args.per_device_train_batch_size) > WORTH_GROUPING
+    order = EpochOrder(len(train_rows), facts["global_batch"], args.seed, lengths if groups else None)
+    if order.missing:
+        train_rows = with_filler(train_rows, 1)
     callbacks, tracking, throughput = build_callbacks(job, model)
     trainer = sft.build_trainer(args, model, tokenizer, train_rows, eval_rows, callbacks)
     trainer.remove_callback(PrinterCallback)
-    groups = not settled.flattens and padding_share(row_lengths(train_rows), args.per_device_train_batch_size) > WORTH_GROUPING
-    trainer.configure(throughput=throughput, isolates=settled.flattens, group_by_length=groups)
-    if job.recipe.model.lora:
+    trainer.configure(throughput=throughput, isolates=settled.flattens)
+    trainer.live(build_lives(job, recipe, model, order, facts, resumed))
+    if recipe.model.lora:
         settle_adapter_dtype(model, job.backend, settled.dtype)
     if distributed.is_main():
         batches = "packed" if settled.packing else "flattened" if settled.flattens else "of like length" if groups else "in random order"
         autocast = ", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""
         say(f"{describe_parameters(model)}; {settled.attention} attention, {settled.dtype} weights{autocast}, batches {batches}")
+        if not job.smoke:
+            say(trainer.lives.cadence.describe())
     if quantization and job.backend.shards_parameters:
         trainer.add_callback(_on_train_begin(lambda: check_4bit_is_sharded(model, world_size)))
     return trainer, tracking
+
+
+def build_lives(job: Job, recipe: Recipe, model, order, facts: dict, resumed: Selected | None):
+    from harness.guard import Guard, windows_of
+    from harness.tasks.checkpointing import Lives
+
+    ledger, world_size = Ledger(job.run.ledger, job.attempt), distributed.world_size()
+    events = distributed.broadcast_object(read_ledger(job.run.ledger) if distributed.is_main() else None)
+    if distributed.is_main() and not job.smoke:
+        resumed_from = resumed.step if resumed else None
+        ledger.append("life_began", world_size=world_size, backend=job.backend.name, resumed_from=resumed_from, allowed=list(job.allowed))
+    trained_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+    return Lives(
+        committer=Committer(
+            job.run,
+            recipe.checkpoint,
+            ledger,
+            job.attempt,
+            job.report.enter,
+            # Weights and two moments; the last commit is a better guess.
+            expected_bytes=[3 * trained_bytes, *(event["bytes"] for event in events if event["event"] == "committed")][-1],
+            last_step=resumed.step if resumed else None,
+        ),
+        cadence=Cadence(recipe.checkpoint, world_size, time.monotonic()),
+        door=Door(job.signals, job.run if distributed.is_main() else None),
+        guard=Guard(recipe.guard, fp16=recipe.train.fp16, rolled_back=windows_of(events)),
+        order=order,
+        report=job.report,
+        facts=facts,
+        resumed=resumed,
+    )
 
 
 def build_callbacks(job: Job, model):

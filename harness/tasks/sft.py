@@ -7,10 +7,11 @@ import warnings
 
 from trl import SFTConfig, SFTTrainer
 
+from harness.tasks.checkpointing import CheckpointedTrainer
 from harness.tasks.trainer import HarnessTrainer
 
 
-class HarnessSFTTrainer(HarnessTrainer, SFTTrainer):
+class HarnessSFTTrainer(CheckpointedTrainer, HarnessTrainer, SFTTrainer):
     pass
 
 

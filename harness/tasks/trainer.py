@@ -2,9 +2,7 @@
 
 get_batch_samples    measures the wait for data
 training_step        counts tokens; checks isolation before the first step, and gradients before the optimiser first uses them
-_get_train_sampler   orders samples by the global batch, so that any number of ranks sees the same batches
 evaluation_loop      a held-out loss that is the mean over tokens, whatever the batches and ranks
-_save                no pickle among the weights
 """
 
 from typing import TYPE_CHECKING
@@ -21,12 +19,10 @@ if TYPE_CHECKING:
 class HarnessTrainer:
     """Mixed in before a trainer of TRL. `configure` must follow construction."""
 
-    def configure(self, *, throughput, isolates: bool = False, group_by_length: bool = False) -> None:
-        """throughput: counts tokens and waits (harness.tracking). isolates: batches are flattened, so samples must not see each other.
-        group_by_length: batches of like length, for padded batches."""
+    def configure(self, *, throughput, isolates: bool = False) -> None:
+        """throughput: counts tokens and waits (harness.tracking). isolates: batches are flattened, so samples must not see each other."""
         self._throughput = throughput
         self._checks_isolation = isolates
-        self._groups_by_length = group_by_length
         self._first_step = self._gradients_unchecked = True
         self._eval_nll: list[torch.Tensor] = []
         self._eval_tokens: list[torch.Tensor] = []
@@ -73,18 +69,6 @@ class HarnessTrainer:
 
         engine.step = checked_step
 
-    def _get_train_sampler(self, train_dataset=None):
-        if not self._groups_by_length:
-            return super()._get_train_sampler(train_dataset)
-        import torch
-        from transformers.trainer_pt_utils import LengthGroupedSampler
-
-        # transformers groups by one rank's batch, so that the order would change with the number of ranks.
-        args = self.args
-        global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        generator = torch.Generator().manual_seed(args.data_seed if args.data_seed is not None else args.seed)
-        return LengthGroupedSampler(global_batch, lengths=list(self.train_dataset["length"]), generator=generator)
-
     # ---- evaluation
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -113,19 +97,6 @@ class HarnessTrainer:
                 values[:] = [sum(value * count for value, count in zip(values, tokens, strict=True)) / max(sum(tokens), 1)]
         return output
 
-    # ---- saving
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            from pathlib import Path
-
-            # A pickle of our own settings, which the recipe already holds as text.
-            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """TRL writes one into every checkpoint; an export has its manifest instead."""
-
 
 def padding_share(lengths: list[int], batch_size: int, seed: int = 0) -> float:
     """Share of tokens that would be padding in random batches of `batch_size` rows, padded to the longest of each."""
@@ -137,17 +108,18 @@ def padding_share(lengths: list[int], batch_size: int, seed: int = 0) -> float:
 
 
 def pad_for_ranks(dataset: "Dataset", multiple: int) -> "Dataset":
-    """Held-out rows made up to a multiple with rows that count nothing (every label -100).
+    """Held-out rows made up to a multiple: Accelerate fills the last batch with rows from the front, which would count twice."""
+    return with_filler(dataset, -len(dataset) % multiple)
 
-    Accelerate fills the last batch with rows from the front, which would count twice in the held-out loss.
-    """
+
+def with_filler(dataset: "Dataset", count: int) -> "Dataset":
+    """The rows and, at their end, so many that count nothing: every label is -100."""
     from datasets import concatenate_datasets
 
-    lacking = -len(dataset) % multiple
-    if not lacking:
+    if not count:
         return dataset
     shortest = min(range(len(dataset)), key=list(dataset["length"]).__getitem__) if "length" in dataset.column_names else 0
-    filler = dataset.select([shortest] * lacking).map(
+    filler = dataset.select([shortest] * count).map(
         lambda row: {"labels": [-100] * len(row["labels"])}, features=dataset.features, load_from_cache_file=False, keep_in_memory=True
     )
     return concatenate_datasets([dataset, filler])

@@ -1,0 +1,128 @@
+"""What must be the same for a run to be continued, and what is adjusted.
+
+A checkpoint's manifest says what it was made with. What differs now is refused by its dotted name, unless the person names it
+(`--allow-change train.learning_rate`); what was allowed stands in every manifest from there on. The number of ranks may differ: the
+accumulation is fitted to keep the global batch.
+"""
+
+from typing import Any
+
+from harness.errors import LaunchError
+from harness.launcher import accumulation_steps
+from harness.recipe import Recipe
+from harness.recipe.backend import Backend
+
+FREE = (
+    "task output_dir backend tracking checkpoint guard watchdog data train.per_device_train_batch_size train.per_device_eval_batch_size "
+    "train.gradient_accumulation_steps train.global_batch_size train.gradient_checkpointing train.gradient_checkpointing_kwargs "
+    "train.logging_steps train.eval_strategy train.eval_steps train.eval_on_start train.metric_for_best_model train.greater_is_better "
+    "train.early_stopping_patience train.early_stopping_threshold train.dataloader_num_workers train.ddp_timeout train.use_liger_kernel "
+    "train.torch_compile model.attn_implementation model.trust_remote_code"
+).split()
+"""Fields that may change freely: they do not decide what the weights become (but for rounding), or something else is compared in their
+place: the prepared data, the engine, the global batch."""
+DATA, GLOBAL_BATCH, BASE = "data", "global_batch", "base"
+"""What `--allow-change` takes beside the names of recipe fields."""
+
+
+def engine_of(backend: Backend) -> str:
+    """How a checkpoint under this backend is laid out: `plain` is transformers' own, the others hold shards."""
+    return {"deepspeed": f"zero{backend.zero_stage}", "fsdp": "fsdp2"}.get(backend.kind, "plain")
+
+
+def check_recipe(manifest: dict, recipe: Recipe, allowed: tuple[str, ...]) -> None:
+    """Raises LaunchError that lists every field in which `recipe` is not the one that the checkpoint was made with."""
+    now, then = flatten(recipe.model_dump(mode="json")), flatten(manifest["recipe"])
+    known = now.keys() | then.keys()
+    for name in allowed:
+        # It would allow nothing, in silence.
+        if name not in (DATA, GLOBAL_BATCH, BASE) and not any(_is_under(key, name) for key in known):
+            raise LaunchError(
+                f"--allow-change {name}: no such setting; give the dotted name of a recipe's field (train.learning_rate), "
+                f"or {DATA}, {GLOBAL_BATCH}, {BASE}"
+            )
+    changed = sorted(key for key in known if now.get(key) != then.get(key))
+    problems = [
+        f"{key} = {now.get(key)}; the run was begun with {then.get(key)}"
+        for key in changed
+        if not any(_is_under(key, name) for name in (*FREE, *allowed))
+    ]
+    _refuse(problems, manifest, _PUT_BACK)
+
+
+def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    """Raises LaunchError when the data or the base of `facts` is not the checkpoint's."""
+    problems = []
+    if facts["data"]["digest"] != manifest["data"]["digest"] and DATA not in allowed:
+        problems.append(f"{DATA}: the prepared rows are {facts['data']['digest']}; the run was begun with {manifest['data']['digest']}")
+    if facts["base"]["digest"] != manifest["base"]["digest"] and BASE not in allowed:
+        problems.append(f"{BASE}: the weights of {facts['base']['name']} are not those that the run was begun with")
+    _refuse(problems, manifest, _PUT_BACK)
+
+
+def check_engine(manifest: dict, backend: Backend) -> None:
+    """Raises LaunchError when the optimiser's state is laid out in a way that this backend does not read."""
+    if engine_of(backend) != manifest["engine"]:
+        raise LaunchError(
+            f"checkpoint-{manifest['step']} holds the state of {_ENGINES[manifest['engine']]}, and backend = {backend.name} is "
+            f"{_ENGINES[engine_of(backend)]}: one cannot be read as the other; continue with backend={manifest['backend']}, "
+            "on any number of ranks, or begin again with --fresh"
+        )
+
+
+_PUT_BACK = "put them back, or name each with --allow-change KEY, or begin again with --fresh"
+_ENGINES = {
+    "plain": "one rank or DDP",
+    "zero1": "DeepSpeed's ZeRO stage 1",
+    "zero2": "DeepSpeed's ZeRO stage 2",
+    "zero3": "DeepSpeed's ZeRO stage 3",
+    "fsdp2": "FSDP2",
+}
+
+
+def keep_global_batch(manifest: dict, recipe: Recipe, world_size: int, allowed: tuple[str, ...]) -> tuple[Recipe, str | None]:
+    """(`recipe` with the accumulation that keeps the checkpoint's global batch on so many ranks, what to say about it if it changed).
+
+    Raises LaunchError when the recipe asks for another global batch, or the ranks cannot make this one.
+    """
+    train, kept = recipe.train, manifest["global_batch"]
+    before = manifest["recipe"]["train"]
+    asked = train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
+    if GLOBAL_BATCH in allowed or asked == kept:
+        return recipe, None
+    rewritten = [
+        key
+        for key in ("global_batch_size", "gradient_accumulation_steps", "per_device_train_batch_size")
+        if getattr(train, key) != before[key]
+    ]
+    if train.global_batch_size or "gradient_accumulation_steps" in rewritten:
+        _refuse(
+            [f"train.{rewritten[0] if rewritten else 'global_batch_size'}: a step would take {asked} rows; the run takes {kept}"],
+            manifest,
+            f"put it back, or give --allow-change {GLOBAL_BATCH}",
+        )
+    train = train.model_copy(update={"global_batch_size": kept, "gradient_accumulation_steps": None})
+    fitted = recipe.model_copy(update={"train": train})
+    said = (
+        f"{manifest['world_size']} rank{'s' * (manifest['world_size'] > 1)} before, {world_size} now: gradient_accumulation_steps is "
+        f"{accumulation_steps(fitted, world_size)} in place of {manifest['accumulation']}, so that a step still takes {kept} rows"
+    )
+    return fitted, said
+
+
+def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """{"train": {"seed": 1}} -> {"train.seed": 1}."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _is_under(field: str, name: str) -> bool:
+    return field == name or field.startswith(f"{name}.")
+
+
+def _refuse(problems: list[str], manifest: dict, remedy: str) -> None:
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise LaunchError(f"checkpoint-{manifest['step']} cannot be continued with other settings:\n{lines}\n{remedy}")

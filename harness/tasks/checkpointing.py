@@ -1,0 +1,495 @@
+"""How a trainer of transformers is saved, stopped and continued: a mixin, with a method per seam of transformers.Trainer 5.23.
+
+_get_train_sampler             the order that no number of ranks changes
+_init_training_state           the position in the data, from the manifest
+create_scheduler               comes after the engine and before the checkpoint is read: DeepSpeed's shards are to be opened as data
+_load_rng_state                each rank's random numbers, or new ones for ranks that did not exist
+_run_epoch                     leaves before the first step when a stop is asked for, or nothing is left to train; an evaluation still owed
+training_step                  data that a rollback passes over
+_get_grad_norm, engine.step    the vote before the optimiser: is the step sound, is a stop or a save asked for, is a save due
+_determine_best_metric         transformers would take back a save that was asked for where the metric has not improved
+_evaluate, prediction_step     an evaluation leaves no trace in the random numbers, and ends early when a stop is asked for
+_save_checkpoint               the commit (harness.checkpoint.commit) around transformers' own, whose parts remember their errors
+"""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from harness import distributed
+from harness.checkpoint import state as carried
+from harness.checkpoint import zero
+from harness.checkpoint.cadence import Cadence
+from harness.checkpoint.commit import Committer
+from harness.checkpoint.door import Door
+from harness.checkpoint.selection import Selected
+from harness.data.order import EpochOrder
+from harness.errors import CheckpointError, ModelError, Stopped
+from harness.guard import Guard, local_gradient_norm, skip_engine_step, skip_update
+
+if TYPE_CHECKING:
+    from harness.run import RankReport
+
+REASONS = ("stop", "end", "asked", "best", "interval")
+"""Why a checkpoint is made; of several the first is the one that its manifest tells."""
+
+
+class RolledBack(Stopped):
+    """This life ends so that the next one goes back to the last checkpoint."""
+
+
+class _EvaluationStopped(Exception):
+    """A stop is asked for in the middle of an evaluation, which the next life makes from its beginning."""
+
+
+@dataclass
+class Lives:
+    """What a trainer has to do with the run's other lives."""
+
+    committer: Committer
+    cadence: Cadence
+    door: Door
+    guard: Guard
+    order: EpochOrder
+    report: "RankReport"
+    facts: dict[str, Any]
+    """What every manifest of this life says alike."""
+    resumed: Selected | None = None
+    stopping: bool = False
+    reasons: set[str] = field(default_factory=set)
+    """Why the next checkpoint is made."""
+
+
+class CheckpointedTrainer:
+    """Mixed in before a trainer of TRL. `live` must follow construction."""
+
+    def live(self, lives: Lives) -> None:
+        self.lives = lives
+        self._epoch = self._steps_in_epoch = 0
+        self._staging: Path | None = None
+        self._write_errors: list[Exception] = []
+        self._evaluation_owed = bool(lives.resumed and lives.resumed.manifest["evaluation_owed"])
+        self._epoch_ends_with_save = self._begun = self._skipped = False
+        self._bad_steps_since_log, self._loss_before_step = 0, 0.0
+        self._random_numbers_restored = lives.resumed is None
+        self.add_callback(_StepEnd(self))
+        backward = self.accelerator.backward
+
+        def observed(loss, **kwargs):
+            lives.guard.observe(loss)
+            return backward(loss, **kwargs)
+
+        self.accelerator.backward = observed
+
+    @property
+    def stopped(self) -> bool:
+        """Training ended because a stop was asked for, with steps left to make."""
+        return self.lives.stopping and not self._is_complete()
+
+    def _is_complete(self) -> bool:
+        resumed = self.lives.resumed
+        ended = resumed is not None and resumed.manifest["reason"] == "end" and self.state.global_step == resumed.step
+        return ended or self.state.global_step >= self.state.max_steps
+
+    # ---- data
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.lives.order
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        if loader.num_workers:
+            loader.worker_init_fn = partial(_shield_worker, loader.worker_init_fn)
+        return loader
+
+    def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
+        position = super()._init_training_state(*args, **kwargs)
+        resumed, order = self.lives.resumed, self.lives.order
+        if resumed is None:
+            return position
+        self.args.eval_on_start = False
+        if self.state.best_global_step is not None:
+            self.state.best_model_checkpoint = self._path_of_best()
+        at = resumed.manifest["data"]
+        if at["cursor"] >= order.rows:
+            self._epoch = at["epoch"] + 1
+            return self._epoch, 0
+        self._epoch, self._steps_in_epoch = at["epoch"], at["cursor"] // order.global_batch
+        return self._epoch, self._steps_in_epoch * self.args.gradient_accumulation_steps
+
+    # ---- what is read back
+
+    def create_scheduler(self, *args, **kwargs):
+        scheduler = super().create_scheduler(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            self._vote_before_engine_step(engine)
+            if self.lives.resumed:
+                self.lives.report.enter("resuming: loading DeepSpeed's shards")
+                zero.prepare_loading(engine, self.lives.resumed.path, self.lives.resumed.manifest, distributed.world_size())
+        return scheduler
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        self.lives.report.enter("resuming: loading weights")
+        return super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            self.lives.report.enter("resuming: loading the optimiser")
+        return super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        resumed = self.lives.resumed
+        if checkpoint is None or resumed is None:
+            return
+        if resumed.manifest["world_size"] == distributed.world_size():
+            super()._load_rng_state(checkpoint)
+        else:
+            carried.seed_for_other_ranks(self.args.seed, resumed.step)
+        self._random_numbers_restored = True
+
+    def _begin(self) -> None:
+        """Called when the training loop has set up its counters."""
+        resumed = self.lives.resumed
+        if resumed is None:
+            return
+        self.lives.report.enter("resuming: comparing")
+        carried.check_loaded(self, resumed.manifest, resumed.path)
+        state = carried.load_rank_state(resumed.path, resumed.manifest["world_size"])
+        carried.restore_rank_state(state, self)
+        self.lives.guard.load_state(state["guard"])
+
+    # ---- training
+
+    def _run_epoch(self, *args, epoch, trial, ignore_keys_for_eval, **kwargs):
+        lives = self.lives
+        if epoch != self._epoch:
+            self._epoch, self._steps_in_epoch = epoch, 0
+        # Accelerate 1.15 hands the epoch to the sampler, but not through its own wrapper of skipped batches.
+        lives.order.epoch = epoch
+        if not self._begun:
+            self._begun = True
+            self._stop_if_asked()
+            if self._evaluation_owed and not lives.stopping:
+                self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+            if lives.stopping or self._is_complete() or self.control.should_training_stop:
+                self.control.should_training_stop = True
+                return
+        lives.report.enter("training")
+        super()._run_epoch(*args, epoch=epoch, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        import torch
+
+        if not self._random_numbers_restored:
+            raise CheckpointError(f"{self.lives.resumed.path}: its random numbers were not restored; this transformers has another order")
+        if self._is_first_micro_batch():
+            self._loss_before_step = self._tr_loss.clone()
+        step = self.state.global_step + 1
+        self.lives.report.beat(step)
+        if not self.lives.guard.passes_over(step):
+            return super().training_step(model, inputs, *args, **kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            self._may_update()
+            self.accelerator.deepspeed_engine_wrapped.engine.global_steps += 1
+        return torch.zeros((), device=self.args.device)
+
+    def _is_first_micro_batch(self) -> bool:
+        first = not getattr(self, "_within_step", False)
+        self._within_step = not self.accelerator.sync_gradients
+        return first
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # DeepSpeed has made its step inside `backward`.
+        if not self.is_deepspeed_enabled and not self._may_update(grad_norm):
+            skip_update(self.optimizer)
+        return grad_norm
+
+    def _vote_before_engine_step(self, engine) -> None:
+        step = engine.step
+
+        def voted(*args, **kwargs):
+            if self._may_update(local_gradient_norm(engine)):
+                return step(*args, **kwargs)
+            return skip_engine_step(engine)
+
+        engine.step = voted
+
+    def _may_update(self, gradient=None) -> bool:
+        """The one vote of a step: whether all ranks find it sound, and whether one wants the run saved or stopped."""
+        lives, step = self.lives, self.state.global_step + 1
+        passed = lives.guard.passes_over(step)
+        bad, loss = (False, 0.0) if passed else lives.guard.local_verdict(gradient)
+        stop, save = lives.door.look()
+        due = distributed.is_main() and lives.cadence.is_due(step, time.monotonic())
+        bad_votes, losses, stops, saves, dues = distributed.vote([bad, loss, stop, save, due])
+        lives.stopping |= stops > 0
+        lives.reasons |= {name for name, votes in (("stop", stops), ("asked", saves), ("interval", dues)) if votes}
+        verdict = "step" if passed else lives.guard.decide(bad_votes, losses / distributed.world_size(), step)
+        self._skipped = passed or verdict != "step"
+        if verdict == "skip":
+            self._record("skipped_step", step=step, why=lives.guard.why, rows=self._rows_of(step, step))
+            self._say(f"warning: step {step} is passed over: {lives.guard.why}; rows: {self._rows_of(step, step)}")
+        elif verdict != "step":
+            self._leave_bad_data(verdict, step)
+        return not self._skipped
+
+    def _leave_bad_data(self, verdict: str, step: int) -> None:
+        """Raises RolledBack or ModelError, on every rank."""
+        why, back = self.lives.guard.why, self.lives.committer.last_step or 0
+        first = step - self.lives.guard.bad_in_a_row + 1
+        rows = self._rows_of(first, step)
+        if verdict == "roll_back":
+            self._record("rolled_back", from_step=step, to_step=back, passes_over=[back + 1, step], why=why, rows=rows)
+            where = f"checkpoint-{back}" if back else "the beginning"
+            raise RolledBack(f"step {step}: {why}; back to {where}, and the data of steps {back + 1} to {step} is passed over")
+        raise ModelError(
+            f"step {step}: {why}, as in each step from {first} on; none of them has reached the weights. Rows of these steps: {rows}. "
+            "Look at them (harness preview), lower train.learning_rate, or allow more with guard.max_skips and guard.max_rollbacks"
+        )
+
+    def _rows_of(self, first: int, last: int) -> str:
+        """Where the rows of these steps of this epoch stand."""
+        within = range(max(0, self._steps_in_epoch - (last - first)), self._steps_in_epoch + 1)
+        indices = [index for step in within for index in self.lives.order.of_step(self._epoch, step)]
+        places = [self.train_dataset[index].get("location", index) for index in indices[:8]]
+        return ", ".join(map(str, places)) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+
+    def _step_ended(self, control) -> None:
+        """After each step, when transformers has settled what it is going to log, evaluate and save."""
+        lives, step = self.lives, self.state.global_step
+        self._steps_in_epoch += 1
+        self._leave_out_of_the_log()
+        if step >= self.state.max_steps and lives.cadence.is_on:
+            lives.reasons.add("end")
+        if lives.stopping:
+            control.should_training_stop = True
+            self._evaluation_owed |= control.should_evaluate
+            control.should_evaluate = False
+        if lives.reasons:
+            # The evaluation of an epoch comes after its last step, and belongs into this checkpoint.
+            self._epoch_ends_with_save = self.args.eval_strategy == "epoch" and self._at_end_of_epoch()
+            control.should_save = not self._epoch_ends_with_save
+
+    def _epoch_ended(self, control) -> None:
+        if self.lives.stopping:
+            self._evaluation_owed |= control.should_evaluate and self._at_end_of_epoch()
+            control.should_evaluate = False
+        control.should_save |= self._epoch_ends_with_save
+        self._epoch_ends_with_save = False
+
+    def _at_end_of_epoch(self) -> bool:
+        """Also where the last step falls into the middle of one."""
+        if self.state.global_step >= self.state.max_steps:
+            return True
+        return self._steps_in_epoch * self.lives.order.global_batch >= len(self.lives.order)
+
+    def _leave_out_of_the_log(self) -> None:
+        """A step without an update counts in the logged loss as the mean of the others since the last line; where there are none it is
+        not a number, which is what it was."""
+        steps = self.state.global_step - self._globalstep_last_logged
+        self._bad_steps_since_log = 0 if steps == 1 else self._bad_steps_since_log
+        if self._skipped:
+            self._bad_steps_since_log += 1
+            others = steps - 1
+            good = others > 0 and self._bad_steps_since_log <= others
+            self._tr_loss.copy_(self._loss_before_step * (steps / others) if good else math.nan)
+
+    # ---- stopping
+
+    def _stop_if_asked(self) -> bool:
+        """Between two steps: every rank asks at the same place."""
+        lives = self.lives
+        if distributed.vote([lives.door.look()[0]])[0]:
+            lives.stopping = True
+            lives.reasons.add("stop")
+        return lives.stopping
+
+    def _evaluate(self, *args, **kwargs):
+        import torch
+
+        self.lives.report.enter("evaluating")
+        self._evaluation_owed = False
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                return super()._evaluate(*args, **kwargs)
+        except _EvaluationStopped:
+            self._evaluation_owed = True
+            self._metrics["eval"].clear()
+            self.control.should_save = self.control.should_training_stop = True
+            return None
+        finally:
+            self.lives.report.enter("training")
+
+    def prediction_step(self, *args, **kwargs):
+        self.lives.report.beat()
+        if self._stop_if_asked():
+            raise _EvaluationStopped
+        return super().prediction_step(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics, trial):
+        if metrics is not None and super()._determine_best_metric(metrics, trial):
+            self.lives.reasons.add("best")
+        if self.control.should_training_stop and not self.lives.stopping and self.lives.cadence.is_on:
+            self.lives.reasons.add("end")
+        return bool(self.lives.reasons)
+
+    def _load_best_model(self):
+        # A run that is being stopped exports nothing.
+        if not self.stopped:
+            super()._load_best_model()
+
+    # ---- saving
+
+    def _save_checkpoint(self, model, trial):
+        lives, step = self.lives, self.state.global_step
+        reason = min(lives.reasons or {"interval"}, key=REASONS.index)
+        lives.reasons.clear()
+        if lives.committer.last_step == step:
+            return
+        started = time.monotonic()
+        kept = lives.committer.commit(step, reason, partial(self._write, model, trial), self._describe, self.state.best_global_step)
+        lives.cadence.saved(time.monotonic() - started, time.monotonic())
+        lives.door.saved()
+        lives.report.enter("training")
+        if kept:
+            self._say(f"checkpoint-{step} ({reason}) in {time.monotonic() - started:.2f} s")
+
+    def _write(self, model, trial, folder: Path) -> list[Exception]:
+        self._staging, self._write_errors = folder, []
+        for callback in (*self.callback_handler.callbacks, self.control):
+            # transformers fails for a callback that the checkpoint which this life began from did not have.
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, {})
+        try:
+            with self._remembering("saving: trainer state"):
+                super()._save_checkpoint(model, trial)
+                if self.state.best_global_step is not None:
+                    self.state.best_model_checkpoint = self._path_of_best()
+                if self.args.should_save:
+                    self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            with self._remembering("saving: rank state"):
+                carried.save_rank_state(folder, self, self.lives.guard.state())
+        finally:
+            self._staging = None
+        return self._write_errors
+
+    @contextlib.contextmanager
+    def _remembering(self, phase: str):
+        """Inside a commit an error is kept for the vote: a rank that left here would leave the others waiting for it in a collective."""
+        if self._staging is None:
+            yield
+            return
+        self.lives.report.enter(phase)
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # torch.distributed.checkpoint's CheckpointException is no Exception
+            self._write_errors.append(error)
+
+    def _get_output_dir(self, trial):
+        return str(self._staging.parent) if self._staging else super()._get_output_dir(trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        with self._remembering("saving: weights"):
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                # A pickle of our own settings, which the recipe already holds as text.
+                (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        import torch
+
+        with self._remembering("saving: optimiser"):
+            if not self.is_deepspeed_enabled:
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
+            engine = self.model_wrapped
+            self._write_errors += zero.save_engine(engine, Path(output_dir), adapter_only=hasattr(self.model, "peft_config"))
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _save_scaler(self, output_dir):
+        with self._remembering("saving: loss scale"):
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir):
+        with self._remembering("saving: random numbers"):
+            super()._save_rng_state(output_dir)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL writes one into every checkpoint; an export has its manifest instead."""
+
+    def _describe(self) -> dict:
+        lives, order = self.lives, self.lives.order
+        cursor = min(self._steps_in_epoch * order.global_batch, order.rows)
+        data = {"rows": order.rows, "order": order.name, "seed": order.seed, "epoch": self._epoch, "cursor": cursor}
+        return {
+            **lives.facts,
+            "epoch": self.state.epoch,
+            "samples": self._epoch * order.rows + cursor,
+            "tokens": self._total_train_tokens,
+            "data": lives.facts["data"] | data,
+            "scheduler_step": self.lr_scheduler.last_epoch,
+            "evaluation_owed": self._evaluation_owed,
+            "wandb": lives.facts["wandb"] | {"last_step": self._globalstep_last_logged},
+        }
+
+    def _path_of_best(self) -> str | None:
+        """transformers looks for it beside the checkpoint that is being written, which is not there."""
+        best = self.state.best_global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{best}"
+        return str(folder) if best == self.state.global_step or folder.is_dir() else None
+
+    def _record(self, event: str, **facts) -> None:
+        if distributed.is_main():
+            self.lives.committer.ledger.append(event, **facts)
+
+    def _say(self, text: str) -> None:
+        if distributed.is_main():
+            print(text, flush=True)
+
+
+class _StepEnd(TrainerCallback):
+    """Added last, so that it has the last word on what happens after a step."""
+
+    def __init__(self, trainer: CheckpointedTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._trainer._step_ended(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._trainer._epoch_ended(control)
+
+
+def _shield_worker(initialise, worker: int) -> None:
+    """In a data worker: a SIGTERM that a scheduler sends to every process of a job would end it, and with it the rank that is about to
+    save. Only its own rank's counts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+
+    def leave_with_the_rank() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=leave_with_the_rank, daemon=True).start()
+    if initialise:
+        initialise(worker)
