@@ -5,6 +5,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.errors import Stopped
 from harness.run import rank_reports
 
 # What a rank says when another one is gone: true, but never the reason.
@@ -26,7 +27,11 @@ def explain_failure(attempt: Path | None, launcher_code: int, oom_kills: int = 0
     alive = rank_reports(attempt, "alive") if attempt else []
     failed = {report["rank"] for report in errors}
     # These wrote nothing any more: killed, or crashed below Python. A rank that the launcher has ended says so.
-    silent = [report for report in alive if report["rank"] not in failed and report["phase"] != "finished" and "ended_by" not in report]
+    silent = [
+        report
+        for report in alive
+        if report["rank"] not in failed and report["phase"] not in ("finished", "stopped") and "ended_by" not in report
+    ]
     own = [report for report in errors if not _is_echo(report)]
     logs = f"(logs: {attempt})"
     if own or (errors and not silent):
@@ -36,6 +41,9 @@ def explain_failure(attempt: Path | None, launcher_code: int, oom_kills: int = 0
     if silent:
         ranks = "; ".join(f"{_who(report)} (pid {report['pid']}) while {report['phase']}" for report in silent)
         return Failure(1, f"ended without an error of its own: {ranks}\n{_end_text(launcher_code, oom_kills)}\n{logs}")
+    stopped = [report for report in alive if report["phase"] == "stopped"]
+    if stopped:
+        return Failure(Stopped.exit_code, f"the ranks stopped on purpose: {stopped[0]['stopped']}; the same command continues\n{logs}")
     ended = [report for report in alive if "ended_by" in report]
     if ended:
         return Failure(1, f"the ranks were ended by {ended[0]['ended_by']} from outside while {ended[0]['phase']}\n{logs}")

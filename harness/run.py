@@ -34,6 +34,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +50,7 @@ OURS = re.compile(
 )
 """The names of what a run leaves in its folder, `.NAME.PID` being a file that was about to be renamed."""
 _HELD: dict = {}
+_LOADED = time.time()
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
 ATTEMPT_VARIABLE = "HARNESS_ATTEMPT"
 """Set by a `harness run` parent for its ranks: the folder of the attempt that it has opened; empty on other machines than the first."""
@@ -83,10 +85,11 @@ class RunDir:
 
     @classmethod
     def create(cls, recipe: Recipe, *, fresh: bool = False) -> "RunDir":
-        """Make the folder, write the resolved recipe, and hold the folder until this process ends.
+        """Make the folder or take the run that lies there (`fresh` deletes that first), write the resolved recipe, and hold the folder
+        until this process has ended, and whatever inherited `lock` from it.
 
-        Raises LaunchError when a run lies there already (`fresh` deletes it first), when another process runs in it, or when the folder is
-        no place for a run. A folder in which nothing was trained yet, because it failed before, is used again.
+        Raises LaunchError when another process runs in the folder, or when it is no place for a run. Whether a run that lies there can be
+        continued with this recipe is for the caller to check, before.
         """
         run = cls.of(recipe)
         try:
@@ -95,10 +98,6 @@ class RunDir:
             run._hold()
         except OSError as error:
             raise LaunchError(f"{run.path}: no run folder can be made there: {error.strerror}; choose another output_dir") from error
-        if run.recipe.is_file() and not fresh and run.holds_training():
-            raise LaunchError(
-                f"{run.path}: already holds a run; choose another folder (output_dir=...) or begin again with --fresh, which deletes it"
-            )
         if fresh:
             for entry in run.path.iterdir():
                 if entry.name != LOCK:
@@ -120,7 +119,7 @@ class RunDir:
             )
 
     def _hold(self) -> None:
-        """Lock the folder for the life of this process. Raises LaunchError when another holds it."""
+        """Lock the folder for the life of this process and of those that inherit the lock. Raises LaunchError when another holds it."""
         if self.path in _HELD:
             return
         lock = open(self.path / LOCK, "a")  # noqa: SIM115 - open, and so held, until the process ends
@@ -130,15 +129,24 @@ class RunDir:
             raise LaunchError(f"{self.path}: another process is running in it; wait for it, or choose another output_dir") from None
         _HELD[self.path] = lock
 
-    def holds_training(self) -> bool:
-        return self.metrics.is_file() or self.final.is_dir() or any(self.path.glob("checkpoint-*"))
+    @property
+    def lock(self) -> int:
+        """The descriptor of the lock that `create` took. The folder is held as long as any process has it open."""
+        return _HELD[self.path].fileno()
 
     def attempts(self) -> list[int]:
         folders = self.path.glob("logs/attempt-*")
         return sorted(int(folder.name.removeprefix("attempt-")) for folder in folders if folder.name.removeprefix("attempt-").isdigit())
 
     def open_attempt(self) -> Path:
-        """Make the folder of the next attempt, logs/attempt-K with K from 1, and return it."""
+        """Make the folder of the next attempt, logs/attempt-K with K from 1, and return it.
+
+        A STOP or SAVE from before this process was meant for a life that has ended; it is taken away, and that is said.
+        """
+        for request in (self.stop, self.save):
+            if request.is_file() and request.stat().st_mtime < _LOADED:
+                request.unlink()
+                print(f"{request}: left from an earlier start; removed", flush=True)
         attempt = self.attempt((self.attempts() or [0])[-1] + 1)
         attempt.mkdir(parents=True)
         return attempt
@@ -296,8 +304,8 @@ class RankReport:
         }
 
     def _write_alive(self) -> None:
-        """Into the same bytes each time and not flushed: a heart beats on a full disk too, costs next to nothing, and is worth nothing after
-        a crash of the machine. A disk that is gone silences it, which the watchdog sees."""
+        """Into the same bytes each time and not flushed: a heart beats on a full disk too, costs next to nothing, and is worth nothing
+        after a crash of the machine. A disk that is gone silences it, which the watchdog sees."""
         if self.attempt is None:
             return
         with self._writing, contextlib.suppress(OSError):
@@ -316,17 +324,18 @@ class RankReport:
             self._alive = alive
 
 
-def rank_reports(attempt: Path, kind: str) -> list[dict]:
-    """What the ranks of an attempt have written of one kind (`alive` or `errors`), in the order of time."""
-    reports = filter(None, (_read_report(path) for path in (attempt / kind).glob("rank-*.json")))
-    return sorted(reports, key=lambda report: report["time"])
+def rank_reports(attempt: Path, kind: str, ranks: Iterable[int] | None = None) -> list[dict]:
+    """What the ranks of an attempt (all, or these) have written of one kind (`alive` or `errors`), in the order of time."""
+    folder = attempt / kind
+    paths = folder.glob("rank-*.json") if ranks is None else (folder / f"rank-{rank}.json" for rank in ranks)
+    return sorted(filter(None, map(_read_report, paths)), key=lambda report: report["time"])
 
 
 def _read_report(path: Path) -> dict | None:
-    """None for a file that a crash of the machine has torn."""
+    """None for a file that is not there, or that a crash of the machine has torn."""
     for _ in range(3):
         # More than once, because it may be read in the middle of a beat, which takes microseconds.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(FileNotFoundError, ValueError):
             return json.loads(path.read_text())
     return None
 

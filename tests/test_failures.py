@@ -74,3 +74,19 @@ def test_ranks_that_never_started_are_the_launchers_failure(tmp_path):
     for attempt in (None, tmp_path):
         failure = explain_failure(attempt, 7)
         assert failure.exit_code == 1 and "could not be started" in failure.text and "left with 7" in failure.text
+
+
+def test_a_rank_that_is_killed_while_it_saves_is_named_with_what_it_wrote(ranks, tmp_path):
+    fail(ranks[0], RuntimeError("Connection closed by peer"))
+    for report in (ranks[0], ranks[2]):
+        report.ended_by("SIGTERM")
+    ranks[1].enter("saving: the optimiser of checkpoint-20")
+    failure = explain_failure(tmp_path, 1)
+    assert failure.exit_code == 1 and "while saving: the optimiser of checkpoint-20" in failure.text and "rank 1" in failure.text
+
+
+def test_ranks_that_stopped_on_purpose_are_no_failure_even_if_they_could_not_say_so_in_the_run_folder(ranks, tmp_path):
+    for report in ranks:
+        report.stopped("SIGUSR1")
+    failure = explain_failure(tmp_path, 1)
+    assert failure.exit_code == 75 and "stopped on purpose: SIGUSR1" in failure.text

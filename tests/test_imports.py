@@ -20,7 +20,7 @@ LAYERS = [
     {"resources", "overrides", "logs"},
     {"recipe"},
     {"run", "tools", "planner", "distributed", "losses"},
-    {"launcher", "failures", "attention", "operators", "guard", "quickstart"},
+    {"launcher", "failures", "watchdog", "attention", "operators", "guard", "quickstart"},
     {"embedded"},
     {"data", "model"},
     {"teacher", "checkpoint", "tracking", "evaluate"},
@@ -58,6 +58,7 @@ LIGHT = {
     "planner",
     "launcher",
     "failures",
+    "watchdog",
     "guard",
 } | {
     "embedded",

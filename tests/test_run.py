@@ -1,6 +1,9 @@
 """The run folder: made once, deleted only on request and only if it is one, and enough on its own."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import LaunchError
-from harness.recipe import load
+from harness.recipe import load, render_recipe
 from harness.run import (
     LAUNCH_VARIABLE,
     RankReport,
@@ -19,6 +22,7 @@ from harness.run import (
     smoke_recipe,
     write_outcome,
 )
+from harness.watchdog import process_state
 
 RECIPE = """
 model: {name_or_path: some/model}
@@ -39,22 +43,46 @@ def test_the_recipe_in_a_run_folder_is_the_recipe(recipe):
     assert load(run.recipe) == recipe
 
 
-def test_a_second_run_is_refused_and_fresh_deletes_the_first_whole(recipe):
+def test_a_run_is_taken_up_again_whole_and_fresh_alone_deletes_it(recipe):
     run = RunDir.create(recipe)
-    (run.path / "final").mkdir()
-    with pytest.raises(LaunchError, match="already holds a run.*--fresh"):
-        RunDir.create(recipe)
+    run.metrics.touch()
+    (run.path / "checkpoint-3").mkdir()
+    changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"logging_steps": 7})})
+    assert RunDir.create(changed).path == run.path
+    assert run.metrics.is_file() and (run.path / "checkpoint-3").is_dir() and load(run.recipe) == changed
     RunDir.create(recipe, fresh=True)
     assert sorted(path.name for path in run.path.iterdir()) == [".lock", "recipe.yaml"]
 
 
-def test_a_folder_in_which_nothing_was_trained_is_used_again(recipe):
+def test_a_request_from_an_earlier_start_is_taken_away_and_said_and_a_new_one_stays(recipe, capsys):
     run = RunDir.create(recipe)
+    run.save.touch()
+    run.stop.touch()
+    os.utime(run.stop, (1, 1))
     run.open_attempt()
-    assert RunDir.create(recipe).path == run.path
-    run.metrics.touch()
-    with pytest.raises(LaunchError, match="already holds a run"):
+    assert not run.stop.exists() and run.save.exists()
+    assert f"{run.stop}: left from an earlier start; removed" in capsys.readouterr().out
+
+
+def test_a_folder_is_held_until_everybody_who_inherited_its_lock_has_ended(recipe):
+    program = (
+        "import subprocess, sys\nfrom harness.recipe import load\nfrom harness.run import RunDir\n"
+        "run = RunDir.create(load(sys.argv[1]))\n"
+        "print(subprocess.Popen(['sleep', '60'], pass_fds=[run.lock], stdout=subprocess.DEVNULL).pid)"
+    )
+    run = RunDir.of(recipe)
+    run.path.mkdir(parents=True)
+    run.recipe.write_text(render_recipe(recipe))
+    done = subprocess.run([sys.executable, "-c", program, str(run.recipe)], capture_output=True, text=True, check=True)
+    orphan = int(done.stdout)
+    with pytest.raises(LaunchError, match="another process is running in it"):
         RunDir.create(recipe)
+    os.kill(orphan, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while process_state(orphan) not in (None, "Z"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert RunDir.create(recipe).path == run.path
 
 
 def test_two_processes_never_run_in_one_folder(recipe):
@@ -191,7 +219,6 @@ def test_an_error_with_a_name_is_reported_without_a_traceback_and_logged_with_on
 
 def test_an_installed_copy_never_names_the_commit_of_the_checkout_around_it(tmp_path):
     import shutil
-    import subprocess
 
     from harness.run import git_commit
 
