@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         report.stopped(str(stopped))
         if report.rank == 0:
             print(stopped, flush=True)
-        return stopped.exit_code
+        # Python's own way out takes as long as an import, and the launcher ends whoever is not through when the first one has gone.
+        sys.stdout.flush()
+        os._exit(stopped.exit_code)
     except BaseException as error:
         elastic.record_exception(error)
         reported = report.failed(error)

@@ -408,8 +408,9 @@ class CheckpointedTrainer:
         with self._remembering("saving: weights"):
             super()._save(output_dir, state_dict)
             if self.args.should_save:
-                # A pickle of our own settings, which the recipe already holds as text.
-                (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+                # A pickle of our own settings, which the recipe already holds as text; an empty form by PEFT.
+                for name in ("training_args.bin", "README.md"):
+                    (Path(output_dir or self.args.output_dir) / name).unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         import torch

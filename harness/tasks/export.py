@@ -23,9 +23,6 @@ def export(job: "Job", trainer, data_digest: str, source: str, dtype: str, track
     distributed.barrier()
     # A collective under ZeRO and FSDP: every rank calls it, rank 0 writes.
     trainer.save_model(str(staging))
-    if distributed.is_main():
-        # PEFT's model card is an empty form; the manifest says what an export is.
-        (staging / "README.md").unlink(missing_ok=True)
     adapter, files, problem = bool(job.recipe.model.lora), {}, None
     if distributed.is_main():
         expected, tied = (adapter_shapes(trainer.model), frozenset()) if adapter else whole_shapes(trainer.model)

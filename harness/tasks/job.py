@@ -71,6 +71,10 @@ def train_recipe(
     try:
         job = join(recipe, report, signals, smoke=smoke, fresh=fresh, allowed=allowed)
         _train(job, continue_from(job, must_resume=must_resume))
+    except Stopped:
+        # All leave together: a launcher ends the others when it sees the first one go.
+        distributed.barrier()
+        raise
     finally:
         distributed.shutdown()
 
