@@ -127,13 +127,10 @@ def skip_update(optimizer) -> None:
     The gradients stay: the Trainer clears them after every step. They are not taken away here instead, because a GradScaler that finds
     none fails, and one that finds some counts the step.
     """
-    own = vars(optimizer).get("step")
+    step = optimizer.step
 
     def leave_out(closure=None):
-        if own is None:
-            del optimizer.step
-        else:
-            optimizer.step = own
+        optimizer.step = step
 
     optimizer.step = leave_out
     # What Trainer and schedule ask: a step that the scaler skips holds the schedule back, and this one does not.
