@@ -171,17 +171,17 @@ def skip_engine_step(engine) -> None:
         optimizer.overflow = True
 
     def discard(*args, **kwargs) -> None:
-        if stage == 0:
-            # The engine itself clears the gradients afterwards.
-            return
         # DeepSpeed's own way with gradients that have overflowed (`step` in stage_1_and_2.py and stage3.py); the loss scaler is not told.
+        # At stage 0 the engine itself clears the gradients afterwards.
         if stage == 3:
             forced = {"_overflow_check_and_loss_scale_update": overflowed}
         else:
             forced = {"check_grad_overflow": True, "check_overflow": overflowed}
-        with _replaced(optimizer, _update_scale=lambda overflow: None, **forced):
-            type(optimizer).step(optimizer)
-        optimizer.overflow = False
+        if stage > 0:
+            with _replaced(optimizer, _update_scale=lambda overflow: None, **forced):
+                type(optimizer).step(optimizer)
+        if hasattr(optimizer, "overflow"):
+            optimizer.overflow = False
 
     with _replaced(optimizer, step=discard):
         type(engine).step(engine)

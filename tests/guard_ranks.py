@@ -80,6 +80,9 @@ def train(case: str, numbers: list[int], *, leave_out: tuple = (FINITE,)) -> tup
         if not distributed.vote([float(bad)])[0] and current not in leave_out:
             seen["applied"] += 1
             return type(engine).step(engine)
+        if hasattr(engine.optimizer, "overflow"):
+            # As after a step that the loss scaler has left out.
+            engine.optimizer.overflow = True
         before = everything(engine)
         skip_engine_step(engine)
         seen["changed_by_skip"] += differences(before, everything(engine))
