@@ -88,7 +88,14 @@ def keep_global_batch(manifest: dict, recipe: Recipe, world_size: int, allowed: 
     train, kept = recipe.train, manifest["global_batch"]
     before = manifest["recipe"]["train"]
     asked = train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
-    if GLOBAL_BATCH in allowed or asked == kept:
+    if asked == kept:
+        return recipe, None
+    if GLOBAL_BATCH in allowed:
+        if manifest["data"]["cursor"] % asked:
+            raise LaunchError(
+                f"checkpoint-{manifest['step']} stands {manifest['data']['cursor']} rows into its epoch, where no step of {asked} "
+                "rows begins; choose a global batch that divides it"
+            )
         return recipe, None
     rewritten = [
         key
