@@ -309,9 +309,9 @@ class RankReport:
         if self.attempt is None:
             return
         with self._writing, contextlib.suppress(OSError):
-            text = json.dumps(self._content() | self._leaves) + "\n"
+            text = json.dumps(self._content() | self._leaves)
             self._width = max(self._width, len(text))
-            padded = text.rjust(self._width).encode()
+            padded = f"{text.ljust(self._width)}\n".encode()
             if self._alive is not None:
                 os.pwrite(self._alive, padded, 0)
                 return

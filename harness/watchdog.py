@@ -38,8 +38,8 @@ STACKS_BYTES = 200_000
 KILL_S = 30.0
 """Within this a killed process is gone, unless the kernel holds it (a dead network disk, a driver)."""
 BEATING = ("training", "evaluating")
-SAVING = ("saving", "verifying", "exporting", "stopped", "finished")
-"""First words of the phases that watchdog.save_s is for; the last two are a rank's way out."""
+SAVING = ("saving", "verifying", "exporting", "leaving", "stopped", "finished")
+"""First words of the phases that watchdog.save_s is for; the last three are a rank's way out."""
 # Found here and not between fork and exec, where nothing may be looked up.
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
@@ -166,7 +166,7 @@ class Watchdog:
                 if states.get(heart.rank, "R") == letter:
                     return Hang(heart, why, limit_s, hearts)
         steps = {heart.rank: -1 if heart.step is None else heart.step for heart in hearts}
-        last = min(hearts, key=lambda heart: (steps[heart.rank], -heart.silent_s))
+        last = min(hearts, key=lambda heart: (steps[heart.rank], bool(heart.report), -heart.silent_s))
         ahead = max(steps.values())
         if not last.report:
             why = "it never said that it has begun"

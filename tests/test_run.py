@@ -68,7 +68,7 @@ def test_a_folder_is_held_until_everybody_who_inherited_its_lock_has_ended(recip
     program = (
         "import subprocess, sys\nfrom harness.recipe import load\nfrom harness.run import RunDir\n"
         "run = RunDir.create(load(sys.argv[1]))\n"
-        "print(subprocess.Popen(['sleep', '60'], pass_fds=[run.lock], stdout=subprocess.DEVNULL).pid)"
+        "print(subprocess.Popen(['sleep', '60'], pass_fds=[run.lock], stdout=-3, stderr=-3).pid)"
     )
     run = RunDir.of(recipe)
     run.path.mkdir(parents=True)

@@ -134,7 +134,7 @@ def check_continuation(run: RunDir, recipe: Recipe, allowed: tuple[str, ...], *,
     """
     from harness.checkpoint.ledger import read_ledger
     from harness.checkpoint.manifest import read_manifest
-    from harness.checkpoint.resume import check_recipe
+    from harness.checkpoint.resume import check_engine, check_recipe
     from harness.checkpoint.selection import checkpoints
 
     saved = checkpoints(run.path)
@@ -144,6 +144,7 @@ def check_continuation(run: RunDir, recipe: Recipe, allowed: tuple[str, ...], *,
         with contextlib.suppress(CheckpointError):
             manifest = read_manifest(folder)
             check_recipe(manifest, recipe, allowed)
+            check_engine(manifest, load_backend(recipe.backend))
             return
 
 
@@ -201,7 +202,7 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
             if why_not:
                 say(f"{life.facts['reason']}\n{why_not}; {_place(newest)}")
                 return Stopped.exit_code
-            fruitless = [*(fruitless if newest == committed else []), f"  {life.attempt.name}: {life.facts['reason']}"]
+            fruitless = [*fruitless, f"  {life.attempt.name}: {life.facts['reason']}"] if newest == committed else []
             if len(fruitless) >= most_lives:
                 lines = "\n".join(fruitless)
                 say(f"\ngiven up: ended without a newer checkpoint, {len(fruitless)} times in a row ({_place(newest)}):\n{lines}")
