@@ -63,6 +63,7 @@ LIGHT = {
     "guard",
 } | {
     "embedded",
+    "checkpoint",
     "cluster",
     "cli",
     "rank",

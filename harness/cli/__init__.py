@@ -15,6 +15,7 @@ VERBS = {
     "prepare": "Tokenise a recipe's data once, on a CPU.",
     "preview": "Show a few rows with the trained tokens marked.",
     "run": "Train: start the ranks of a recipe on this machine.",
+    "checkpoints": "List, verify or prune a run's checkpoints.",
     "sync": "Send a run's metrics to Weights & Biases, all its lives as one run.",
     "export": "Verify a run's export, or merge its adapter into its base.",
 }
