@@ -200,10 +200,19 @@ class CheckpointedTrainer:
         self.lives.report.beat(step)
         if not self.lives.guard.passes_over(step):
             return super().training_step(model, inputs, *args, **kwargs)
+        loss = torch.zeros((), device=self.args.device)
+        if self.accelerator.scaler is not None:
+            # Clipping asks for a scale, which only the first loss of a life makes.
+            self.accelerator.scaler.scale(loss)
         if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             self._may_update()
-            self.accelerator.deepspeed_engine_wrapped.engine.global_steps += 1
-        return torch.zeros((), device=self.args.device)
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            engine.global_steps += 1
+            engine.global_samples += engine.train_batch_size()
+            if hasattr(engine.optimizer, "overflow"):
+                # Left over from the step before, it would hold back the schedule.
+                engine.optimizer.overflow = False
+        return loss
 
     def _is_first_micro_batch(self) -> bool:
         first = not getattr(self, "_within_step", False)

@@ -45,8 +45,12 @@ class HarnessTrainer:
         # After the first step's last micro-batch: before it FSDP2 keeps what it accumulates where `.grad` does not show it.
         if self._gradients_unchecked and self.accelerator.sync_gradients:
             self._gradients_unchecked = False
-            check_gradients(self.model, finite=not self.args.fp16)
+            check_gradients(self.model, finite=self._must_be_finite())
         return loss
+
+    def _must_be_finite(self) -> bool:
+        """In a run's first step; later ones, and the loss scaler's search under fp16, are the guard's."""
+        return not self.args.fp16 and self.state.global_step == 0
 
     def _check_gradients_before_engine_step(self) -> None:
         """DeepSpeed steps inside `backward` and leaves `.grad` empty: look between the two, once."""
@@ -62,7 +66,7 @@ class HarnessTrainer:
         def checked_step(*args, **kwargs):
             engine.step = step
             # A collective under ZeRO-3, called on every rank for every trainable tensor in the same order.
-            check_gradients(self.model, gradient_of=safe_get_full_grad, reached=reached, finite=not self.args.fp16)
+            check_gradients(self.model, gradient_of=safe_get_full_grad, reached=reached, finite=self._must_be_finite())
             for note in notes:
                 note.remove()
             return step(*args, **kwargs)
