@@ -7,19 +7,20 @@ from harness.run import RunDir
 
 @click.command("sync")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Say what would be sent; write nothing and send nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent, and send nothing.")
 def command(run: Path, dry_run: bool):
-    """Send the metrics of RUN to Weights & Biases: all its lives as one run. It can be done again after further lives."""
+    """Send to Weights & Biases what it has not of RUN, all its lives as one run. Without a key here: say how to send it from elsewhere."""
     from harness.tracking import sync
 
     lives = sync.read_lives(RunDir(run.expanduser().resolve()))
-    click.echo(lives.describe())
-    if dry_run:
-        click.echo("nothing was written, nothing was sent (--dry-run)")
+    has_key = sync.can_send()
+    sent = sync.ask_what_is_sent(lives) if has_key else sync.check_nothing_sent(lives)
+    click.echo(sync.describe(lives, sent))
+    if dry_run or not lives.behind(sent):
         return
-    recorded = sync.record(lives)
-    click.echo(f"joined in {recorded}")
-    if sync.can_send():
+    recorded = sync.record(lives, sent)
+    if has_key:
         sync.send(recorded)
     else:
-        click.echo(f"not sent: this machine has no W&B key (WANDB_API_KEY or `wandb login`). Where there is one:\nwandb sync {recorded}")
+        click.echo("joined, not sent: this machine has no W&B key (WANDB_API_KEY or `wandb login`); where there is one:")
+        click.echo(f"wandb sync {recorded}")

@@ -1,14 +1,17 @@
 """All lives of a run as one W&B run, made once more from metrics.jsonl and sent by W&B's own `wandb sync`.
 
-W&B 0.31 records each offline life in a folder of its own, and `wandb sync` writes such a file from the first line of the run's history on:
-the second life takes the place of the first. So what is sent is one offline run, RUN/wandb/joined, which holds for each line of
-metrics.jsonl what one online life would have sent for it: under the same number, with what was repeated under `replay/`, at the time at
-which it was logged; then the recipe, the facts of run.json and the export, if there is one.
+W&B 0.31 records each offline life in a folder of its own, and knows nothing of the others when it sends one. So what is sent is one
+offline run, RUN/wandb/joined, which holds for each line of metrics.jsonl what one online life would have sent for it: under the same
+number, with what was repeated under `replay/`, at the time at which it was logged; then the recipe, the facts of run.json and the export,
+if there is one.
 
-So sending can be done again, after further lives and over lives that were online: the request begins with line 0, what W&B has there
-already is the same, and the join is never shorter. Only a file that was recorded with `resume` is added at the end instead, each point a
-second time; `record` sees to it that this one is not. Left out are the machine's own measurements (W&B's "system" charts), and the runtime
-of a point is the join's.
+`wandb sync` adds the lines of a file to those that W&B has, whatever they are. W&B's counter is the number of the line in metrics.jsonl, in
+a join as in an online life, so W&B is asked for the last that it has, and only those behind it are joined: sending can be done again after
+further lives, and after lives that were online. Where W&B cannot be asked, and may have some, nothing is joined.
+
+The limits: W&B takes no line before its last, so what was recorded offline before an online life, and not sent before it, stays out (that
+is said, and a new id sends all). Its answer may lag behind by seconds after a sync. The machine's own measurements (W&B's "system" charts)
+are not carried over, and the runtime of a point is the join's.
 """
 
 import json
@@ -26,7 +29,17 @@ from harness.recipe import Recipe, load
 from harness.run import RunDir
 from harness.tracking.metrics import read_rows
 from harness.tracking.replay import wandb_values
-from harness.tracking.wandb_run import EXIT_RESUMABLE, failures, first_line, has_credentials, load_run_id, log_export, open_run
+from harness.tracking.wandb_run import (
+    EXIT_RESUMABLE,
+    ID_FILE,
+    failures,
+    first_line,
+    has_credentials,
+    load_run_id,
+    log_export,
+    machine_settings,
+    open_run,
+)
 
 BOOKKEEPING = ("step", "time", "replays")
 FACTS = ("git_commit", "versions", "backend", "world_size", "attempt")
@@ -35,7 +48,7 @@ FACTS = ("git_commit", "versions", "backend", "world_size", "attempt")
 
 @dataclass(frozen=True)
 class Lives:
-    """What is to be sent of a run: `rows` are the lines of metrics.jsonl under their numbers in it."""
+    """What there is of a run: `rows` are the lines of metrics.jsonl under their numbers in it."""
 
     run: RunDir
     recipe: Recipe
@@ -46,11 +59,13 @@ class Lives:
     def joined(self) -> Path:
         return self.run.path / "wandb" / "joined"
 
-    def describe(self) -> str:
-        steps = [line["step"] for line in self.rows.values()]
-        repeated = sum("replays" in line for line in self.rows.values())
-        again = f", {repeated} of them repeat an earlier life" if repeated else ""
-        return f"lives: {len(self.run.attempts())}; lines: {len(self.rows)}, steps {min(steps)} to {max(steps)}{again}"
+    @property
+    def wandb_id(self) -> str:
+        return load_run_id(self.run.path)
+
+    def behind(self, sent: "Sent") -> dict[int, dict[str, Any]]:
+        """The lines that W&B has not and can take."""
+        return {row: line for row, line in self.rows.items() if row > sent.last}
 
 
 def read_lives(run: RunDir) -> Lives:
@@ -68,29 +83,84 @@ def read_lives(run: RunDir) -> Lives:
     return Lives(run, recipe, {name: manifest[name] for name in FACTS}, rows)
 
 
-def record(lives: Lives) -> Path:
-    """Make the join anew, in place of an older one, and return its .wandb file. Raises HarnessError when W&B cannot."""
-    # It would be recorded, beats every argument of wandb.init, and has the lines added to those of the server.
-    os.environ.pop("WANDB_RESUME", None)
-    import wandb
+@dataclass(frozen=True)
+class Sent:
+    """What W&B has of a run: how many lines, and the number of the last, -1 for none."""
 
+    lines: int
+    last: int
+
+
+NOTHING = Sent(0, -1)
+
+
+def can_send() -> bool:
+    return has_credentials(machine_settings(_import_wandb()))
+
+
+def ask_what_is_sent(lives: Lives) -> Sent:
+    """Raises HarnessError when W&B does not answer."""
+    wandb = _import_wandb()
+    from wandb.apis.public.runs import RunNotFoundError
+
+    tracking = lives.recipe.tracking
+    path = "/".join(filter(None, (tracking.entity, tracking.project, lives.wandb_id)))
+    try:
+        run = wandb.Api().run(path)
+        return Sent(run.historyLineCount, run.lastHistoryStep)
+    except failures(wandb) as error:
+        if isinstance(getattr(error, "exc", None), RunNotFoundError):  # wandb.CommError, around what it is about
+            return NOTHING
+        raise HarnessError(f"{lives.run.path}: W&B does not say what it has of {path}: {first_line(error)}; nothing was sent") from error
+
+
+def check_nothing_sent(lives: Lives) -> Sent:
+    """For a machine that cannot ask. Raises HarnessError when W&B may have lines of this run."""
+    online = sorted((lives.run.path / "wandb").glob(f"run-*-{lives.wandb_id}"))
+    sent = sorted(lives.joined.rglob("*.wandb.synced"))
+    if online or sent:
+        raise HarnessError(
+            f"{(online or sent)[0]}: W&B has lines of this run already, and without a key (WANDB_API_KEY or `wandb login`) "
+            "it cannot be asked which; run `harness sync` where there is one, so that no line is sent twice"
+        )
+    return NOTHING
+
+
+def describe(lives: Lives, sent: Sent) -> str:
+    new, repeated = len(lives.behind(sent)), sum("replays" in line for line in lives.rows.values())
+    said = f"run {lives.wandb_id}: {len(lives.rows)} lines in {lives.run.metrics}"
+    if repeated:
+        said += f", {repeated} of them repeat an earlier life"
+    said += f"; {new} to send" if new else "; W&B has them all"
+    lacking = len(lives.rows) - new - sent.lines
+    if lacking > 0:
+        said += (
+            f"\nwarning: W&B lacks {lacking} lines before the last that it has, and takes none there; "
+            f"to have all in one run, remove {lives.run.path / ID_FILE} and sync again: they are sent under a new id"
+        )
+    return said
+
+
+def record(lives: Lives, sent: Sent) -> Path:
+    """Join the lines that W&B has not, in place of an older join, and return the .wandb file. Raises HarnessError when W&B cannot."""
+    wandb = _import_wandb()
     shutil.rmtree(lives.joined, ignore_errors=True)
     lives.joined.mkdir(parents=True)
     recipe, final = lives.recipe, lives.run.final
     tracking = recipe.tracking.model_copy(update={"name": recipe.tracking.name or lives.run.path.name})
     config = {**recipe.model_dump(mode="json"), "harness": lives.facts}
+    summary: dict[str, Any] = {}
     try:
-        run = open_run(
-            wandb,
-            lives.joined,
-            tracking,
-            config,
-            load_run_id(lives.run.path),
-            "offline",
-            x_disable_stats=True,  # of the machine that joins
-        )
+        # Stats would be those of the machine that joins.
+        run = open_run(wandb, lives.joined, tracking, config, lives.wandb_id, "offline", x_disable_stats=True)
         for row, line in lives.rows.items():
-            run.log({"step": line["step"], "_timestamp": line["time"], **_values(line)}, step=row)
+            values = {"step": line["step"], "_timestamp": line["time"], **_values(line)}
+            if row > sent.last:
+                run.log(values, step=row)
+                summary = {key: value for key, value in summary.items() if key not in values}
+            else:
+                summary |= values
+        run.summary.update(summary)  # of the keys that only earlier lines have: W&B takes a file's summary for the run's
         if final.is_dir():
             manifest = json.loads((final / MANIFEST).read_text())
             log_export(wandb, run, final, {name: value for name, value in manifest.items() if name != "files"})
@@ -104,6 +174,14 @@ def record(lives: Lives) -> Path:
     return recorded
 
 
+def send(recorded: Path) -> None:
+    """`wandb sync`, whose own lines say where the run can be seen. Raises HarnessError when W&B has not taken everything."""
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SILENT"}  # it would hide why something was not sent
+    subprocess.run([sys.executable, "-m", "wandb", "sync", str(recorded)], env=environment)
+    if not recorded.with_suffix(".wandb.synced").is_file():  # its exit code is 0 as well when the server refused
+        raise HarnessError(f"{recorded}: not sent, for the reason above; nothing is lost, and `harness sync` can be tried again")
+
+
 def _values(line: dict[str, Any]) -> dict[str, Any]:
     """A line's values as its life gave them to W&B, which has NaN and infinities."""
     values = {key: value for key, value in line.items() if key not in BOOKKEEPING}
@@ -113,14 +191,9 @@ def _values(line: dict[str, Any]) -> dict[str, Any]:
     return wandb_values(values, line.get("replays", ()))
 
 
-def can_send() -> bool:
+def _import_wandb():
+    # It beats every argument of wandb.init, and `wandb sync` of what was recorded under it gives its lines other numbers.
+    os.environ.pop("WANDB_RESUME", None)
     import wandb
 
-    return has_credentials(wandb.setup().settings)
-
-
-def send(recorded: Path) -> None:
-    """`wandb sync`, whose own lines say where the run can be seen. Raises HarnessError when W&B has not taken everything."""
-    subprocess.run([sys.executable, "-m", "wandb", "sync", str(recorded)])
-    if not recorded.with_suffix(".wandb.synced").is_file():  # its exit code is 0 as well when the server refused
-        raise HarnessError(f"{recorded}: not sent, for the reason above; nothing is lost, and `harness sync` can be tried again")
+    return wandb

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from harness.errors import HarnessError
 from harness.run import write_text_atomically
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,14 @@ def redact(value: Any, key: str = "") -> Any:
         if len(secret) >= 8 and _SECRET_VARIABLE.search(name):
             value = value.replace(secret, "[redacted]")
     return _URL_LOGIN.sub("[redacted]@", value)
+
+
+def machine_settings(wandb: ModuleType) -> Any:
+    """wandb's settings on this machine. Raises HarnessError for a WANDB_ variable or a settings file that says what cannot be."""
+    try:
+        return wandb.setup().settings
+    except ValueError as error:  # pydantic's
+        raise HarnessError(f"W&B: cannot read its settings on this machine: {' '.join(str(error).split())}") from error
 
 
 def has_credentials(settings: Any) -> bool:
@@ -134,7 +143,11 @@ class WandbRun:
             return None
         import wandb  # here, because only rank 0 of a tracked run needs it
 
-        mode = choose_mode(tracking.mode, has_credentials(wandb.setup().settings))
+        try:
+            mode = choose_mode(tracking.mode, has_credentials(machine_settings(wandb)))
+        except HarnessError as error:
+            logger.warning("%s; this run goes on without it, metrics.jsonl has everything", error)
+            return None
         if mode == "disabled":
             return None
         run_id = load_run_id(run_folder)

@@ -3,12 +3,14 @@
 import gzip
 import json
 import math
+import sys
+import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import harness
+from conftest import harness, run_command
 from wandb_files import closed_wandb_files, machine_without_wandb, records, section, wandb_history  # noqa: F401 - an autouse fixture
 
 from harness.recipe import load
@@ -133,7 +135,7 @@ def test_a_metrics_file_that_ends_at_any_byte_costs_the_next_life_nothing(tmp_pa
 
 
 class Server(ThreadingHTTPServer):
-    """As much of W&B's server as sending a run's history takes. Lines are written where the request says, as W&B's file stream does."""
+    """As much of W&B's server as a run's history takes. Lines are written where the request says, which asks for their number first."""
 
     daemon_threads = True
 
@@ -141,8 +143,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.history: list[dict] = []
         self.config: dict = {}
-        self.offsets: list[int] = []
-        self.refuses = False
+        self.summary: dict = {}
+        self.refuses = "nothing"
+        """What a query holds that is answered with 403."""
         self.exit_code = None
 
     @property
@@ -157,8 +160,9 @@ class Server(ThreadingHTTPServer):
             sent = json.loads(body)
             self.exit_code = sent.get("exitcode", self.exit_code)
             if stream := sent.get("files", {}).get("wandb-history.jsonl"):
-                self.offsets.append(stream["offset"])
                 self.history[stream["offset"] : stream["offset"] + len(stream["content"])] = map(json.loads, stream["content"])
+            if stream := sent.get("files", {}).get("wandb-summary.json"):
+                self.summary = json.loads(stream["content"][-1])
         return {}
 
     def query(self, query: str, variables: dict, **_) -> dict:
@@ -175,6 +179,10 @@ class Server(ThreadingHTTPServer):
             there |= {"historyLineCount": len(self.history), "historyTail": json.dumps([json.dumps(line) for line in self.history[-1:]])}
             there |= {"logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "wandbConfig": '{"t": 1}'}
             return {"model": {**project, "bucket": there if self.history else None}}
+        if "historyKeys" in query:
+            last = {"lastStep": max((line["_step"] for line in self.history), default=-1)}
+            there = {"name": variables["name"], "state": "finished", "historyLineCount": len(self.history), "historyKeys": last}
+            return {"project": {"run": there if self.history else None}}
         return {"viewer": {"id": "V", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}} if "viewer" in query else {}
 
 
@@ -183,7 +191,7 @@ class Answer(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
         answer = json.dumps(self.server.answer(self.path, body)).encode()
-        self.send_response(403 if self.server.refuses else 200)
+        self.send_response(403 if self.server.refuses.encode() in body else 200)
         self.send_header("content-length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
@@ -235,6 +243,27 @@ def said(history: list[dict]) -> list[dict]:
     return [{key: "NaN" if value != value else value for key, value in line.items()} for line in lines]
 
 
+ONLINE_LIFE = """
+    import json, sys
+    from pathlib import Path
+    from types import SimpleNamespace
+    from harness.tracking.callback import TrackingCallback
+    folder, resumed_from, steps, exit_code = json.loads(sys.argv[1])
+    tracking = SimpleNamespace(project="p", entity=None, name=None, group=None, tags=(), mode="online")
+    callback = TrackingCallback(Path(folder), tracking, {}, True, resumed_from=resumed_from)
+    for step in steps:
+        callback.log(step, {"loss": 5.0 - step / 3})
+    callback.finish(exit_code)
+"""
+
+
+def online_life(server, folder: Path, *, resumed_from: int | None, steps: range, exit_code: int = 0) -> None:
+    """In a process of its own: W&B keeps the server and the key of the first run of a process."""
+    what = json.dumps([str(folder), resumed_from, list(steps), exit_code])
+    done = run_command(sys.executable, "-c", textwrap.dedent(ONLINE_LIFE), what, **{**server.environment, "WANDB_MODE": "online"})
+    assert done.code == 0 and "W&B" not in done.output, done.output
+
+
 def joined_file(folder: Path) -> Path:
     [file] = (folder / "wandb" / "joined").rglob("*.wandb")
     return file
@@ -244,7 +273,7 @@ def test_offline_lives_become_one_run_with_every_line_once_the_recipe_and_no_sec
     rows = offline_lives(folder)
     done = harness("sync", folder, SOME_SERVICE_TOKEN="s3cret-revision", WANDB_RESUME="allow")
     assert done.code == 0, done.output
-    assert "lives: 1; lines: 9, steps 1 to 6, 2 of them repeat an earlier life" in done.output
+    assert f"9 lines in {folder / 'metrics.jsonl'}, 2 of them repeat an earlier life; 9 to send" in done.output
     file = joined_file(folder)
     assert f"wandb sync {file}" in done.output  # this machine has no key
     found = list(records(file))
@@ -262,3 +291,115 @@ def test_offline_lives_become_one_run_with_every_line_once_the_recipe_and_no_sec
     assert any(record.HasField("preempting") for record in found)
     assert config["model"]["revision"] == "[redacted]"
     assert b"s3cret-revision" not in b"".join(path.read_bytes() for path in file.parent.rglob("*") if path.is_file())
+
+
+def test_what_was_sent_is_sent_again_after_another_life_and_no_line_stands_there_twice(folder, server):
+    rows = offline_lives(folder)
+    # WANDB_RESUME would have the lines added to those that are there.
+    for _ in range(2):
+        done = harness("sync", folder, WANDB_RESUME="allow", **server.environment)
+        assert done.code == 0 and "Finished syncing" in done.output, done.output
+        assert said(server.history) == rows
+        summary = said([server.summary])[0]
+        assert summary["train/loss"] == rows[-1]["train/loss"] and summary["replay/train/loss"] == rows[6]["replay/train/loss"]
+        assert "W&B has them all" in harness("sync", folder, **server.environment).output
+        live(folder, losses(7, 8), tracking=section(), attempt=3, resumed_from=6)
+        rows += [{"_step": 10, "step": 7, "train/loss": 5.0 - 7 / 3}, {"_step": 11, "step": 8, "train/loss": 5.0 - 8 / 3}]
+    assert server.exit_code == 75  # not done yet, and nothing that failed
+
+
+@pytest.mark.slow
+def test_online_lives_go_on_in_one_run_and_syncing_them_changes_nothing(folder, server):
+    online_life(server, folder, resumed_from=None, steps=range(1, 6), exit_code=75)
+    online_life(server, folder, resumed_from=3, steps=range(4, 8))
+    sent = said(server.history)
+    assert [line["_step"] for line in sent] == list(range(9))
+    assert [line["step"] for line in sent if "train/loss" in line] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in sent if "replay/train/loss" in line] == [4, 5]
+    assert harness("sync", folder, **server.environment).code == 0
+    assert said(server.history) == sent
+    live(folder, losses(8, 9), tracking=section(), resumed_from=7)  # a node without a network
+    assert harness("sync", folder, **server.environment).code == 0
+    online_life(server, folder, resumed_from=9, steps=range(10, 12))
+    assert [(line["_step"], line["step"]) for line in said(server.history)[9:]] == [(9, 8), (10, 9), (11, 10), (12, 11)]
+
+
+def test_lines_from_before_the_last_that_wandb_has_are_said_to_be_lacking_and_a_new_id_has_all(folder, server):
+    live(folder, losses(1, 3), tracking=section())
+    server.history = [{"_step": 3, "step": 4, "train/loss": 1.0}]  # an online life, before the offline one was sent
+    live(folder, losses(4, 5))
+    done = harness("sync", folder, **server.environment)
+    assert done.code == 0 and "W&B lacks 3 lines before the last that it has" in done.output, done.output
+    assert [line["_step"] for line in server.history] == [3, 4]
+    (folder / "wandb.json").unlink()
+    server.history = []
+    assert harness("sync", folder, **server.environment).code == 0
+    assert [line["_step"] for line in server.history] == [0, 1, 2, 3, 4]
+
+
+def test_a_server_that_refuses_is_an_error_and_not_taken_for_a_run_that_was_sent(folder, server):
+    live(folder, losses(1, 3))
+    server.refuses = "upsertBucket"
+    done = harness("sync", folder, **server.environment)
+    assert done.code == 1 and "not sent, for the reason above" in done.output, done.output
+    server.refuses = "historyKeys"
+    done = harness("sync", folder, **server.environment)
+    assert done.code == 1 and "W&B does not say what it has" in done.output, done.output
+    assert server.history == []
+
+
+def test_without_a_key_nothing_is_joined_that_wandb_may_have(folder):
+    live(folder, losses(1, 3), tracking=section())
+    first = harness("sync", folder)
+    assert first.code == 0, first.output
+    joined_file(folder).with_suffix(".wandb.synced").touch()  # as `wandb sync` does
+    second = harness("sync", folder)
+    assert second.code == 1 and "so that no line is sent twice" in second.output
+    assert joined_file(folder).with_suffix(".wandb.synced").is_file()
+
+
+def test_a_run_that_is_done_is_sent_with_its_export(folder):
+    live(folder, losses(1, 3), tracking=section())
+    final = folder / "final"
+    final.mkdir()
+    (final / "adapter_model.safetensors").write_bytes(b"weights")
+    (final / "harness.json").write_text(json.dumps({"base": "llama", "data": "d1", "step": 3, "files": {"adapter_model.safetensors": "x"}}))
+    assert harness("sync", folder).code == 0
+    found = list(records(joined_file(folder)))
+    [artifact] = [record.artifact for record in found if record.HasField("artifact")]
+    assert artifact.type == "model" and json.loads(artifact.metadata) == {"base": "llama", "data": "d1", "step": 3}
+    assert artifact.manifest.contents[0].local_path == str(final / "adapter_model.safetensors")
+    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]
+
+
+def test_a_dry_run_says_what_would_be_sent_and_joins_nothing(folder):
+    live(folder, losses(1, 3))
+    done = harness("sync", folder, "--dry-run")
+    assert done.code == 0 and "; 3 to send" in done.output
+    assert not (folder / "wandb").exists()
+
+
+def test_what_cannot_be_synced_is_said(tmp_path, folder):
+    done = harness("sync", tmp_path)
+    assert done.code == 2 and "holds no run.json, so no run of harness began here" in done.output
+    done = harness("sync", folder)
+    assert done.code == 1 and "metrics.jsonl: not there" in done.output
+    (folder / "metrics.jsonl").write_text('{"step": 1, "ti')
+    done = harness("sync", folder)
+    assert done.code == 1 and "holds no whole line" in done.output
+    run = begin(tmp_path / "off", "tracking.mode=disabled")
+    live(run.path, losses(1, 2))
+    done = harness("sync", run.path)
+    assert done.code == 2 and "tracking.mode = disabled" in done.output
+
+
+def test_a_variable_of_wandb_that_says_what_cannot_be_costs_wandb_and_not_the_run(tmp_path):
+    program = """
+        import sys
+        from pathlib import Path
+        from types import SimpleNamespace
+        from harness.tracking.wandb_run import WandbRun
+        assert WandbRun.start(Path(sys.argv[1]), SimpleNamespace(mode="auto"), {}) is None
+    """
+    done = run_command(sys.executable, "-c", textwrap.dedent(program), str(tmp_path), WANDB_MODE="on")
+    assert done.code == 0 and "W&B: cannot read its settings on this machine" in done.output, done.output
