@@ -191,9 +191,9 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
                 place = _place(life.facts["checkpoint"])
                 say(f"stopped at step {life.facts['step']} ({life.facts['reason']}); {place}; the same command continues")
                 return Stopped.exit_code
-            if life.code == 0 or (life.outcome == "done" and life.hang):
+            if (life.outcome == "done" and life.hang) or (life.outcome in ("done", None) and life.code == 0):
                 return 0
-            if life.outcome not in ("hang", "rolled_back"):
+            if life.outcome not in _ENDED_BY:
                 failure = explain_failure(life.attempt, life.code, life.oom_kills)
                 say(f"\n{failure.text}")
                 return failure.exit_code
@@ -207,7 +207,10 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
                 lines = "\n".join(fruitless)
                 say(f"\ngiven up: ended without a newer checkpoint, {len(fruitless)} times in a row ({_place(newest)}):\n{lines}")
                 return 1
-            say(f"{life.attempt.name} ended by a {life.outcome.replace('_', ' ')}; a new life begins: {_place(newest)}")
+            say(f"{life.attempt.name} ended by a {_ENDED_BY[life.outcome]}; a new life begins: {_place(newest)}")
+
+
+_ENDED_BY = {"hang": "hang", "rolled_back": "rollback"}
 
 
 def why_no_life_follows(life: Life, run: RunDir, machines: Machines) -> str | None:

@@ -12,6 +12,8 @@ import pytest
 from conftest import harness
 from tiny_job import start_harness, wait_for_phase, write_recipe
 
+from harness.run import RunDir, rank_reports
+
 # Rank 1 alone finds its prepared data poisoned.
 POISONED_DATA = """
 import os
@@ -97,23 +99,45 @@ def test_a_trainable_tensor_without_a_gradient_stops_a_zero2_run_before_its_firs
     assert not (tmp_path / "run" / "final").exists()
 
 
-@pytest.mark.parametrize(("number", "processes", "code"), [(signal.SIGTERM, 2, 143), (signal.SIGINT, 1, 130)])
-def test_stopping_the_command_stops_every_rank_and_leaves_no_orphan(number, processes, code, tmp_path):
-    run = tmp_path / "run"
-    backend = "ddp" if processes > 1 else "single"
-    command = start_harness(
-        "run", write_recipe(tmp_path), f"output_dir={run}", "train.max_steps=100000", "--backend", backend, "--processes", str(processes)
-    )
+@pytest.mark.slow
+def test_stopping_the_command_saves_stops_every_rank_and_the_same_command_continues(tmp_path):
+    run = RunDir(tmp_path / "run")
+    arguments = ["run", write_recipe(tmp_path), f"output_dir={run.path}", "--processes", "2"]
+    command = start_harness(*arguments, "train.max_steps=300")
     try:
-        wait_for_phase(run, processes - 1, "training")
-        time.sleep(0.5)
+        wait_for_phase(run.path, 1, "training")
         family = psutil.Process(command.pid).children(recursive=True)
-        assert len(family) >= processes
-        command.send_signal(number)
+        assert len(family) >= 2
+        command.send_signal(signal.SIGTERM)
         output, _ = command.communicate(timeout=60)
     finally:
         command.kill()
-    assert command.returncode == code
-    assert f"stopped by {number.name}" in output.rstrip().splitlines()[-1]
+    assert command.returncode == 75, output
+    last = output.rstrip().splitlines()[-1]
+    (checkpoint,) = run.path.glob("checkpoint-*")
+    assert last.startswith("stopped at step ") and "SIGTERM to harness run" in last and checkpoint.name in last
     assert psutil.wait_procs(family, timeout=5)[1] == []
-    assert not (run / "final").exists()
+    assert not run.final.exists() and not run.stop.exists()
+    done = harness(*arguments, "train.max_steps=300", "--resume")
+    assert done.code == 0, done.output
+    assert f"continues from {checkpoint.name}" in done.output and run.final.is_dir()
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_even_a_rank_that_is_stopped_and_leaves_no_orphan(tmp_path):
+    run = RunDir(tmp_path / "run")
+    command = start_harness("run", write_recipe(tmp_path), f"output_dir={run.path}", "train.max_steps=100000", "--processes", "2")
+    try:
+        wait_for_phase(run.path, 1, "training")
+        family = psutil.Process(command.pid).children(recursive=True)
+        os.kill(rank_reports(run.attempt(1), "alive", [1])[0]["pid"], signal.SIGSTOP)
+        command.send_signal(signal.SIGINT)
+        time.sleep(3)
+        assert command.poll() is None and run.stop.exists()
+        command.send_signal(signal.SIGINT)
+        output, _ = command.communicate(timeout=30)
+    finally:
+        command.kill()
+    assert command.returncode == 130, output
+    assert "stopped by SIGINT without saving" in output.rstrip().splitlines()[-1]
+    assert psutil.wait_procs(family, timeout=5)[1] == []
