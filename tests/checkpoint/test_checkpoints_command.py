@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import harness
 
 from harness.checkpoint.ledger import Ledger, read_ledger
 from harness.checkpoint.manifest import digest_files, write_manifest
-from harness.checkpoint.selection import checkpoints, select_checkpoint
+from harness.checkpoint.selection import check_checkpoint, checkpoints, select_checkpoint
 from harness.cli.checkpoints import command, format_age, format_bytes
 from harness.errors import CheckpointError, HarnessError, LaunchError
 from harness.run import RunDir
@@ -117,6 +118,20 @@ def test_a_run_without_checkpoints_says_why(run):
     assert "none of its checkpoints is whole (committed were steps 9, 12); a resume would stop" in ask("list", run, "--digests")[0]
 
 
+def test_a_checkpoint_that_a_training_retires_while_it_is_read_is_not_called_broken(four, monkeypatch):
+    def check(step, path, verify):
+        if step == 10 and path.exists():
+            shutil.rmtree(path)
+        return check_checkpoint(step, path, verify)
+
+    monkeypatch.setattr("harness.cli.checkpoints.check_checkpoint", check)
+    output, code = ask("verify", four)
+    assert code == 0 and "checkpoint-10: was retired meanwhile" in output
+    commit(four, 10)
+    output, _ = ask("list", four)
+    assert "NO" not in output and [line.split()[0] for line in output.splitlines()[1:4]] == ["40", "30", "20"]
+
+
 @pytest.mark.parametrize("verb", ["list", "verify", "prune"])
 def test_a_folder_that_is_no_run_is_named(tmp_path, verb):
     with pytest.raises(LaunchError, match=f"{tmp_path}: holds no run.json, so no run of harness began here"):
@@ -186,8 +201,6 @@ def test_prune_of_a_run_without_checkpoints_says_so_and_clears_up(run):
 
 
 def test_prune_names_what_could_not_be_deleted(four, monkeypatch):
-    import shutil
-
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 

@@ -1,6 +1,7 @@
 """A manifest proves every byte of a checkpoint, its own included; each test damages one thing and expects it to be named."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -264,9 +265,13 @@ def test_a_manifest_is_flushed_before_it_has_its_name_and_its_folder_after(folde
 
 
 def test_a_disk_that_does_not_take_the_bytes_fails_the_save_and_names_the_file(folder, monkeypatch):
+    fsync = os.fsync
+
     def full(descriptor):
-        raise OSError(28, "No space left on device")
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("optimizer.pt"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device.*checkpoint-4/"):
+    with pytest.raises(OSError, match="No space left on device.*checkpoint-4/optimizer.pt"):
         digest_files(folder, FILES, durable=True)

@@ -110,7 +110,7 @@ def test_a_folder_that_was_never_committed_is_not_continued_from(run, ledger, th
 def test_links_files_and_odd_names_are_left_alone(run, ledger, three):
     (run.path / "checkpoint-99").symlink_to(three[2])
     (run.path / "checkpoint-98").write_text("")
-    for name in ("checkpoint-best", "checkpoint-", "checkpoint-010", "checkpoint-11.old", "checkpoint--1", "xcheckpoint-50"):
+    for name in ("checkpoint-best", "checkpoint-", "checkpoint-011", "checkpoint-11.old", "checkpoint--1", "xcheckpoint-50"):
         (run.path / name).mkdir()
     before = sorted(run.path.iterdir())
     assert select(run, ledger).step == 10
