@@ -134,8 +134,8 @@ def prepare_loading(engine, checkpoint: Path, manifest: dict, world_size: int) -
             f"continue with a backend of {manifest['engine']}"
         )
     open_as_data(engine)
-    if saved_ranks == world_size:
-        return
+    if saved_ranks == world_size or not engine.zero_optimization():
+        return  # DeepSpeed's own way; at stage 0 there is one whole file
     if engine.zero_nvme_offload_optimizer():
         raise CheckpointError(f"{checkpoint}: the moments lie on the NVMe disks of {saved_ranks} ranks; continue on {saved_ranks} ranks")
     if engine.zero_elastic_checkpoint():
@@ -153,18 +153,18 @@ def _load_resharded(engine, load_checkpoint: Callable, saved_ranks: int, folder:
     to all flat tensors together, which then counts every step several times.
     """
 
-    def model_states(load_dir: str, tag: str) -> list[str]:
-        # The first rank's: there may be fewer files than ranks now, and all are alike.
-        return [engine._get_ckpt_name(load_dir, tag, pp_placeholder="0")]
+    tag = Path(folder, "latest").read_text()
+    # The first rank's: there may be fewer such files than ranks now, and all are alike.
+    model_states = engine._get_ckpt_name(folder, tag, pp_placeholder="0")
+    shards = [engine._get_rank_zero_ckpt_name(folder, tag, 0, rank, engine.bfloat16_enabled()) for rank in range(saved_ranks)]
+    shard = _cut_shard(engine, model_states, shards)
 
-    def load_shard(load_dir: str, tag: str, load_optimizer_states: bool) -> bool:
-        paths = [engine._get_rank_zero_ckpt_name(load_dir, tag, 0, rank, engine.bfloat16_enabled()) for rank in range(saved_ranks)]
-        shard = _cut_shard(engine, *model_states(load_dir, tag), paths)
+    def load_shard(*_, load_optimizer_states: bool) -> bool:
         from_masters = engine.zero_load_from_fp32_weights()
         engine.optimizer.load_state_dict({engine.global_rank: shard}, load_optimizer_states, load_from_fp32_weights=from_masters)
         return True
 
-    with _replaced(engine, _get_all_ckpt_names=model_states, _load_zero_checkpoint=load_shard):
+    with _replaced(engine, _get_all_ckpt_names=lambda *_: [model_states], _load_zero_checkpoint=load_shard):
         return load_checkpoint(folder, **options)
 
 

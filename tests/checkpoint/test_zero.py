@@ -20,8 +20,9 @@ from harness.errors import CheckpointError
 
 QUICK = "zero2-fp32-lora"
 CELLS = [
-    *("zero1-fp32-full", "zero2-fp32-full", "zero3-fp32-full", "zero1-fp32-lora", QUICK, "zero3-fp32-lora"),
+    *("zero0-fp32-full", "zero1-fp32-full", "zero2-fp32-full", "zero3-fp32-full", "zero1-fp32-lora", QUICK, "zero3-fp32-lora"),
     *("zero1-bf16-full", "zero2-bf16-lora", "zero3-bf16-full", "zero2-fp16-full", "zero3-fp16-full", "zero2-bf16-robin"),
+    "zero3-bf16-offload",
 ]
 # One optimiser step on the same global batch, summed in another order: float32 here differs by 1.2e-7, bf16 gradients by up to 3e-4.
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-4}
@@ -198,7 +199,8 @@ def test_what_cannot_be_cut_is_refused_at_stage_3_too(ranks):
 @pytest.mark.parametrize(("setting", "said"), [("zero_nvme_offload_optimizer", "NVMe"), ("zero_elastic_checkpoint", "elastic_checkpoint")])
 def test_state_that_only_its_own_ranks_can_read_is_refused_on_others_and_loaded_on_them(setting, said):
     switches = {name: lambda name=name: name == setting for name in ("zero_nvme_offload_optimizer", "zero_elastic_checkpoint")}
-    engine = SimpleNamespace(checkpoint_engine=SimpleNamespace(), zero_optimization_stage=lambda: 2, **switches)
+    stage = {"zero_optimization": lambda: True, "zero_optimization_stage": lambda: 2}
+    engine = SimpleNamespace(checkpoint_engine=SimpleNamespace(), **stage, **switches)
     manifest = {"engine": "zero2", "world_size": 2}
     prepare_loading(engine, Path("checkpoint-3"), manifest, 2)
     with pytest.raises(CheckpointError, match=rf"checkpoint-3: .*{said}.* continue on 2 ranks"):

@@ -15,6 +15,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from harness.checkpoint import zero
@@ -42,11 +43,11 @@ class Net(torch.nn.Module):
 
 class Cell:
     """Such as `zero2-bf16-lora`: a stage, a type, and what is trained: all (`full`), an adapter, an adapter and `more`; or all, with
-    parameters dealt to the ranks in turn (`robin`)."""
+    parameters dealt to the ranks in turn (`robin`), or with the optimiser on the host (`offload`)."""
 
     def __init__(self, name: str):
         stage, self.dtype, variant = name.split("-")
-        self.name, self.stage, self.robin = name, int(stage[-1]), variant == "robin"
+        self.name, self.stage, self.robin, self.offload = name, int(stage[-1]), variant == "robin", variant == "offload"
         self.adapter, self.more = variant in ("lora", "more"), variant == "more"
 
     def engine(self, optimizer=torch.optim.AdamW):
@@ -63,6 +64,9 @@ class Cell:
         if self.stage == 3:
             # Several flat tensors for each group, another number of them on another number of ranks; and only the smallest stay whole.
             sharding |= {"sub_group_size": 200, "stage3_param_persistence_threshold": 30}
+        if self.offload:
+            sharding["offload_optimizer"] = {"device": "cpu"}
+            optimizer = DeepSpeedCPUAdam
         config = {
             "train_batch_size": GLOBAL_BATCH,
             "train_micro_batch_size_per_gpu": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
@@ -98,8 +102,9 @@ def train(engine, first: int, steps: int) -> list[float]:
 
 def inspect(engine) -> dict:
     """Everything that must be carried over, gathered whole by DeepSpeed's own functions."""
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() < 3:
+    optimizer, stage, kinds = engine.optimizer, engine.zero_optimization_stage(), ("exp_avg", "exp_avg_sq")
+    base = optimizer.optimizer if stage else optimizer
+    if 0 < stage < 3:
         # DeepSpeed links parameters and moments after the first group's first step, when the other groups have no moments yet.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -107,21 +112,24 @@ def inspect(engine) -> dict:
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
-        master = safe_get_full_fp32_param(parameter)
-        tensors[name] = [master] + [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
-            if not torch.equal(parameter.data, master.to(parameter.dtype)):
+        if stage:
+            found = [safe_get_full_fp32_param(parameter)] + [safe_get_full_optimizer_state(parameter, kind) for kind in kinds]
+        else:
+            found = [parameter.detach()] + [base.state[parameter][kind] for kind in kinds]
+        tensors[name] = [tensor.clone() for tensor in found]
+        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+            if not torch.equal(parameter.data, found[0].to(parameter.dtype)):
                 unequal.append(name)
-    base = optimizer.optimizer
     steps = [state["step"] for state in base.state.values() if "step" in state]
+    counters = [id(step) for step in steps if isinstance(step, torch.Tensor)]
     return {
-        "tensors": {name: [tensor.clone() for tensor in values] for name, values in tensors.items()},
+        "tensors": tensors,
         "weights_that_are_not_their_masters": unequal,
         "steps": sorted({float(step) for step in steps}),
-        "counters_are_apart": len({id(step) for step in steps}) == len(steps),
+        "counters_are_apart": len(set(counters)) == len(counters),
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in base.param_groups],
         "engine": [engine.global_steps, engine.skipped_steps, engine.global_samples],
-        "scale": [optimizer.loss_scaler.cur_scale, getattr(optimizer.loss_scaler, "cur_iter", None)],
+        "scale": [optimizer.loss_scaler.cur_scale, getattr(optimizer.loss_scaler, "cur_iter", None)] if stage else [],
     }
 
 
