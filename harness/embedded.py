@@ -67,6 +67,7 @@ def _make_model(folder: Path, world: Path) -> None:
     import json
 
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from harness.quickstart.tokenizer import save_base
@@ -75,4 +76,9 @@ def _make_model(folder: Path, world: Path) -> None:
     save_base(folder, rows)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    # Not save_pretrained: among several ranks it writes weights on rank 0 alone, and any rank may be the one that is here.
+    weights = {name: weight for name, weight in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
