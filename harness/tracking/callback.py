@@ -60,6 +60,10 @@ class TrackingCallback(TrainerCallback):
         about = {"git_commit": git_commit(), "versions": library_versions(), **self._launch}
         self._wandb = WandbRun.start(self.run_folder, self._tracking, {**self._config, "harness": about})
 
+    @property
+    def wandb_id(self) -> str | None:
+        return self._wandb.id if self._wandb is not None else None
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.start()
 

@@ -142,10 +142,15 @@ def describe(lives: Lives, sent: Sent) -> str:
 
 
 def record(lives: Lives, sent: Sent) -> Path:
-    """Join the lines that W&B has not, in place of an older join, and return the .wandb file. Raises HarnessError when W&B cannot."""
+    """Join the lines that W&B has not, in place of a join that was not sent, and return the .wandb file.
+
+    Raises HarnessError when W&B cannot record.
+    """
     wandb = _import_wandb()
-    shutil.rmtree(lives.joined, ignore_errors=True)
-    lives.joined.mkdir(parents=True)
+    lives.joined.mkdir(parents=True, exist_ok=True)
+    for older in lives.joined.glob("wandb/offline-run-*"):
+        if not any(older.glob("*.wandb.synced")):  # what was sent stays, for it says that it was
+            shutil.rmtree(older)
     recipe, final = lives.recipe, lives.run.final
     tracking = recipe.tracking.model_copy(update={"name": recipe.tracking.name or lives.run.path.name})
     config = {**recipe.model_dump(mode="json"), "harness": lives.facts}

@@ -350,8 +350,9 @@ def test_a_server_that_refuses_is_an_error_and_not_taken_for_a_run_that_was_sent
 
 def test_without_a_key_nothing_is_joined_that_wandb_may_have(folder):
     live(folder, losses(1, 3), tracking=section())
-    first = harness("sync", folder)
-    assert first.code == 0, first.output
+    for mode in ("offline", "disabled"):  # the second takes the place of the first
+        first = harness("sync", folder, WANDB_MODE=mode)
+        assert first.code == 0 and str(joined_file(folder)) in first.output, first.output
     joined_file(folder).with_suffix(".wandb.synced").touch()  # as `wandb sync` does
     second = harness("sync", folder)
     assert second.code == 1 and "so that no line is sent twice" in second.output
