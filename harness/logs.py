@@ -1,5 +1,6 @@
 """Where a process writes: its own log file, and for rank 0 the terminal too; and what libraries say that nobody can act on."""
 
+import contextlib
 import logging
 import os
 import re
@@ -18,10 +19,12 @@ class Tee:
     def write(self, text: str) -> int:
         self._stream.write(text)
         *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            # What stands before the last return to the line's start was overwritten on the screen.
-            self._log.write(self._CONTROL.sub("", line.rstrip("\r").rsplit("\r", 1)[-1]) + "\n")
-        self._log.flush()
+        # A full disk takes no log, and is no reason to end a training.
+        with contextlib.suppress(OSError):
+            for line in lines:
+                # What stands before the last return to the line's start was overwritten on the screen.
+                self._log.write(self._CONTROL.sub("", line.rstrip("\r").rsplit("\r", 1)[-1]) + "\n")
+            self._log.flush()
         return len(text)
 
     def flush(self) -> None:

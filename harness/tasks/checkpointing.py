@@ -40,6 +40,7 @@ from harness.guard import Guard, local_gradient_norm, skip_engine_step, skip_upd
 
 if TYPE_CHECKING:
     from harness.run import RankReport
+    from harness.tracking.callback import TrackingCallback
 
 REASONS = ("stop", "end", "asked", "best", "interval")
 """Why a checkpoint is made; of several the first is the one that its manifest tells."""
@@ -65,6 +66,7 @@ class Lives:
     report: "RankReport"
     facts: dict[str, Any]
     """What every manifest of this life says alike."""
+    tracking: "TrackingCallback"
     resumed: Selected | None = None
     stopping: bool = False
     reasons: set[str] = field(default_factory=set)
@@ -94,10 +96,12 @@ class CheckpointedTrainer:
 
     @property
     def stopped(self) -> bool:
-        """Training ended because a stop was asked for, with steps left to make."""
+        """Training ended because a stop was asked for, with steps or an evaluation left to make."""
         return self.lives.stopping and not self._is_complete()
 
     def _is_complete(self) -> bool:
+        if self._evaluation_owed:
+            return False
         resumed = self.lives.resumed
         ended = resumed is not None and resumed.manifest["reason"] == "end" and self.state.global_step == resumed.step
         return ended or self.state.global_step >= self.state.max_steps
@@ -122,7 +126,8 @@ class CheckpointedTrainer:
         if self.state.best_global_step is not None:
             self.state.best_model_checkpoint = self._path_of_best()
         at = resumed.manifest["data"]
-        if at["cursor"] >= order.rows:
+        # After the last step the epoch is entered once more, for the evaluation that may be owed.
+        if at["cursor"] >= order.rows and resumed.step < self.state.max_steps:
             self._epoch = at["epoch"] + 1
             return self._epoch, 0
         self._epoch, self._steps_in_epoch = at["epoch"], at["cursor"] // order.global_batch
@@ -182,7 +187,7 @@ class CheckpointedTrainer:
             self._begun = True
             self._stop_if_asked()
             if self._evaluation_owed and not lives.stopping:
-                self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+                self._make_owed_evaluation(trial, ignore_keys_for_eval)
             if lives.stopping or self._is_complete() or self.control.should_training_stop:
                 self.control.should_training_stop = True
                 return
@@ -261,7 +266,7 @@ class CheckpointedTrainer:
         first = step - self.lives.guard.bad_in_a_row + 1
         rows = self._rows_of(first, step)
         if verdict == "roll_back":
-            self._record("rolled_back", from_step=step, to_step=back, passes_over=[back + 1, step], why=why, rows=rows)
+            self._record("rolled_back", step=step, to_step=back, passes_over=[back + 1, step], why=why, rows=rows)
             where = f"checkpoint-{back}" if back else "the beginning"
             raise RolledBack(f"step {step}: {why}; back to {where}, and the data of steps {back + 1} to {step} is passed over")
         raise ModelError(
@@ -349,12 +354,25 @@ class CheckpointedTrainer:
             raise _EvaluationStopped
         return super().prediction_step(*args, **kwargs)
 
+    def _make_owed_evaluation(self, trial, ignore_keys_for_eval) -> None:
+        """Of the checkpoint that this life began from."""
+        self._determine_best_metric(self._evaluate(trial, ignore_keys_for_eval), trial)
+        self.lives.reasons.discard("best")
+        if self.state.best_global_step is not None:
+            self.state.best_model_checkpoint = self._path_of_best()
+
     def _determine_best_metric(self, metrics, trial):
         if metrics is not None and super()._determine_best_metric(metrics, trial):
             self.lives.reasons.add("best")
         if self.control.should_training_stop and not self.lives.stopping and self.lives.cadence.is_on:
             self.lives.reasons.add("end")
         return bool(self.lives.reasons)
+
+    def _finalize_training(self, *args, **kwargs):
+        if self.stopped:
+            # It logs what has gathered since the last line, which belongs to the next life's first line.
+            self._metrics["train"].clear()
+        return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self):
         # A run that is being stopped exports nothing.
@@ -374,6 +392,7 @@ class CheckpointedTrainer:
         lives.cadence.saved(time.monotonic() - started, time.monotonic())
         lives.door.saved()
         lives.report.enter("training")
+        lives.tracking.log(step, {"run/save_s": round(time.monotonic() - started, 3)} if kept else {"run/save_failed": 1})
         if kept:
             self._say(f"checkpoint-{step} ({reason}) in {time.monotonic() - started:.2f} s")
 
@@ -456,7 +475,7 @@ class CheckpointedTrainer:
             "data": lives.facts["data"] | data,
             "scheduler_step": self.lr_scheduler.last_epoch,
             "evaluation_owed": self._evaluation_owed,
-            "wandb": lives.facts["wandb"] | {"last_step": self._globalstep_last_logged},
+            "wandb": {"id": lives.tracking.wandb_id, "last_step": self._globalstep_last_logged},
         }
 
     def _path_of_best(self) -> str | None:
@@ -465,9 +484,10 @@ class CheckpointedTrainer:
         folder = Path(self.args.output_dir) / f"checkpoint-{best}"
         return str(folder) if best == self.state.global_step or folder.is_dir() else None
 
-    def _record(self, event: str, **facts) -> None:
+    def _record(self, event: str, step: int, **facts) -> None:
         if distributed.is_main():
-            self.lives.committer.ledger.append(event, **facts)
+            self.lives.committer.ledger.append(event, step=step, **facts)
+            self.lives.tracking.log(step, {f"run/{event}": 1})
 
     def _say(self, text: str) -> None:
         if distributed.is_main():

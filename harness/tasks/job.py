@@ -237,7 +237,6 @@ def facts_of(job: Job, recipe: Recipe, args, data_digest: str, source: str, mode
             }
         ),
         "data": {"digest": data_digest},
-        "wandb": {},
     }
 
 
@@ -248,7 +247,7 @@ def leave_early(job: Job, trainer) -> None:
     if distributed.is_main():
         trainer.lives.door.stopped(job.report.attempt)
     end_life(job, "stopped", "stopped", step, kept, reason)
-    saved = f"checkpoint-{kept} is whole" if kept else "nothing was trained yet"
+    saved = f"checkpoint-{kept} is whole" if kept else "nothing was saved" if step else "nothing was trained yet"
     raise Stopped(f"stopped at step {step} ({reason}); {saved}; the same command continues")
 
 
@@ -416,11 +415,12 @@ def build_trainer(
     order = EpochOrder(len(train_rows), facts["global_batch"], args.seed, lengths if groups else None)
     if order.missing:
         train_rows = with_filler(train_rows, 1)
-    callbacks, tracking, throughput = build_callbacks(job, model)
+    history = distributed.broadcast_object(read_ledger(job.run.ledger) if distributed.is_main() else None)
+    callbacks, tracking, throughput = build_callbacks(job, model, history, resumed)
     trainer = sft.build_trainer(args, model, tokenizer, train_rows, eval_rows, callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.configure(throughput=throughput, isolates=settled.flattens)
-    trainer.live(build_lives(job, recipe, model, order, facts, resumed))
+    trainer.live(build_lives(job, recipe, model, order, facts, history, resumed, tracking))
     if recipe.model.lora:
         settle_adapter_dtype(model, job.backend, settled.dtype)
     if distributed.is_main():
@@ -434,12 +434,12 @@ def build_trainer(
     return trainer, tracking
 
 
-def build_lives(job: Job, recipe: Recipe, model, order, facts: dict, resumed: Selected | None):
+def build_lives(job: Job, recipe: Recipe, model, order, facts: dict, history: list[dict], resumed: Selected | None, tracking):
+    """history: the run's ledger before this life."""
     from harness.guard import Guard, windows_of
     from harness.tasks.checkpointing import Lives
 
     ledger, world_size = Ledger(job.run.ledger, job.attempt), distributed.world_size()
-    events = distributed.broadcast_object(read_ledger(job.run.ledger) if distributed.is_main() else None)
     if distributed.is_main() and not job.smoke:
         resumed_from = resumed.step if resumed else None
         ledger.append("life_began", world_size=world_size, backend=job.backend.name, resumed_from=resumed_from, allowed=list(job.allowed))
@@ -452,28 +452,30 @@ def build_lives(job: Job, recipe: Recipe, model, order, facts: dict, resumed: Se
             job.attempt,
             job.report.enter,
             # Weights and two moments; the last commit is a better guess.
-            expected_bytes=[3 * trained_bytes, *(event["bytes"] for event in events if event["event"] == "committed")][-1],
+            expected_bytes=[3 * trained_bytes, *(event["bytes"] for event in history if event["event"] == "committed")][-1],
             last_step=resumed.step if resumed else None,
         ),
         cadence=Cadence(recipe.checkpoint, world_size, time.monotonic()),
         door=Door(job.signals, job.run if distributed.is_main() else None),
-        guard=Guard(recipe.guard, fp16=recipe.train.fp16, rolled_back=windows_of(events)),
+        guard=Guard(recipe.guard, fp16=recipe.train.fp16, rolled_back=windows_of(history)),
         order=order,
         report=job.report,
         facts=facts,
+        tracking=tracking,
         resumed=resumed,
     )
 
 
-def build_callbacks(job: Job, model):
+def build_callbacks(job: Job, model, history: list[dict], resumed: Selected | None):
     """(callbacks, tracking, throughput); tracking last, so that it records what the others add to a log line."""
     from transformers import EarlyStoppingCallback
 
+    from harness.guard import windows_of
     from harness.tracking.callback import TrackingCallback
     from harness.tracking.progress import ProgressCallback
     from harness.tracking.throughput import Throughput
 
-    recipe = job.recipe
+    recipe, ledger = job.recipe, Ledger(job.run.ledger, job.attempt)
     throughput = Throughput.for_model(model, world_size=distributed.world_size(), rank=distributed.rank())
     tracking = TrackingCallback(
         job.run.path,
@@ -482,6 +484,12 @@ def build_callbacks(job: Job, model):
         distributed.is_main(),
         backend=job.backend.name,
         world_size=distributed.world_size(),
+        attempt=job.attempt,
+        resumed_from=resumed.step if resumed else None,
+        exact=resumed is not None and resumed.manifest["world_size"] == distributed.world_size() and not job.allowed,
+        # From the data on that this life passes over and the last one did not, it is another run.
+        compare_until=min((first - 1 for first, last in windows_of(history) if resumed and last > resumed.step), default=None),
+        alarm=lambda step, key, was, now: ledger.append("replay_differs", step=step, key=key, was=was, now=now),
     )
     callbacks = [throughput, tracking, ProgressCallback(distributed.is_main())]
     if recipe.train.early_stopping_patience and not job.smoke:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -77,15 +78,28 @@ class MetricsFile:
         before = _read(path) if path.exists() else ""
         self.earlier = list(_parse(before, path).values())
         self.rows = len(before.splitlines())
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # 1: every line reaches the system when it is written
-        if before and not before.endswith("\n"):
-            self._file.write("\n")  # a life that was killed in mid-line must not spoil the next one's first line
+        self._file = path.open("ab", buffering=0)  # every line reaches the system when it is written
+        # A life that was killed in mid-line must not spoil the next one's first line.
+        self._waiting = b"\n" if before and not before.endswith("\n") else b""
 
     def append(self, step: int, values: dict[str, Any], repeated: Sequence[str] = ()) -> None:
         """One line. `repeated`: the keys that an earlier life has logged at this step already."""
         line = {"step": step, "time": round(self._now(), 3), **finite(values), **({"replays": list(repeated)} if repeated else {})}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._waiting += json.dumps(line, allow_nan=False).encode() + b"\n"
         self.rows += 1
+        self._write()
+
+    def _write(self) -> None:
+        """What a full disk does not take is kept, and written with the next line: a training does not end for it."""
+        start, data = os.fstat(self._file.fileno()).st_size, self._waiting
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), start)
+            logger.warning("%s: cannot be written (%s); kept until it can", self._file.name, error.strerror)
+            return
+        self._waiting = b""
 
     def close(self) -> None:
         self._file.close()
