@@ -32,8 +32,8 @@ MANIFEST = "manifest.json"
 FORMAT = "harness-checkpoint-1"
 
 THREADS = 8
-"""Flushes wait while hashes compute. On 2 cores a write and then this takes as long as a plain write and fsync (0.9 to 1.2 of its bandwidth,
-with 4 threads or 8; 0.6 to 0.9 with one)."""
+"""Flushes wait while hashes compute. On 2 cores a write and then this takes about as long as a plain write and fsync: 0.9 to 1.2 of its
+bandwidth with 4 threads or 8, and 0.6 to 0.9 with one."""
 READ_BYTES = 8 * 2**20
 ZEROS = "0" * 32
 OWN_DIGEST = re.compile(rb'(?<="digest": ")[0-9a-f]{32}(?="\n}\n\Z)')

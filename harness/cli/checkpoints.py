@@ -37,7 +37,7 @@ def list_checkpoints(run: Path, digests: bool):
     for aside, reason in quarantined(folder):
         click.echo(f"in quarantine: {aside.name}, {format_bytes(folder_bytes(aside))}: {reason.replace(f'{folder.path}/', '')}")
     unread = any(row.manifest for row in rows) and not digests
-    click.echo(explain_resume(folder, rows) + (", if every byte of it is as committed; --digests reads them" if unread else ""))
+    click.echo(explain_resume(folder, rows) + (" (its bytes were not read; --digests reads them)" if unread else ""))
 
 
 @command.command("verify", short_help="Read every byte of them, and exit with 1 if one is not whole.")

@@ -90,7 +90,7 @@ def test_list_shows_each_checkpoint_and_what_a_resume_would_take(four):
 def test_list_says_when_it_has_not_read_the_bytes_and_reads_them_when_asked(four):
     flip(four, 40)
     output, _ = ask("list", four)
-    assert "take checkpoint-40, the newest, if every byte of it is as committed; --digests reads them" in output
+    assert "take checkpoint-40, the newest (its bytes were not read; --digests reads them)" in output
     output, code = ask("list", four, "--digests")
     assert code == 0 and "NO: model.safetensors: is altered" in output
     assert output.endswith("a resume would take checkpoint-30, and put checkpoint-40 in quarantine first\n")
