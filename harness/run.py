@@ -238,6 +238,7 @@ class RankReport:
     def __init__(self, rank: int, attempt: Path | None = None):
         self.rank, self.host, self.phase, self.attempt = rank, socket.gethostname(), "starting", attempt
         self.step: int | None = None
+        self.first_step: int | None = None
         self._leaves: dict[str, str] = {}
         self._alive: int | None = None
         self._width = ALIVE_WIDTH
@@ -257,6 +258,7 @@ class RankReport:
     def beat(self, step: int | None = None) -> None:
         """This rank lives, and works on this step. Takes microseconds, so it can be called at every batch."""
         self.step = self.step if step is None else step
+        self.first_step = self.step if self.first_step is None else self.first_step
         self._write_alive()
 
     def stopped(self, reason: str) -> None:
@@ -300,6 +302,7 @@ class RankReport:
             "launch": os.environ.get(LAUNCH_VARIABLE, ""),
             "phase": self.phase,
             "step": self.step,
+            "first_step": self.first_step,
             "time": time.time(),
         }
 

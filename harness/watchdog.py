@@ -32,6 +32,8 @@ SLOWEST_STEP = 20
 """A step may take so many times the median step..."""
 STEP_FLOOR_S = 300.0
 """...and at least this long."""
+OTHERS_S = 10.0
+"""So much longer waits a machine that cannot tell who it is, so that one that can speaks first."""
 STACKS_S = 2.0
 """What a rank gets to write its stacks."""
 STACKS_BYTES = 200_000
@@ -90,9 +92,9 @@ class Heart:
             return limits.save_s
         if not self.beats:
             return limits.start_s
-        if not self.steps_s:
+        if self.step == self.report["first_step"]:
             return limits.first_step_s
-        return limits.step_s or max(STEP_FLOOR_S, SLOWEST_STEP * statistics.median(self.steps_s))
+        return limits.step_s or max(STEP_FLOOR_S, SLOWEST_STEP * statistics.median(self.steps_s or [0.0]))
 
     @property
     def name(self) -> str:
@@ -109,6 +111,8 @@ class Hang:
     why: str
     limit_s: float
     hearts: list[Heart]
+    is_certain: bool
+    """Whether more than its silence speaks against the culprit."""
 
     @property
     def text(self) -> str:
@@ -140,7 +144,10 @@ class Watchdog:
         limit_s = max(limit_s, *(heart.limit_s(self._limits) for heart in others if not heart.beats), 0.0)
         if all(heart.silent_s <= limit_s for heart in staying):
             return None
-        return self._blame(sorted([*staying, *others], key=lambda heart: heart.rank), limit_s)
+        hang = self._blame(sorted([*staying, *others], key=lambda heart: heart.rank), limit_s)
+        if others and not hang.is_certain and all(heart.silent_s <= limit_s + OTHERS_S for heart in staying):
+            return None
+        return hang
 
     def _other_hearts(self, attempt: Path) -> list[Heart]:
         """Those of other machines that have not left, silent for as long as their clocks say."""
@@ -164,17 +171,18 @@ class Watchdog:
         for letter, why in STATES.items():
             for heart in hearts:
                 if states.get(heart.rank, "R") == letter:
-                    return Hang(heart, why, limit_s, hearts)
+                    return Hang(heart, why, limit_s, hearts, is_certain=True)
         steps = {heart.rank: -1 if heart.step is None else heart.step for heart in hearts}
         last = min(hearts, key=lambda heart: (steps[heart.rank], bool(heart.report), -heart.silent_s))
         ahead = max(steps.values())
         if not last.report:
-            why = "it never said that it has begun"
-        elif steps[last.rank] < ahead:
-            why = f"its process runs, but does not come on; the others are at step {ahead}"
-        else:
-            why = "its process runs, but does not come on" + ("; it fell silent first" if len(hearts) > 1 else "")
-        return Hang(last, why, limit_s, hearts)
+            return Hang(last, "it never said that it has begun", limit_s, hearts, is_certain=True)
+        runs = "its process runs, but does not come on"
+        if steps[last.rank] < ahead:
+            return Hang(last, f"{runs}; the others are at step {ahead}", limit_s, hearts, is_certain=True)
+        elsewhere = any(heart.rank not in self._ranks for heart in hearts)
+        more = "; the cause may be on another machine" if elsewhere else "; it fell silent first" if len(hearts) > 1 else ""
+        return Hang(last, runs + more, limit_s, hearts, is_certain=False)
 
     def write_stacks(self, hang: Hang, attempt: Path) -> Path:
         """Write hang.txt in the attempt's folder: what was found, each rank's state, and the stacks of this machine's ranks. Returns it."""

@@ -128,6 +128,16 @@ def test_the_first_step_of_a_life_that_continues_is_a_first_step_whatever_its_nu
     assert machine.after(5).limit_s == 60
 
 
+def test_a_hang_right_after_the_first_step_is_held_to_the_limit_of_a_step_though_nobody_looked_in_between(tmp_path):
+    machine = Machine(tmp_path, LIMITS.model_copy(update={"step_s": 7.0}))
+    machine.begin(0, 1)
+    assert machine.after(1) is None
+    for step in range(901, 918):
+        machine.beat(step, 0, 1)
+    assert machine.after(7, look_every=1) is None
+    assert machine.after(1).limit_s == 7
+
+
 def test_batches_of_one_step_keep_a_rank_alive(machine):
     machine.begin(0, 1, phase="evaluating")
     for _ in range(20):
@@ -202,12 +212,22 @@ def test_the_rank_of_another_machine_that_all_wait_for_is_named(machine):
     assert hang.culprit.rank == 2 and "the others are at step 9" in hang.why
 
 
+def test_a_machine_that_cannot_tell_who_it_is_lets_another_speak_first(machine):
+    machine.begin(0, 1, 2, 3)
+    machine.beat(9, 0, 1, 2, 3)  # another machine may see that its rank 2 is stopped
+    assert machine.after(70) is None
+    assert "the cause may be on another machine" in machine.after(5).why
+    machine.process(1, "T")
+    machine.beat(9, 0, 1)
+    assert machine.after(65).culprit.rank == 1  # of its own ranks it knows at once
+
+
 def test_a_machine_waits_for_the_save_of_another_one(machine):
     machine.begin(0, 1, 2)
     machine.beat(9, 0, 1, 2)
     machine.enter("saving: hashing", 2)
-    assert machine.after(75) is None
-    assert machine.after(10).limit_s == 80
+    assert machine.after(80) is None
+    assert machine.after(20).limit_s == 80
     machine.enter("finished", 2)  # it has left: nobody waits for it
     machine.beat(10, 0, 1)
     steps(machine, 2, first=11)

@@ -1,6 +1,5 @@
 """The tiny job that the tests of launching share: three steps of LoRA on embedded questions, on one rank or two."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import time
 from pathlib import Path
 
 from conftest import REPOSITORY
+
+from harness.run import rank_reports
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 RECIPE = """
@@ -36,9 +37,12 @@ def start_harness(*arguments, **environment) -> subprocess.Popen:
     return start(sys.executable, "-m", "harness", *arguments, **environment)
 
 
-def wait_for_phase(run: Path, rank: int, phase: str, timeout_s: float = 120) -> None:
-    """Until a rank of the run's first attempt says that it is in this phase."""
-    path, deadline = run / "logs" / "attempt-1" / "alive" / f"rank-{rank}.json", time.monotonic() + timeout_s
-    while not (path.is_file() and json.loads(path.read_text())["phase"] == phase):
+def wait_for_phase(run: Path, rank: int, phase: str, *, step: int | None = None, timeout_s: float = 120) -> None:
+    """Until a rank of the run's first attempt says that it is in this phase, and at this step or a later one."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for alive in rank_reports(run / "logs" / "attempt-1", "alive", [rank]):
+            if alive["phase"] == phase and (step is None or (alive["step"] or 0) >= step):
+                return
         assert time.monotonic() < deadline, f"rank {rank} never came to {phase!r}"
         time.sleep(0.1)
