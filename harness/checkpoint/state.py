@@ -4,7 +4,8 @@ harness_rank_R.json in a checkpoint, one per rank: the losses and metrics since 
 the one that an uninterrupted run would have written:
 
     {"tr_loss": sum of this rank's step losses since the last line, "last_logged": step of the last line,
-     "metrics": TRL's lists since then, "trained_tokens": tokens seen by all ranks in the whole run, "guard": the guard's window}
+     "left_out": how many steps since then are not in that sum, "metrics": TRL's lists since then,
+     "trained_tokens": tokens seen by all ranks in the whole run, "guard": the guard's window}
 """
 
 import json
@@ -24,6 +25,7 @@ def save_rank_state(folder: Path, trainer, guard_state: dict) -> None:
     content = {
         "tr_loss": trainer._tr_loss.item(),
         "last_logged": trainer._globalstep_last_logged,
+        "left_out": trainer._left_out_of_log,
         "metrics": {key: list(values) for key, values in trainer._metrics["train"].items()},
         "trained_tokens": trainer._total_train_tokens,
         "guard": guard_state,
@@ -45,6 +47,7 @@ def restore_rank_state(state: dict, trainer) -> None:
     # The mean loss that is reported at the end is this life's: what came from the last one is taken off it again.
     trainer._total_loss_scalar = -state["tr_loss"]
     trainer._globalstep_last_logged = state["last_logged"]
+    trainer._left_out_of_log = state["left_out"]
     trainer._metrics["train"].update({key: list(values) for key, values in state["metrics"].items()})
     trainer._total_train_tokens = state["trained_tokens"]
 

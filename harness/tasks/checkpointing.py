@@ -83,7 +83,7 @@ class CheckpointedTrainer:
         self._write_errors: list[Exception] = []
         self._evaluation_owed = bool(lives.resumed and lives.resumed.manifest["evaluation_owed"])
         self._epoch_ends_with_save = self._begun = self._skipped = False
-        self._bad_steps_since_log, self._loss_before_step = 0, 0.0
+        self._left_out_of_log, self._loss_before_step, self._counts_before_step = 0, 0.0, {}
         self._random_numbers_restored = lives.resumed is None
         self.add_callback(_StepEnd(self))
         backward = self.accelerator.backward
@@ -200,7 +200,11 @@ class CheckpointedTrainer:
         if not self._random_numbers_restored:
             raise CheckpointError(f"{self.lives.resumed.path}: its random numbers were not restored; this transformers has another order")
         if self._is_first_micro_batch():
+            if self.state.global_step == self._globalstep_last_logged:
+                # transformers takes the sum off itself when it has logged it, and what is not a number stays so.
+                self._tr_loss.zero_()
             self._loss_before_step = self._tr_loss.clone()
+            self._counts_before_step = {key: len(values) for key, values in self._metrics["train"].items()}
         step = self.state.global_step + 1
         self.lives.report.beat(step)
         if not self.lives.guard.passes_over(step):
@@ -285,7 +289,7 @@ class CheckpointedTrainer:
         """After each step, when transformers has settled what it is going to log, evaluate and save."""
         lives, step = self.lives, self.state.global_step
         self._steps_in_epoch += 1
-        self._leave_out_of_the_log()
+        self._leave_out_of_log(control.should_log)
         if step >= self.state.max_steps and lives.cadence.is_on:
             lives.reasons.add("end")
         if lives.stopping:
@@ -310,16 +314,22 @@ class CheckpointedTrainer:
             return True
         return self._steps_in_epoch * self.lives.order.global_batch >= len(self.lives.order)
 
-    def _leave_out_of_the_log(self) -> None:
-        """A step without an update counts in the logged loss as the mean of the others since the last line; where there are none it is
-        not a number, which is what it was."""
-        steps = self.state.global_step - self._globalstep_last_logged
-        self._bad_steps_since_log = 0 if steps == 1 else self._bad_steps_since_log
+    def _leave_out_of_log(self, logs_now: bool) -> None:
+        """The logged loss and metrics are the means of the steps with an update since the last line; without any, the loss is not a
+        number."""
         if self._skipped:
-            self._bad_steps_since_log += 1
-            others = steps - 1
-            good = others > 0 and self._bad_steps_since_log <= others
-            self._tr_loss.copy_(self._loss_before_step * (steps / others) if good else math.nan)
+            self._left_out_of_log += 1
+            self._tr_loss.copy_(self._loss_before_step)
+            metrics = self._metrics["train"]
+            for key in metrics.keys() - {"num_tokens"}:
+                del metrics[key][self._counts_before_step.get(key, 0) :]
+                if not metrics[key]:
+                    del metrics[key]
+        if logs_now and self._left_out_of_log:
+            steps = self.state.global_step - self._globalstep_last_logged
+            others = steps - self._left_out_of_log
+            self._tr_loss.mul_(steps / others) if others else self._tr_loss.fill_(math.nan)
+            self._left_out_of_log = 0
 
     # ---- stopping
 
