@@ -95,7 +95,7 @@ class RunDir:
         try:
             run._check_place()
             run.path.mkdir(parents=True, exist_ok=True)
-            run._hold()
+            run.hold()
         except OSError as error:
             raise LaunchError(f"{run.path}: no run folder can be made there: {error.strerror}; choose another output_dir") from error
         if fresh:
@@ -118,7 +118,7 @@ class RunDir:
                 "choose a folder that is new or a run's alone"
             )
 
-    def _hold(self) -> None:
+    def hold(self) -> None:
         """Lock the folder for the life of this process and of those that inherit the lock. Raises LaunchError when another holds it."""
         if self.path in _HELD:
             return

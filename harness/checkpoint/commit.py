@@ -24,7 +24,7 @@ from harness import distributed
 from harness.checkpoint.ledger import Ledger
 from harness.checkpoint.manifest import FORMAT, digest_files, flush, write_manifest
 from harness.checkpoint.retention import plan_retention, retire
-from harness.checkpoint.selection import checkpoints
+from harness.checkpoint.selection import checkpoints, move_aside
 from harness.errors import CheckpointError
 from harness.recipe.schema import Checkpoint
 from harness.run import RunDir
@@ -125,6 +125,10 @@ class Committer:
             about |= {"time": time.time(), "save_s": round(time.monotonic() - started, 3)}
             write_manifest(staging, {**about, "files": sorted(listed, key=lambda entry: entry["path"])})
             self.enter("saving: rename")
+            if target.exists():
+                # Not of this life, and not what it began from: somebody has put it there.
+                moved = move_aside(target, self.run.quarantine).relative_to(self.run.path)
+                self.ledger.append("quarantined", step=step, reason="stood in the way of a commit", moved_to=str(moved))
             os.rename(staging, target)
             self.enter("saving: flushing the run folder")
             flush(self.run.path)

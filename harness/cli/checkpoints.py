@@ -115,7 +115,7 @@ def prune_checkpoints(run: Path, keep: int | None, quarantine: bool, dry_run: bo
 def hold(folder: RunDir) -> None:
     """Until this process ends no run begins in the folder: what a training writes, and what it reads, is not deleted."""
     try:
-        folder._hold()
+        folder.hold()
     except OSError as error:
         raise LaunchError(f"{folder.path}: cannot be written: {error.strerror}; nothing was deleted") from error
 

@@ -257,6 +257,9 @@ class CheckpointedTrainer:
         lives.reasons |= {name for name, votes in (("stop", stops), ("asked", saves), ("interval", dues)) if votes}
         verdict = "step" if passed else lives.guard.decide(bad_votes, losses / distributed.world_size(), step)
         self._skipped = passed or verdict != "step"
+        if verdict == "skip" and step >= self.state.max_steps and lives.guard.bad_in_a_row > 1:
+            # There is no sound step to come that would show the weights to be sound, and they would be exported.
+            verdict = "stop"
         if verdict == "skip":
             self._record("skipped_step", step=step, why=lives.guard.why, rows=self._rows_of(step, step))
             self._say(f"warning: step {step} is passed over: {lives.guard.why}; rows: {self._rows_of(step, step)}")

@@ -133,7 +133,8 @@ def continue_from(job: Job, *, must_resume: bool) -> Selected | None:
     if distributed.is_main() and not job.smoke:
         ledger = Ledger(job.run.ledger, job.attempt)
         try:
-            clean(job.run)
+            for error in clean(job.run):
+                say(f"warning: {error}")
             found = select_checkpoint(job.run, ledger, verify=job.recipe.checkpoint.verify, on_progress=job.report.enter)
             if found:
                 resume.check_recipe(found.manifest, job.recipe, job.allowed)

@@ -51,3 +51,10 @@ def test_the_rows_of_a_step_can_be_named():
     order = EpochOrder(10, 4, seed=0)
     whole = order.of_epoch(2)
     assert [order.of_step(2, step) for step in range(3)] == [whole[:4], whole[4:8], whole[8:10]]
+
+
+def test_batches_of_like_length_are_alike():
+    lengths = torch.randint(1, 500, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = EpochOrder(400, 8, seed=7, lengths=lengths)
+    steps = [order.of_step(0, step) for step in range(50)]
+    assert sum(max(lengths[row] for row in step) - min(lengths[row] for row in step) for step in steps) / 50 < 50  # of 500

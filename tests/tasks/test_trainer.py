@@ -1,21 +1,25 @@
-"""The seams of our trainers in one process: the held-out loss, rows that fill batches, and an order that no number of ranks changes."""
+"""The seams of our trainers in one process: the held-out loss, rows that fill batches, and what is checked when."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
-from torch.utils.data import BatchSampler
 
+from harness.checkpoint.cadence import Cadence
+from harness.checkpoint.door import Door, Signals
+from harness.data.order import EpochOrder
 from harness.data.store import SAMPLE_FEATURES
 from harness.embedded import resolve
+from harness.guard import Guard
 from harness.recipe import load
 from harness.recipe.backend import load_backend
+from harness.recipe.schema import Checkpoint
+from harness.run import RankReport
 from harness.tasks import sft
 from harness.tasks.arguments import eval_strategy, training_arguments
-from harness.tasks.trainer import HarnessTrainer, pad_for_ranks
+from harness.tasks.checkpointing import Lives
+from harness.tasks.trainer import pad_for_ranks
 from harness.tracking.throughput import Throughput
 
 VOCABULARY = 200
@@ -74,7 +78,20 @@ def build(recipe_file, tmp_path):
         args = sft.build_arguments(recipe, arguments, flattens=flattens)
         model = AutoModelForCausalLM.from_pretrained(folder)
         trainer = sft.build_trainer(args, model, AutoTokenizer.from_pretrained(folder), train, held_out, [])
-        trainer.configure(throughput=Throughput(), isolates=flattens, group_by_length=True)
+        trainer.configure(throughput=Throughput(), isolates=flattens)
+        rows_of_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        trainer.live(
+            Lives(
+                committer=None,
+                cadence=Cadence(Checkpoint(auto=False), 1, now=0),
+                door=Door(Signals(), None),
+                guard=Guard(recipe.guard, fp16=False),
+                order=EpochOrder(len(train), rows_of_a_step, args.seed),
+                report=RankReport(0),
+                facts={},
+                tracking=None,
+            )
+        )
         return trainer, model
 
     return build
@@ -131,36 +148,6 @@ def test_gradients_are_checked_once_after_the_last_micro_batch_of_the_first_step
     monkeypatch.setattr("harness.tasks.trainer.check_gradients", lambda model, **_: seen.append("check"))
     trainer.train()
     assert seen == ["micro-batch"] * 3 + ["check"] + ["micro-batch"] * 3
-
-
-# ---- the order of rows
-
-
-def global_batches(world_size: int, accumulation: int, batch: int, lengths: list[int]) -> list[frozenset[int]]:
-    """The rows of each optimiser step over all ranks, by accelerate's own sharding of batches."""
-    arguments = SimpleNamespace(
-        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, world_size=world_size, data_seed=None, seed=7
-    )
-    trainer = SimpleNamespace(args=arguments, _groups_by_length=True, train_dataset={"length": lengths})
-    ranks = []
-    for rank in range(world_size):
-        sampler = HarnessTrainer._get_train_sampler(trainer)
-        ranks.append(list(BatchSamplerShard(BatchSampler(sampler, batch, drop_last=False), world_size, rank)))
-    steps = len(lengths) // (batch * accumulation * world_size)
-    return [
-        frozenset(row for batches in ranks for micro in batches[step * accumulation : (step + 1) * accumulation] for row in micro)
-        for step in range(steps)
-    ]
-
-
-def test_one_rank_with_four_micro_batches_and_two_with_two_see_the_same_rows_in_every_step():
-    lengths = torch.randint(1, 500, (400,), generator=torch.Generator().manual_seed(0)).tolist()
-    alone = global_batches(1, 4, 2, lengths)
-    assert len(alone) == 50 and len(frozenset().union(*alone)) == 400
-    assert global_batches(2, 2, 2, lengths) == alone
-    assert global_batches(4, 1, 2, lengths) == alone
-    spread = sum(max(lengths[row] for row in step) - min(lengths[row] for row in step) for step in alone) / len(alone)
-    assert spread < 50  # of 500: batches are of like length
 
 
 # ---- which evaluation

@@ -106,14 +106,25 @@ def test_a_run_folder_is_what_its_docstring_says(overshot):
 
     documented = set(re.findall(r"^  (\S+?)/?(?:,| {2,})", harness.run.__doc__, flags=re.MULTILINE))
     found = {re.sub(r"-\d+$", "-N", path.name) for path in overshot.iterdir()}
-    assert found == {"recipe.yaml", "run.json", "logs", "metrics.jsonl", "checkpoint-N", "final", ".lock"}
+    assert found == {
+        "recipe.yaml",
+        "run.json",
+        "logs",
+        "metrics.jsonl",
+        "checkpoint-N",
+        "final",
+        "ledger.jsonl",
+        ".staging",
+        ".retired",
+        ".lock",
+    }
     assert {"logs/attempt-K" if name == "logs" else name for name in found} <= documented
 
 
-def test_a_second_run_into_the_same_folder_is_refused_and_leaves_it_alone(train, overshot):
+def test_a_complete_run_is_not_begun_again_and_is_left_alone(train, overshot):
     before = {path: path.stat().st_mtime_ns for path in overshot.rglob("*")}
     _, done = train("overshot")
-    assert done.code == 2 and "already holds a run" in done.output and "--fresh" in done.output
+    assert done.code == 0 and "this run is complete" in done.output and "--fresh" in done.output
     assert {path: path.stat().st_mtime_ns for path in overshot.rglob("*")} == before
 
 
@@ -164,7 +175,7 @@ def test_a_loss_that_is_not_a_number_is_seen_and_never_exported(train):
     run, done = train(
         "diverged", "train.learning_rate=1e30", "train.max_grad_norm=0", "train.max_steps=4", "train.lr_scheduler_type=constant"
     )
-    assert done.code == 1 and "not finite" in done.output and "Traceback" not in done.output
+    assert done.code == 1 and "its loss is nan, as in each step from 2 on" in done.output and "Traceback" not in done.output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("train/loss=nan" in line.get("non_finite", "") for line in lines)
     assert not (run / "final").exists()
