@@ -112,9 +112,14 @@ class CheckpointedTrainer:
         return self.lives.order
 
     def _get_dataloader(self, *args, **kwargs):
+        import torch
+
         loader = super()._get_dataloader(*args, **kwargs)
-        if loader.num_workers:
-            loader.worker_init_fn = partial(_shield_worker, loader.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)
+        # It draws the seed of its workers when it is first gone through: from the model's random numbers, were it not given its own.
+        inner.generator = torch.Generator().manual_seed(self.args.seed)
+        if inner.num_workers:
+            inner.worker_init_fn = partial(_shield_worker, inner.worker_init_fn)
         return loader
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:

@@ -33,8 +33,11 @@ OTHERS = {
     "packed": ["data.packing=true", "train.global_batch_size=2", "train.per_device_train_batch_size=1", "train.max_steps=14"],
     "data workers": ["train.dataloader_num_workers=2"],
     "epochs": ["train.max_steps=null", "train.num_train_epochs=1.4", "train.eval_steps=null", "data.train.0.max_rows=38"],
-    "best model": ["train.metric_for_best_model=eval/loss", "train.early_stopping_patience=3", "train.eval_steps=2"],
-    "a scheduler with restarts, 8-bit": ["train.lr_scheduler_type=warmup_stable_decay", "train.optim=adamw_8bit"],
+    "another schedule, 8-bit moments": [
+        "train.lr_scheduler_type=warmup_stable_decay",
+        "train.lr_scheduler_kwargs.num_decay_steps=4",
+        "train.optim=adamw_8bit",
+    ],
 }
 BY_LENGTH = "import harness.tasks.job; harness.tasks.job.WORTH_GROUPING = -1\n"
 TIMES = re.compile(r"speed/|memory/|run/|time$|replays$|.*_(per_s|runtime_s)$|.*/runtime_s$")
@@ -81,7 +84,8 @@ def logged(run) -> dict[tuple[int, str], float]:
     return found
 
 
-def check_equal(lives, *overrides, world, backend, inject=""):
+def check_equal(lives, *overrides, world, backend, inject="", begins=(None, 5, 10)):
+    """begins: the checkpoint that each life of the cut run continues from."""
     options = {"world": world, "backend": backend, "inject": inject}
     whole, steps, samples = lives("whole", [], *overrides, **options)
     deaths = [
@@ -90,7 +94,7 @@ def check_equal(lives, *overrides, world, backend, inject=""):
     ]
     cut, cut_steps, cut_samples = lives("cut", deaths, *overrides, **options)
     events = [json.loads(line) for line in (cut / "ledger.jsonl").read_text().splitlines()]
-    assert [event["resumed_from"] for event in events if event["event"] == "life_began"] == [None, 5, 10]
+    assert [event["resumed_from"] for event in events if event["event"] == "life_began"] == [*begins]
     assert cut_steps == steps
     assert cut_samples == samples
     assert logged(cut) == logged(whole)
@@ -115,3 +119,10 @@ def test_so_it_is_with(lives, overrides):
 @pytest.mark.slow
 def test_so_it_is_with_batches_of_like_length_over_two_ranks(lives):
     check_equal(lives, world=2, backend="ddp", inject=BY_LENGTH)
+
+
+@pytest.mark.slow
+def test_so_it_is_with_a_best_model_and_the_patience_that_is_left(lives):
+    by_metric = ["train.metric_for_best_model=eval/loss", "train.early_stopping_patience=3", "train.eval_steps=2"]
+    # Each evaluation is better than the one before: the second save is that of step 4.
+    check_equal(lives, *by_metric, world=1, backend="single", begins=(None, 2, 8))
