@@ -36,7 +36,7 @@ def ranks(tmp_path_factory):
     def run(scenario: str, *cells: str) -> Path:
         folder = tmp_path_factory.mktemp("zero")
         script = Path(__file__).with_name("zero_ranks.py")
-        done = run_command(sys.executable, str(script), scenario, str(folder), *cells, timeout_s=240, PYTHONPATH=str(REPOSITORY))
+        done = run_command(sys.executable, str(script), scenario, str(folder), *cells, timeout_s=1000, PYTHONPATH=str(REPOSITORY))
         assert done.code == 0, done.output[-8000:]
         return folder
 

@@ -281,7 +281,7 @@ def run_world(ranks: int, deeds: list, *arguments) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(240)
     for process in processes:
         if process.exitcode is None:
             process.kill()
