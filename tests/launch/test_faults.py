@@ -103,13 +103,13 @@ def test_a_trainable_tensor_without_a_gradient_stops_a_zero2_run_before_its_firs
 def test_stopping_the_command_saves_stops_every_rank_and_the_same_command_continues(tmp_path):
     run = RunDir(tmp_path / "run")
     arguments = ["run", write_recipe(tmp_path), f"output_dir={run.path}", "--processes", "2"]
-    command = start_harness(*arguments, "train.max_steps=500")
+    command = start_harness(*arguments, "train.max_steps=200")
     try:
         wait_for_phase(run.path, 1, "training", step=5)
         family = psutil.Process(command.pid).children(recursive=True)
         assert len(family) >= 2
         command.send_signal(signal.SIGTERM)
-        output, _ = command.communicate(timeout=60)
+        output, _ = command.communicate(timeout=120)
     finally:
         command.kill()
     assert command.returncode == 75, output
@@ -118,7 +118,7 @@ def test_stopping_the_command_saves_stops_every_rank_and_the_same_command_contin
     assert last.startswith("stopped at step ") and "SIGTERM to harness run" in last and checkpoint.name in last
     assert psutil.wait_procs(family, timeout=5)[1] == []
     assert not run.final.exists() and not run.stop.exists()
-    done = harness(*arguments, "train.max_steps=500", "--resume")
+    done = harness(*arguments, "train.max_steps=200", "--resume")
     assert done.code == 0, done.output
     assert f"continues from {checkpoint.name}" in done.output and run.final.is_dir()
 

@@ -161,7 +161,7 @@ def stood_still(tmp_path_factory):
     """(exit code, what was said, run folder) of a run whose rank 1 was stopped while it trained, with a checkpoint behind it."""
     folder = tmp_path_factory.mktemp("hang")
     run = RunDir(folder / "run")
-    settings = [f"output_dir={run.path}", "train.max_steps=400", "train.eval_steps=400", "checkpoint.every_steps=20", "watchdog.step_s=4"]
+    settings = [f"output_dir={run.path}", "train.max_steps=200", "train.eval_steps=200", "checkpoint.every_steps=20", "watchdog.step_s=4"]
     command = start_harness("run", write_recipe(folder), *settings, "--processes", "2")
     try:
         wait_for_phase(run.path, 1, "training")
