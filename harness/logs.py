@@ -17,9 +17,10 @@ class Tee:
         self._stream, self._log, self._line = stream, log, ""
 
     def write(self, text: str) -> int:
-        self._stream.write(text)
+        # Neither a terminal that was closed nor a full disk is a reason to end a training.
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
         *lines, self._line = (self._line + text).split("\n")
-        # A full disk takes no log, and is no reason to end a training.
         with contextlib.suppress(OSError):
             for line in lines:
                 # What stands before the last return to the line's start was overwritten on the screen.
@@ -28,7 +29,8 @@ class Tee:
         return len(text)
 
     def flush(self) -> None:
-        self._stream.flush()
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
     def __getattr__(self, name):
         return getattr(self._stream, name)

@@ -19,7 +19,7 @@ from harness.logs import quieten
 from harness.overrides import dashed_overrides
 from harness.recipe import load
 from harness.run import ATTEMPT_VARIABLE, RankReport, rank_reports, smoke_recipe
-from harness.watchdog import process_state
+from harness.watchdog import follow_parent, process_state
 
 LOOK_EVERY_S = 0.5
 
@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     elastic.initialize()
     parents_attempt = os.environ.get(ATTEMPT_VARIABLE)
     report = RankReport(int(os.environ.get("RANK", 0)), Path(parents_attempt) if parents_attempt else None)
+    if parents_attempt and "LOCAL_RANK" in os.environ:
+        follow_parent(signal.SIGKILL)
     signals = Signals()
     signals.install()
     leave_on_sigterm(report)
@@ -82,9 +84,11 @@ def main(argv: list[str] | None = None) -> int:
         report.stopped(str(stopped))
         if report.rank == 0:
             print(stopped, flush=True)
-        # Python's own way out takes as long as an import, and the launcher ends whoever is not through when the first one has gone.
+        # torch elastic takes 75 for a failure, ends the other ranks and prints a page of it; `harness run` reads how the life ended.
+        quiet = ATTEMPT_VARIABLE in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
+        # Python's own way out takes as long as an import, and a launcher ends whoever is not through when the first one has gone.
         sys.stdout.flush()
-        os._exit(stopped.exit_code)
+        os._exit(0 if quiet else stopped.exit_code)
     except BaseException as error:
         elastic.record_exception(error)
         reported = report.failed(error)

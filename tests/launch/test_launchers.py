@@ -96,7 +96,14 @@ def test_two_machines_share_one_run_folder_and_have_the_losses_of_two_ranks_on_o
     check_same(run, reference)
     assert [folder.name for folder in (run / "logs").iterdir()] == ["attempt-1"]
     attempt = run / "logs" / "attempt-1"
-    assert {path.name for path in attempt.iterdir()} == {"alive", "prepared-0.json", "prepared-1.json", "rank-0.log", "rank-1.log"}
+    assert {path.name for path in attempt.iterdir()} == {
+        "alive",
+        "outcome.json",
+        "prepared-0.json",
+        "prepared-1.json",
+        "rank-0.log",
+        "rank-1.log",
+    }
     assert "loss" in outputs[1] and "loss" not in outputs[0]  # rank 0's machine alone shows progress
 
 
