@@ -287,11 +287,14 @@ class CheckpointedTrainer:
         )
 
     def _rows_of(self, first: int, last: int) -> str:
-        """Where the rows of these steps of this epoch stand."""
-        within = range(max(0, self._steps_in_epoch - (last - first)), self._steps_in_epoch + 1)
-        indices = [index for step in within for index in self.lives.order.of_step(self._epoch, step)]
-        places = [self.train_dataset[index].get("location", index) for index in indices[:8]]
-        return ", ".join(map(str, places)) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+        """Where the rows of these steps stand, the last of which is being made."""
+        order = self.lives.order
+        of_epoch = len(order) // order.global_batch
+        place = self._epoch * of_epoch + self._steps_in_epoch
+        places = range(place - (last - first), place + 1)
+        indices = [index for place in places for index in order.of_step(*divmod(place, of_epoch))]
+        named = [self.train_dataset[index].get("location", index) for index in indices[:8]]
+        return ", ".join(map(str, named)) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
 
     def _step_ended(self, control) -> None:
         """After each step, when transformers has settled what it is going to log, evaluate and save."""
