@@ -9,6 +9,7 @@ python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; pr
 status=0
 python3 -m pytest -q -m gpu tests || status=$?
 python3 benchmarks/sft.py --device cuda || status=$?
+python3 benchmarks/checkpoint.py --device cuda || status=$?
 python3 benchmarks/torch_compile.py || status=$?
 if [[ -n ${OUT:-} ]]; then
   cp benchmarks/results/*-gpu.* "$OUT"/ 2>/dev/null || true
