@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     except Stopped as stopped:
         report.stopped(str(stopped))
-        if report.rank == 0:
+        if report.rank == 0 and ATTEMPT_VARIABLE not in os.environ:
             print(stopped, flush=True)
         # torch elastic takes 75 for a failure, ends the other ranks and prints a page of it; `harness run` reads how the life ended.
         quiet = ATTEMPT_VARIABLE in os.environ and "TORCHELASTIC_RUN_ID" in os.environ

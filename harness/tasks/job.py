@@ -155,6 +155,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
     from harness.tasks.arguments import eval_strategy, training_arguments
     from harness.tasks.checkpointing import RolledBack
     from harness.tasks.export import export
+    from harness.tracking.progress import ProgressCallback
 
     recipe, backend, world_size = job.recipe, job.backend, distributed.world_size()
     if resumed:
@@ -207,6 +208,9 @@ def _train(job: Job, resumed: Selected | None) -> None:
             )
         raise
     finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.close()
         tracking.finish(exit_code)
 
 

@@ -101,7 +101,8 @@ class ProgressCallback(TrainerCallback):
         elif "eval_loss" in logs:
             self._say(state, evaluation_facts(logs))
         elif "train_runtime" in logs:
-            self._say(state, ["done", f"in {format_duration(logs['train_runtime'])}"])
+            ends = "done" if state.global_step >= state.max_steps else "ended"
+            self._say(state, [ends, f"in {format_duration(logs['train_runtime'])}"])
 
     def _say(self, state, facts: list[str]) -> None:
         line = "  ".join([f"step {state.global_step}/{state.max_steps}", *facts])
