@@ -152,7 +152,6 @@ def _load_resharded(engine, load_checkpoint: Callable, saved_ranks: int, folder:
     DeepSpeed's universal checkpoints are no way: at stage 3 they give every parameter group the settings of the first, and one step counter
     to all flat tensors together, which then counts every step several times.
     """
-
     tag = Path(folder, "latest").read_text()
     # The first rank's: there may be fewer such files than ranks now, and all are alike.
     model_states = engine._get_ckpt_name(folder, tag, pp_placeholder="0")

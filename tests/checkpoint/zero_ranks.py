@@ -63,7 +63,7 @@ class Cell:
         sharding = {"stage": self.stage, "round_robin_gradients": self.robin}
         if self.stage == 3:
             # Several flat tensors for each group, another number of them on another number of ranks; and only the smallest stay whole.
-            sharding |= {"sub_group_size": 200, "stage3_param_persistence_threshold": 30}
+            sharding |= {"sub_group_size": 60, "stage3_param_persistence_threshold": 30}
         if self.offload:
             sharding["offload_optimizer"] = {"device": "cpu"}
             optimizer = DeepSpeedCPUAdam
