@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow lint bench clean
+.PHONY: install quickstart test test-slow faults lint bench clean
 
 install: $(INSTALLED)
 
@@ -25,6 +25,11 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Runs that are killed N times at random instants; each must end bit for bit as the one that nobody killed.
+N ?= 200
+faults: install
+	$(BIN)/python tests/faults/fuzz.py --rounds $(N)
 
 lint: install
 	$(BIN)/ruff check .

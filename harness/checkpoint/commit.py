@@ -68,9 +68,8 @@ class Committer:
         gathered = distributed.gather_objects((entries, errors))
         if distributed.is_main():
             listed = [entry for entries, _ in gathered for entry in entries]
-            errors = [error for _, errors in gathered for error in errors] or self._publish(
-                step, reason, staging, listed, describe, started
-            )
+            if not any(errors for _, errors in gathered):
+                errors = self._publish(step, reason, staging, listed, describe, started)
         if not self._agreed(errors, step, staging):
             return False
         self.last_step = step
@@ -145,7 +144,7 @@ class Committer:
 
     def _agreed(self, errors: list, step: int, staging: Path | None) -> bool:
         """True when no rank met an error. Otherwise what was written goes, and the ledger and the screen say why."""
-        told = [str(error) or type(error).__name__ for error in errors]
+        told = [_describe(error, staging) for error in errors]
         everywhere = [(rank, text) for rank, texts in enumerate(distributed.gather_objects(told)) for text in texts]
         if everywhere and distributed.is_main():
             self.enter("saving: giving up")
@@ -155,6 +154,14 @@ class Committer:
             kept = f"checkpoint-{self.last_step} stands" if self.last_step is not None else "there is none yet"
             print(f"warning: no checkpoint at step {step}: rank {rank}: {text}; the training goes on, {kept}", flush=True)
         return not everywhere
+
+
+def _describe(error: Exception | str, staging: Path | None) -> str:
+    text = str(error) or type(error).__name__
+    if isinstance(error, RuntimeError):
+        # torch says of a full disk that a position in a file is not the expected one, and not of which file.
+        text += f" (while writing {staging}; is the disk full?)"
+    return text
 
 
 def owner(path: str, world_size: int) -> int:
