@@ -125,15 +125,10 @@ def _foreign_names(path: str, known: list[type]) -> str:
 def prepare_loading(engine, checkpoint: Path, manifest: dict, world_size: int) -> None:
     """Make this engine's `load_checkpoint` read as data, and cut the shards anew if another number of ranks has written them.
 
-    Raises CheckpointError when this engine cannot continue from such a checkpoint.
+    Raises CheckpointError when they cannot be.
     """
-    stage, saved_ranks = f"zero{engine.zero_optimization_stage()}", manifest["world_size"]
-    if manifest["engine"] != stage:
-        raise CheckpointError(
-            f"{checkpoint}: was written by {manifest['engine']}, and this run is {stage}, which keeps its state in another form; "
-            f"continue with a backend of {manifest['engine']}"
-        )
     open_as_data(engine)
+    saved_ranks = manifest["world_size"]
     if saved_ranks == world_size or not engine.zero_optimization():
         return  # DeepSpeed's own way; at stage 0 there is one whole file
     if engine.zero_nvme_offload_optimizer():

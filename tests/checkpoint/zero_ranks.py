@@ -166,9 +166,9 @@ def save(engine, checkpoint: Path, cell: Cell) -> list[Exception]:
     return zero.save_engine(engine, checkpoint, adapter_only=cell.adapter)
 
 
-def load(cell: Cell, checkpoint: Path, saved_ranks: int, ranks: int | None, engine_then: str | None = None):
+def load(cell: Cell, checkpoint: Path, saved_ranks: int, ranks: int | None):
     engine = cell.engine()
-    zero.prepare_loading(engine, checkpoint, {"engine": engine_then or f"zero{cell.stage}", "world_size": saved_ranks}, ranks)
+    zero.prepare_loading(engine, checkpoint, {"world_size": saved_ranks}, ranks)
     path, _ = engine.load_checkpoint(str(checkpoint), load_module_strict=not cell.adapter, load_optimizer_states=True)
     assert path is not None
     return engine
@@ -217,13 +217,12 @@ def refuse(folder: Path, cells: list[Cell]) -> None:
         said["a shard is missing"] = refusal(cell, checkpoint, saved_ranks=3)
         said["moments of a whole part"] = refusal(cell, folder / f"{cell.name}-uncuttable")
         said["frozen weights"] = refusal(cell, folder / f"{cell.name}-frozen")
-        said["another stage"] = refusal(cell, checkpoint, engine_then="zero0")
         (folder / f"{cell.name}, refusals.json").write_text(json.dumps(said))
 
 
-def refusal(cell: Cell, checkpoint: Path, saved_ranks: int = 2, engine_then: str | None = None) -> str:
+def refusal(cell: Cell, checkpoint: Path, saved_ranks: int = 2) -> str:
     try:
-        load(cell, checkpoint, saved_ranks, 1, engine_then=engine_then)
+        load(cell, checkpoint, saved_ranks, 1)
     except CheckpointError as error:
         return str(error)
     return ""
