@@ -58,9 +58,12 @@ class Cadence:
             return step % self._section.every_steps == 0
         return self.interval_s is not None and now - self._last >= self.interval_s
 
-    def saved(self, save_s: float, now: float) -> None:
-        """A save has ended, well or badly; a failed one is not tried again before the next interval."""
+    def saved(self, save_s: float, now: float) -> bool:
+        """A save has ended, well or badly; a failed one is not tried again before the next interval. True when `auto` has measured its
+        first and now has an interval."""
+        first = self._save_s is None and self.is_on and not (self._section.every_steps or self._section.every_minutes)
         self._last, self._save_s = now, save_s
+        return first
 
     def describe(self) -> str:
         """What it does from here on, for the line that is printed at the start and whenever `auto` has measured a save."""

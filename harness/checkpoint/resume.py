@@ -73,6 +73,7 @@ def check_engine(manifest: dict, backend: Backend) -> None:
 _PUT_BACK = "put them back, or name each with --allow-change KEY, or begin again with --fresh"
 _ENGINES = {
     "plain": "one rank or DDP",
+    "zero0": "DeepSpeed without ZeRO",
     "zero1": "DeepSpeed's ZeRO stage 1",
     "zero2": "DeepSpeed's ZeRO stage 2",
     "zero3": "DeepSpeed's ZeRO stage 3",

@@ -58,7 +58,7 @@ def seed_for_other_ranks(seed: int, step: int) -> None:
     import torch
     import xxhash
 
-    value = xxhash.xxh32_intdigest(f"{seed} {step} {distributed.rank()}")
+    value = xxhash.xxh32_intdigest(f"{seed} {step} {distributed.rank()}".encode())
     random.seed(value)
     numpy.random.seed(value)
     torch.manual_seed(value)

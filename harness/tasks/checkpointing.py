@@ -410,12 +410,14 @@ class CheckpointedTrainer:
             return
         started = time.monotonic()
         kept = lives.committer.commit(step, reason, partial(self._write, model, trial), self._describe, self.state.best_global_step)
-        lives.cadence.saved(time.monotonic() - started, time.monotonic())
+        found_interval = lives.cadence.saved(time.monotonic() - started, time.monotonic())
         lives.door.saved()
         lives.report.enter("training")
         lives.tracking.log(step, {"run/save_s": round(time.monotonic() - started, 3)} if kept else {"run/save_failed": 1})
         if kept:
             self._say(f"checkpoint-{step} ({reason}) in {time.monotonic() - started:.2f} s")
+        if found_interval and reason not in ("end", "stop"):
+            self._say(f"from here on {lives.cadence.describe()}")
 
     def _write(self, model, trial, folder: Path) -> list[Exception]:
         self._staging, self._write_errors = folder, []

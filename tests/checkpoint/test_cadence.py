@@ -39,7 +39,7 @@ def test_steps_are_counted_from_the_beginning_of_the_run():
 def test_minutes_are_counted_from_the_last_save():
     cadence = Cadence(Checkpoint(every_minutes=2), 1, now=100)
     assert not cadence.is_due(1, 219.9) and cadence.is_due(2, 220)
-    cadence.saved(5, now=230)
+    assert not cadence.saved(5, now=230)
     assert not cadence.is_due(3, 349) and cadence.is_due(4, 350)
 
 
@@ -47,13 +47,13 @@ def test_auto_measures_its_first_save_and_says_what_it_made_of_it():
     cadence = Cadence(Checkpoint(), 8, now=0)
     assert "first checkpoint after 5 minutes" in cadence.describe()
     assert not cadence.is_due(1, FIRST_AFTER_S - 1) and cadence.is_due(1, FIRST_AFTER_S)
-    cadence.saved(40, now=FIRST_AFTER_S)
+    assert cadence.saved(40, now=FIRST_AFTER_S)
     expected = best_interval_s(40, interruption_interval_s(8))
     assert cadence.interval_s == expected
     assert cadence.describe() == (
         f"a checkpoint every {expected / 60:.1f} minutes: a save takes 40.00 s, and one interruption in 24 h is assumed (Young and Daly)"
     )
-    cadence.saved(0.0001, now=400)
+    assert not cadence.saved(0.0001, now=400)
     assert cadence.interval_s == SHORTEST_S
 
 
