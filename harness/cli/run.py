@@ -207,6 +207,9 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
                 lines = "\n".join(fruitless)
                 say(f"\ngiven up: ended without a newer checkpoint, {len(fruitless)} times in a row ({_place(newest)}):\n{lines}")
                 return 1
+            if life.outcome == "rolled_back":
+                # A hang was told of when it was found.
+                say(life.facts["reason"])
             say(f"{life.attempt.name} ended by a {_ENDED_BY[life.outcome]}; a new life begins: {_place(newest)}")
 
 
