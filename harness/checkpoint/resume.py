@@ -90,7 +90,7 @@ def keep_global_batch(manifest: dict, recipe: Recipe, world_size: int, allowed: 
     before = manifest["recipe"]["train"]
     asked = train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
     if asked == kept:
-        return recipe, None
+        return recipe, _new_accumulation(manifest, recipe, world_size)
     if GLOBAL_BATCH in allowed:
         if manifest["data"]["cursor"] % asked:
             raise LaunchError(
@@ -111,11 +111,17 @@ def keep_global_batch(manifest: dict, recipe: Recipe, world_size: int, allowed: 
         )
     train = train.model_copy(update={"global_batch_size": kept, "gradient_accumulation_steps": None})
     fitted = recipe.model_copy(update={"train": train})
-    said = (
-        f"{manifest['world_size']} rank{'s' * (manifest['world_size'] > 1)} before, {world_size} now: gradient_accumulation_steps is "
-        f"{accumulation_steps(fitted, world_size)} in place of {manifest['accumulation']}, so that a step still takes {kept} rows"
+    return fitted, _new_accumulation(manifest, fitted, world_size)
+
+
+def _new_accumulation(manifest: dict, recipe: Recipe, world_size: int) -> str | None:
+    now, ranks = accumulation_steps(recipe, world_size), manifest["world_size"]
+    if now == manifest["accumulation"]:
+        return None
+    return (
+        f"{ranks} rank{'s' * (ranks > 1)} before, {world_size} now: gradient_accumulation_steps is {now} in place of "
+        f"{manifest['accumulation']}, so that a step still takes {manifest['global_batch']} rows"
     )
-    return fitted, said
 
 
 def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:
