@@ -1,8 +1,8 @@
-"""One run over 2, 1, 4 and 2 ranks is the run on 2: each step takes the same rows, each row once in an epoch, and the losses are the same but
-for rounding.
+"""One run over 2, 1, 4 and 2 ranks is the run on 2: each step takes the same rows, each row once in an epoch, and the losses are the same
+but for rounding.
 
-Two epochs of five steps of eight rows. The first life is killed, on two ranks, in its fourth save; the second, on one, in the save of step 6;
-the third, on four, is told to stop at step 7.
+Two epochs of five steps of eight rows. The first life is killed, on two ranks, in its fourth save; the second, on one, in the save of
+step 6; the third, on four, is told to stop at step 7.
 """
 
 import functools
