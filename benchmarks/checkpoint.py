@@ -4,7 +4,8 @@
 
 Saves      seconds that a save takes from the training: our commit (stage, write, hash, flush, manifest, rename, retire the oldest) and
            transformers' `_save_checkpoint` (write, delete the oldest). Ours is on the disk when it returns; theirs lies in memory, so it is
-           timed a second time with an fsync of each of its files. Full fine-tuning, LoRA, and two ranks of ddp.
+           timed a second time with an fsync of each of its files, and a third time without what deleting takes, which is the disk's
+           affair. Full fine-tuning, LoRA, and two ranks of ddp.
 Bandwidth  our commit beside a plain write and fsync of the same bytes, file by file, by the same process right after it.
 Starts     from the command to the end of the first step, fresh and resumed, of the same run, with our parts by the words in which our ranks
            say what they do.
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import socket
 import subprocess
@@ -297,9 +299,11 @@ def compare_saves(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
         "harness_s": spread([save["save_s"] for save in ours]),
         "harness_flush_s": spread([save["flush_s"] for save in ours]),
         "trl_s": spread([save["save_s"] for save in theirs]),
+        "trl_retire_s": spread([save["parts"]["retiring the oldest"] for save in theirs]),
         "trl_flush_s": spread([save["flush_s"] for save in theirs]),
         "ratio": spread([a["save_s"] / b["save_s"] for a, b in pairs]),
         "ratio_flushed": spread([a["save_s"] / (b["save_s"] + b["flush_s"]) for a, b in pairs]),
+        "ratio_flushed_no_retiring": spread([_kept_s(a) / (_kept_s(b) + b["flush_s"]) for a, b in pairs]),
         "parts": {part: spread([save["parts"][part] for save in ours]) for part in dict.fromkeys(SAVE_PARTS.values())},
         "commit_s": spread(commits),
         "plain_s": spread(plain),
@@ -307,6 +311,10 @@ def compare_saves(ours: Sequence[dict], theirs: Sequence[dict]) -> dict:
         "plain_flush_s": spread([save["plain_flush_s"] for save in ours]),
         "bandwidth_ratio": spread([a / b for a, b in zip(plain, commits, strict=True)]),
     }
+
+
+def _kept_s(save: dict) -> float:
+    return save["save_s"] - save["parts"]["retiring the oldest"]
 
 
 def describe_checkpoint(folder: Path) -> dict:
@@ -327,6 +335,7 @@ def measure_starts(job: Job, count: int) -> dict:
     """Fresh and resumed starts of the run that `measure_saves` has left in the job's folder, in turn. Each ends after its first step."""
     checkpoint = job.folder / "trl" / f"checkpoint-{job.steps - 1}"
     seconds: dict[str, list[float]] = {name: [] for name in ("harness_fresh", "harness_resumed", "trl_fresh", "trl_resumed")}
+    cpu: dict[str, list[float]] = {name: [] for name in seconds}
     parts: dict[str, list[dict]] = {"fresh": [], "resumed": []}
     for number in range(count):
         sides = {
@@ -336,8 +345,9 @@ def measure_starts(job: Job, count: int) -> dict:
             "harness_resumed": harness_side(job),
         }
         for name, side in sides.items() if number % 2 == 0 else reversed(sides.items()):
-            marks = time_start(job, side)
+            marks, cpu_s = time_start(job, side)
             seconds[name].append(marks[-1][0] - marks[0][0])
+            cpu[name].append(cpu_s)
             if side.name == "harness":
                 parts[name.removeprefix("harness_")].append(seconds_of(marks, START_PARTS))
         for name in ("harness", "trl"):
@@ -350,6 +360,7 @@ def measure_starts(job: Job, count: int) -> dict:
     return {
         "starts": count,
         **{f"{name}_s": spread(values) for name, values in seconds.items()},
+        **{f"{name}_cpu_s": spread(values) for name, values in cpu.items()},
         "ratio_fresh": spread([a / b for a, b in pairs("harness_fresh", "trl_fresh")]),
         "ratio_resumed": spread([a / b for a, b in pairs("harness_resumed", "trl_resumed")]),
         "harness_resume_cost_s": spread([a - b for a, b in pairs("harness_resumed", "harness_fresh")]),
@@ -358,21 +369,26 @@ def measure_starts(job: Job, count: int) -> dict:
     }
 
 
-def time_start(job: Job, side: Side) -> list[tuple[float, str]]:
-    """What the side's rank 0 did and when, from the command to the end of its first step."""
+def time_start(job: Job, side: Side) -> tuple[list[tuple[float, str]], float]:
+    """(what the side's rank 0 did and when, from the command to the end of its first step; CPU seconds of all its processes)."""
     events, log = job.folder / "start.json", job.folder / "start.log"
     events.unlink(missing_ok=True)
     # What the last one left to write would be written during this one.
     os.sync()
     with log.open("w") as stream:
-        began = time.monotonic()
+        began, cpu = time.monotonic(), _childrens_cpu_s()
         done = subprocess.run(
             side.argv, env=environment(job, side.name, events, 1), stdout=stream, stderr=subprocess.STDOUT, timeout=START_TIMEOUT_S
         )
     if done.returncode or not events.is_file():
         raise SystemExit(f"{side.name}: exit code {done.returncode}\n$ {' '.join(side.argv)}\n{log.read_text(errors='replace')[-4000:]}")
     marks = [(began, "command"), *((moment, what) for moment, what in json.loads(events.read_text())["events"])]
-    return marks[: [what for _, what in marks].index("first step done") + 1]
+    return marks[: [what for _, what in marks].index("first step done") + 1], _childrens_cpu_s() - cpu
+
+
+def _childrens_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measure_steps(job: Job) -> dict:
@@ -463,8 +479,13 @@ def render_saves(result: dict) -> list[str]:
         "ours, seconds": [describe(save["harness_s"]) for save in saves.values()],
         "transformers', seconds": [describe(save["trl_s"]) for save in saves.values()],
         "fsync of transformers' files, seconds": [describe(save["trl_flush_s"]) for save in saves.values()],
+        "of ours, deleting the oldest": [describe(save["parts"]["retiring the oldest"]) for save in saves.values()],
+        "of transformers', deleting the oldest": [describe(save["trl_retire_s"]) for save in saves.values()],
         "ours / transformers'": [describe(save["ratio"], 2) for save in saves.values()],
         "**ours / transformers' with fsync**": [f"**{describe(save['ratio_flushed'], 2)}**" for save in saves.values()],
+        "ours / transformers' with fsync, both without deleting": [
+            describe(save["ratio_flushed_no_retiring"], 2) for save in saves.values()
+        ],
         "ours, MiB": [mib(save["harness_checkpoint"]["bytes"]) for save in saves.values()],
         "transformers', MiB": [mib(save["trl_checkpoint"]["bytes"]) for save in saves.values()],
         "tensors in ours that are no adapter's": [str(save["harness_checkpoint"]["other_tensors"]) for save in saves.values()],
@@ -493,6 +514,8 @@ def render_starts(result: dict) -> list[str]:
         f"harness, {starts['starts']} starts each": [describe(starts[f"harness_{how}_s"], 2) for how in ("fresh", "resumed")],
         "TRL": [describe(starts[f"trl_{how}_s"], 2) for how in ("fresh", "resumed")],
         "harness / TRL": [describe(starts[f"ratio_{how}"], 2) for how in ("fresh", "resumed")],
+        "harness, CPU seconds of all processes": [describe(starts[f"harness_{how}_cpu_s"], 2) for how in ("fresh", "resumed")],
+        "TRL, CPU seconds of all processes": [describe(starts[f"trl_{how}_cpu_s"], 2) for how in ("fresh", "resumed")],
     }
     parts = {part: [describe(starts["parts"][how][part], 2) for how in ("fresh", "resumed")] for part in starts["parts"]["fresh"]}
     costs = [describe(starts[f"{side}_resume_cost_s"], 2) for side in ("harness", "trl")]

@@ -135,6 +135,8 @@ def test_ratios_are_taken_save_by_save_without_the_first_ones(bench):
     assert result["saves"] == 2
     assert result["ratio"] == {"min": 1.5, "median": 3.25, "max": 5.0}
     assert result["ratio_flushed"] == {"min": 1.0, "median": 1.0, "max": 1.0}
+    # Each deleted for one second: 2 / (1 + 1) and 4 / (0 + 4).
+    assert result["ratio_flushed_no_retiring"] == {"min": 1.0, "median": 1.0, "max": 1.0}
     # Plain seconds over those of our commit, which ends before the oldest is retired: 1 / 2 and 4 / 4.
     assert result["bandwidth_ratio"] == {"min": 0.5, "median": 0.75, "max": 1.0}
 
@@ -160,6 +162,8 @@ def test_the_probe_times_a_save_flushes_it_and_writes_it_plainly(tmp_path):
     (tmp_path / "transformers" / "__init__.py").write_text("class TrainerCallback:\n    pass\n")
     (tmp_path / "transformers" / "trainer.py").write_text(
         "import pathlib, types\n"
+        "def rotate_checkpoints(output_dir, save_total_limit=None):\n"
+        "    pass\n"
         "class Trainer:\n"
         "    def __init__(self, folder):\n"
         "        self.args, self.state = types.SimpleNamespace(output_dir=folder), types.SimpleNamespace(global_step=1)\n"
@@ -170,6 +174,8 @@ def test_the_probe_times_a_save_flushes_it_and_writes_it_plainly(tmp_path):
         "        folder = pathlib.Path(self.args.output_dir, 'checkpoint-1', 'inner')\n"
         "        folder.mkdir(parents=True)\n"
         "        folder.joinpath('weights').write_bytes(b'x' * 9_000_000)\n"
+        "        rotate_checkpoints(output_dir=folder, save_total_limit=None)\n"
+        "        rotate_checkpoints(output_dir=folder, save_total_limit=2)\n"
     )
     (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
     program = (
@@ -189,7 +195,7 @@ def test_the_probe_times_a_save_flushes_it_and_writes_it_plainly(tmp_path):
     done = subprocess.run([sys.executable, "-S", "-c", "import sitecustomize\n" + program], env=around, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     content = json.loads(clock.read_text())
-    assert [what for _, what in content["events"]] == ["python", "first step done", "save begins", "save ends"]
+    assert [what for _, what in content["events"]] == ["python", "first step done", "save begins", "saving: retention", "save ends"]
     assert [moment for moment, _ in content["events"]] == sorted(moment for moment, _ in content["events"])
     (save,) = content["saves"]
     assert save["files"] == {"inner/weights": 9_000_000}

@@ -1,8 +1,8 @@
 """The clock of benchmarks/checkpoint.py: Python imports it at the start of every process that has this folder on PYTHONPATH.
 
-It changes nothing in either side's code. To whatever Trainer is built it adds a callback, and puts a clock around `_save_checkpoint`; and
-it listens to `RankReport.enter`, by which our ranks say what they do. Rank 0 keeps everything in memory and writes it to BENCH_EVENTS when
-no clock runs:
+It changes nothing that either side does. To whatever Trainer is built it adds a callback, and puts a clock around `_save_checkpoint`; and
+it listens to `RankReport.enter`, by which our ranks say what they do, and to transformers' `rotate_checkpoints`. Rank 0 keeps everything in
+memory and writes it to BENCH_EVENTS when no clock runs:
 
     {"events": [[seconds of the machine's monotonic clock, "what"], ...], "saves": [...]}
 
@@ -80,6 +80,15 @@ def add_clock(module) -> None:
         self._save_checkpoint = lambda *args, **kwargs: time_save(self, lambda: save(*args, **kwargs))
 
     module.Trainer.__init__ = construct_and_add
+    rotate = module.rotate_checkpoints
+
+    def note_and_rotate(*args, save_total_limit=None, **kwargs):
+        # Ours keeps no limit there: it retires by itself, and says so.
+        if save_total_limit:
+            EVENTS.append((time.monotonic(), "saving: retention"))
+        rotate(*args, save_total_limit=save_total_limit, **kwargs)
+
+    module.rotate_checkpoints = note_and_rotate
 
 
 def steps_of_this_life():
@@ -124,7 +133,9 @@ def flush_and_write_plainly(folder: Path) -> dict:
         flush(path)
     measured = {"flush_s": time.monotonic() - begun, "files": {str(path.relative_to(folder)): path.stat().st_size for path in files}}
     if plain := os.environ.get("BENCH_PLAIN"):
-        write_s, flush_s = write_plainly([path.read_bytes() for path in files], Path(plain))
+        contents = [path.read_bytes() for path in files]
+        os.sync()
+        write_s, flush_s = write_plainly(contents, Path(plain))
         measured |= {"plain_write_s": write_s, "plain_flush_s": flush_s}
     return measured
 
