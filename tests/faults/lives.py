@@ -95,6 +95,11 @@ def check_same(cut: Run, whole: Run, *, repeats: bool = False) -> None:
     assert cut.exported() == whole.exported() != {}
 
 
+def said(life: Life) -> str | None:
+    """What rank 0 has left for the screen, where it ended on purpose; `harness run` is who says it."""
+    return json.loads((life.attempt / "alive" / "rank-0.json").read_text()).get("stopped")
+
+
 # ---- builders of `inject`
 
 

@@ -10,7 +10,7 @@ import math
 
 import pytest
 from conftest import harness, metrics
-from lives import RECIPE, Run, at_step
+from lives import RECIPE, Run, at_step, said
 
 HEARD = """
 poisoned = {"now": False}
@@ -154,7 +154,7 @@ def test_a_row_of_bad_steps_takes_the_run_back_and_their_data_is_not_met_again(b
     outcome = run.outcome(1)
     assert (outcome["outcome"], outcome["checkpoint"]) == ("rolled_back", 5)
     assert "back to checkpoint-5, and the data of steps 6 to 8 is passed over" in outcome["reason"]
-    assert outcome["reason"] in first.output(0) and metrics(run.path, "run/rolled_back") == {8: 1}
+    assert said(first) == outcome["reason"] and metrics(run.path, "run/rolled_back") == {8: 1}
 
     second = run.live()
     for rank in (0, 1):
@@ -267,6 +267,7 @@ def test_harness_run_begins_the_next_life_by_itself_and_ends_well(tmp_path):
     settings = [f"output_dir={run}", "guard.max_skips=1", "--backend", "ddp", "--processes", 2]
     done = harness("run", recipe, *settings, OMP_NUM_THREADS="1", PYTHONPATH=str(tmp_path / "site"))
     assert done.code == 0, done.output
+    assert "step 8: its loss is nan; back to checkpoint-5, and the data of steps 6 to 8 is passed over" in done.output
     assert "attempt-1 ended by a rollback; a new life begins: the newest checkpoint is checkpoint-5" in done.output
     events = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert [event["passes_over"] for event in events if event["event"] == "rolled_back"] == [[6, 8]]

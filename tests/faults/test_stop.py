@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 from conftest import harness, metrics
-from lives import RECIPE, Run, at_call, at_step, check_same
+from lives import RECIPE, Run, at_call, at_step, check_same, said
 
 EVAL_BATCH = "harness.tasks.trainer:HarnessTrainer.prediction_step"
 LOAD_MODEL = "harness.tasks.job:load_model"
@@ -67,7 +67,7 @@ def check_stopped(run: Run, life, step: int, reason: str, *, checkpoint: int | N
     assert run.outcome(attempt) == {"outcome": "stopped", "step": step, "checkpoint": checkpoint, "reason": reason}
     last = run.events()[-1]
     assert (last["event"], last["step"], last["reason"], last["attempt"]) == ("stopped", step, reason, attempt)
-    assert f"stopped at step {step} ({reason}); " in life.output(0)
+    assert said(life).startswith(f"stopped at step {step} ({reason}); ")
     assert not (run.path / "STOP").exists() and not (run.path / "final").exists()
     made = [[record["step"] for record in life.records("steps", rank)] for rank in range(run.world)]
     assert all(steps == made[0] for steps in made) and made[0][-1:] in ([step], [])
@@ -159,7 +159,7 @@ def test_a_sigterm_while_loading_ends_the_rank_at_once(cut_run):
     run = cut_run()
     fault = "".join(at_call(LOAD_MODEL, 1, f"{send('SIGTERM')}; time.sleep(60)", rank) for rank in (0, 1))
     life = run.live(fault, code=128 + signal.SIGTERM)
-    assert life.seconds < 30 and run.committed() == [] and "stopped" not in life.output(0)
+    assert life.seconds < 30 and run.committed() == [] and said(life) is None
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_a_stop_whose_save_fails_leaves_the_checkpoint_before_it(rank, cut_run, 
     check_stopped(run, life, 7, "the node goes down", checkpoint=5)
     failed = run.events("save_failed")[0]
     assert (failed["step"], failed["rank"]) == (7, rank) and "No space left" in failed["error"]
-    assert "checkpoint-5 is whole" in life.output(0) and not list((run.path / ".staging").iterdir())
+    assert "checkpoint-5 is whole" in said(life) and not list((run.path / ".staging").iterdir())
     run.live()
     assert run.events("life_began")[-1]["resumed_from"] == 5
     check_same(run, whole_run(), repeats=True)
@@ -266,7 +266,7 @@ def test_a_first_save_that_fails_is_not_called_whole(cut_run):
     full = at_call("harness.checkpoint.state:save_rank_state", 1, "raise OSError(28, 'No space left on device')")
     life = run.live(at_step(3, make_file(run)) + full, code=75)
     check_stopped(run, life, 3, "the node goes down", checkpoint=None)
-    assert "nothing was saved" in life.output(0)
+    assert "nothing was saved" in said(life)
 
 
 # ---- the whole command
@@ -289,7 +289,7 @@ def test_ctrl_c_saves_and_the_same_command_continues_to_the_end_and_then_says_so
     finally:
         command.kill()
     assert command.returncode == 75, output
-    assert "press Ctrl-C again to leave at once without saving" in output
+    assert "press Ctrl-C again to leave at once without saving" in output and "(SIGINT to harness run" in output
     (checkpoint,) = run.glob("checkpoint-*")
     last = output.rstrip().splitlines()[-1]
     assert last.startswith("stopped at step ") and last.endswith(f"the newest checkpoint is {checkpoint.name}; the same command continues")
