@@ -107,7 +107,7 @@ START_PARTS = {
     "command": "`harness run`, until the rank's Python runs",
     "python": "imports",
     "starting": "imports",
-    "chosen": "imports",
+    "importing libraries": "imports",
     "joining the other ranks": "joining, opening the run folder",
     "opening the run folder": "joining, opening the run folder",
     "verifying": "verifying every byte",

@@ -57,19 +57,6 @@ def listen_to_phases(module) -> None:
     module.RankReport.enter = enter_and_note
 
 
-def mark_the_choice(module) -> None:
-    """Where the choice of a checkpoint, and with it the verifying, ends: the imports of the training come next, under the same phase."""
-    select = module.select_checkpoint
-
-    def select_and_note(*args, **kwargs):
-        try:
-            return select(*args, **kwargs)
-        finally:
-            EVENTS.append((time.monotonic(), "chosen"))
-
-    module.select_checkpoint = select_and_note
-
-
 def add_clock(module) -> None:
     construct = module.Trainer.__init__
 
@@ -198,5 +185,4 @@ if os.environ.get("BENCH_EVENTS"):
     sys.meta_path[:0] = [
         After("transformers.trainer", add_clock),
         After("harness.run", listen_to_phases),
-        After("harness.checkpoint.selection", mark_the_choice),
     ]

@@ -5,7 +5,7 @@
     3  vote
     4  every rank hashes and flushes the files that it wrote; rank 0 gathers size and digest of each
     5  rank 0 writes manifest.json and flushes it, renames the folder to RUN/checkpoint-N, and flushes RUN     <- the commit
-    6  vote; rank 0 writes the ledger and retires what need not stay
+    6  vote; rank 0 writes the ledger and renames away what need not stay; it is deleted while the training goes on
 
 A rank that is killed before the rename leaves a folder in .staging that nobody reads; after it, a whole checkpoint. An error on any rank
 (a full disk) is voted on by all, the folder in .staging goes, the ledger says why, and the training goes on with its last checkpoint.
@@ -17,13 +17,14 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import distributed
 from harness.checkpoint.ledger import Ledger
 from harness.checkpoint.manifest import FORMAT, digest_files, flush, write_manifest
-from harness.checkpoint.retention import plan_retention, retire
+from harness.checkpoint.retention import delete, plan_retention, retire
 from harness.checkpoint.selection import checkpoints, move_aside
 from harness.errors import CheckpointError
 from harness.recipe.schema import Checkpoint
@@ -50,6 +51,8 @@ class Committer:
     expected_bytes: int
     """Of the first checkpoint; later ones are taken to be as large as the last."""
     last_step: int | None = None
+    _deletions: list[Future] = field(default_factory=list)
+    """Freeing a gigabyte can take longer than writing it."""
 
     def commit(self, step: int, reason: str, write: Callable[[Path], list], describe: Callable[[], dict], best_step: int | None) -> bool:
         """Make checkpoint-`step`. Whether it stands, the same on every rank; after False the run is as it was before.
@@ -87,6 +90,7 @@ class Committer:
         if distributed.is_main():
             folder = self.run.staging / f"{step}-{self.attempt}-{secrets.token_hex(4)}" / f"checkpoint-{step}"
             try:
+                self._await_deletions()
                 folder.mkdir(parents=True)
                 check_space(self.run.path, self.expected_bytes)
             except (OSError, CheckpointError) as problem:
@@ -140,7 +144,19 @@ class Committer:
         self.enter("saving: retention")
         steps = [step for step, _ in checkpoints(self.run.path)]
         going = plan_retention(steps, keep=self.section.keep, keep_every=self.section.keep_every, best_step=best_step)
-        retire(self.run, self.ledger, going)
+        retire(self.run, self.ledger, going, remove=self._delete_meanwhile)
+
+    def _delete_meanwhile(self, folder: Path) -> None:
+        pool = ThreadPoolExecutor(1)
+        self._deletions.append(pool.submit(delete, folder))
+        pool.shutdown(wait=False)
+
+    def _await_deletions(self) -> None:
+        """Before another checkpoint is begun: its room is what they free."""
+        for deletion in self._deletions:
+            if error := deletion.exception():
+                self.ledger.append("retire_failed", error=str(error))
+        self._deletions.clear()
 
     def _agreed(self, errors: list, step: int, staging: Path | None) -> bool:
         """True when no rank met an error. Otherwise what was written goes, and the ledger and the screen say why."""

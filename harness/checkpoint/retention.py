@@ -8,7 +8,7 @@ when the next life begins (`clean`). Nothing here ends a training: what could no
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from harness.checkpoint.ledger import Ledger
@@ -23,12 +23,22 @@ def plan_retention(steps: Iterable[int], *, keep: int, keep_every: int | None, b
     return [step for step in ordered if step not in newest and step != best_step and not (keep_every and step % keep_every == 0)]
 
 
-def retire(run: RunDir, ledger: Ledger, steps: Iterable[int]) -> list[int]:
-    """Delete the checkpoints of these steps. Returns those whose space could not be freed; the ledger says why."""
+def delete(path: Path) -> None:
+    """Delete a folder with everything in it. What somebody else deletes meanwhile is gone, too, and no error."""
+    while os.path.lexists(path):
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            continue
+
+
+def retire(run: RunDir, ledger: Ledger, steps: Iterable[int], remove: Callable[[Path], object] = delete) -> list[int]:
+    """Rename the checkpoints of these steps away, and have each one's folder in .retired removed. Returns those that could not go; the
+    ledger says why."""
     failed = []
     for step in steps:
         try:
-            delete(move_aside(run.path / f"checkpoint-{step}", run.retired))
+            remove(move_aside(run.path / f"checkpoint-{step}", run.retired))
         except OSError as error:
             failed.append(step)
             ledger.append("retire_failed", step=step, error=str(error))
@@ -50,12 +60,3 @@ def clean(run: RunDir) -> list[str]:
             except OSError as error:
                 errors.append(f"{entry}: cannot be deleted: {error}")
     return errors
-
-
-def delete(path: Path) -> None:
-    """Delete a folder with everything in it. What somebody else deletes meanwhile is gone, too, and no error."""
-    while os.path.lexists(path):
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            continue

@@ -33,7 +33,7 @@ from harness.checkpoint import zero
 from harness.checkpoint.cadence import Cadence
 from harness.checkpoint.commit import Committer
 from harness.checkpoint.door import Door
-from harness.checkpoint.selection import Selected
+from harness.checkpoint.selection import Selected, check_checkpoint
 from harness.data.order import EpochOrder
 from harness.errors import CheckpointError, ModelError, Stopped
 from harness.guard import Guard, local_gradient_norm, skip_engine_step, skip_update
@@ -130,6 +130,11 @@ class CheckpointedTrainer:
         self.args.eval_on_start = False
         if self.state.best_global_step is not None:
             self.state.best_model_checkpoint = self._path_of_best()
+            if self.state.best_model_checkpoint is None:
+                self._say(
+                    f"warning: checkpoint-{self.state.best_global_step}, the best so far, is gone; the next evaluation counts as the best"
+                )
+                self.state.best_metric = self.state.best_global_step = None
         at = resumed.manifest["data"]
         # After the last step the epoch is entered once more, for the evaluation that may be owed.
         if at["cursor"] >= order.rows and resumed.step < self.state.max_steps:
@@ -396,9 +401,19 @@ class CheckpointedTrainer:
         return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self):
-        # A run that is being stopped exports nothing.
-        if not self.stopped:
-            super()._load_best_model()
+        if self.stopped:
+            # It exports nothing.
+            return
+        best, problem = Path(self.state.best_model_checkpoint), None
+        if distributed.is_main():
+            self.lives.report.enter(f"verifying {best.name}")
+            try:
+                check_checkpoint(self.state.best_global_step, best, self.lives.committer.section.verify)
+            except CheckpointError as error:
+                problem = CheckpointError(f"the best model cannot be exported: {error}; begin again, or leave metric_for_best_model out")
+        if distributed.agree(problem is not None):
+            raise problem or CheckpointError("the best model cannot be exported; rank 0 says why")
+        super()._load_best_model()
 
     # ---- saving
 

@@ -150,6 +150,7 @@ def continue_from(job: Job, *, must_resume: bool) -> Selected | None:
 
 
 def _train(job: Job, resumed: Selected | None) -> None:
+    job.report.enter("importing libraries")
     from harness.model import check_positions, load_tokenizer
     from harness.tasks import sft
     from harness.tasks.arguments import eval_strategy, training_arguments
