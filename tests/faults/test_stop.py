@@ -115,10 +115,9 @@ def test_a_signal_to_one_rank_alone_stops_all_at_the_same_step(name, cut_run, wh
 @pytest.mark.slow
 def test_a_sigterm_to_every_process_finds_data_workers_alive_for_the_save_and_leaves_none(cut_run, whole_run):
     run = cut_run("train.dataloader_num_workers=2")
-    # As a scheduler does: to the rank's whole group, in which its workers are; then the time that they would need to die.
-    to_all = (
-        "keep('workers', {'pids': [child.pid for child in __import__('psutil').Process().children()]}); os.killpg(0, 15); time.sleep(0.5)"
-    )
+    # As a scheduler does: to the rank's whole group, in which its workers are, and from none of them; then the time that they take to die.
+    note = "keep('workers', {'pids': [child.pid for child in __import__('psutil').Process().children()]})"
+    to_all = f"{note}; subprocess.run(['kill', '-TERM', '--', f'-{{os.getpid()}}']); time.sleep(0.5)"
     life = run.live(at_step(6, to_all, 0) + at_step(6, to_all, 1), code=75)
     check_stopped(run, life, 6, "SIGTERM", checkpoint=6)
     workers = [pid for rank in (0, 1) for record in life.records("workers", rank) for pid in record["pids"]]
