@@ -40,6 +40,7 @@ RESULTS = HERE.parents[1] / "benchmarks" / "results" / "faults.json"
 MOST_DEATHS = 3
 GOES_ON_S = 5.0
 """How long a rank that is left may go on, where it may."""
+BEYOND = 1.1
 VICTIMS = ([0], [1], [0, 1])
 
 
@@ -49,25 +50,27 @@ class Failed(Exception):
 
 def fuzz(rounds: int, seed: int, work: Path) -> dict:
     """Play the rounds; returns what is written to the results."""
-    began, deaths, failures, lives = time.monotonic(), [], [], 0
+    began, deaths, failures, lives, untouched = time.monotonic(), [], [], 0, 0
+    commit, load = git_commit(), os.getloadavg()[0]
     with Rig() as rig:
-        references = {}
+        references, pace = {}, {}
         for backend in JOBS:
             (work / backend).mkdir()
             references[backend] = Run.of_job(rig, work / backend, backend=backend)
             references[backend].finish()
-        # Their second lives, because the first ones of a rig prepare the data.
-        pace = {backend: reference.beside(work / backend / "again").finish().seconds for backend, reference in references.items()}
+            # The first life of a rig prepares the data.
+            pace[backend] = live_whole(references[backend].beside(work / backend / "again"))
         for number in range(1, rounds + 1):
             backend = list(JOBS)[number % len(JOBS)]
             run = references[backend].beside(work / f"round-{number}" / "run")
             told = random.Random(f"{seed}-{number}")
             here: list[dict] = []
             try:
-                play(run, told, pace[backend], here)
+                pace[backend] = play(run, told, pace[backend], here)
                 problems = differences(run, references[backend])
             except (Failed, RigError, Refused) as problem:
                 problems = [f"{type(problem).__name__}: {problem}"]
+            untouched += not here
             deaths, lives = deaths + here, lives + len(run.lives)
             if problems:
                 failures.append(
@@ -79,12 +82,13 @@ def fuzz(rounds: int, seed: int, work: Path) -> dict:
             print(f"{number}/{rounds} {backend}: {died}: {'; '.join(problems) or 'the same'}", flush=True)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "git_commit": git_commit(),
-        "machine": {"device": processor(), "cpus": len(os.sched_getaffinity(0)), "load_after": os.getloadavg()[2]},
+        "git_commit": commit,
+        "machine": {"device": processor(), "cpus": len(os.sched_getaffinity(0)), "load_before": load, "load_after": os.getloadavg()[0]},
         "python": platform.python_version(),
         "versions": library_versions(),
         "seed": seed,
         "rounds": rounds,
+        "rounds_without_a_death": untouched,
         "rounds_that_differed": len(failures),
         "lives": lives,
         "deaths": len(deaths),
@@ -95,26 +99,37 @@ def fuzz(rounds: int, seed: int, work: Path) -> dict:
     }
 
 
-def play(run: Run, told: random.Random, life_s: float, deaths: list[dict]) -> None:
-    """The lives of one run. `deaths` is told of each. Raises Failed."""
+def live_whole(run: Run) -> float:
+    """Seconds from the start of the ranks to the end of a life that nobody kills."""
+    called = time.monotonic()
+    life = run.start()
+    started = time.monotonic()
+    life.wait()
+    return life.seconds - (started - called)
+
+
+def play(run: Run, told: random.Random, life_s: float, deaths: list[dict]) -> float:
+    """The lives of one run. `deaths` is told of each; returns what a whole life takes by now. Raises Failed."""
     for _ in range(told.randint(1, MOST_DEATHS)):
-        victims, instant, grace_s = told.choice(VICTIMS), told.uniform(0, life_s), told.choice([0, GOES_ON_S])
-        newest = newest_of(run)
+        # A little beyond the end: a life that ends by itself shows how long one takes while the machine is as busy as it is.
+        victims, instant, grace_s = told.choice(VICTIMS), told.uniform(0, BEYOND * life_s), told.choice([0, GOES_ON_S])
+        newest, called = newest_of(run), time.monotonic()
         try:
             life = run.start(grace_s=grace_s)
         except Refused as refused:
             # Killed in its last milliseconds, when it had said that it is done.
             if deaths and "this run is complete" in str(refused):
-                return
+                return life_s
             raise
+        started = time.monotonic()
         time.sleep(instant)
         for rank in victims:
             life.kill(rank)
         codes = life.wait()
         check_beginning(run, newest)
-        killed = [rank for rank in victims if codes[rank] == -signal.SIGKILL]
         if not any(codes):
-            return
+            return life.seconds - (started - called) if newest is None else life_s
+        killed = [rank for rank in victims if codes[rank] == -signal.SIGKILL]
         if not killed:
             raise Failed(f"nobody was killed, and the ranks ended with {codes}: {life.output(0)[-2000:]}")
         phases = {report["rank"]: report["phase"] for report in rank_reports(life.attempt, "alive")}
@@ -125,6 +140,7 @@ def play(run: Run, told: random.Random, life_s: float, deaths: list[dict]) -> No
     check_beginning(run, newest)
     if any(life.codes.values()):
         raise Failed(f"the last life ended with {life.codes}: {life.output(0)[-2000:]}{life.output(1)[-2000:]}")
+    return life_s
 
 
 def newest_of(run: Run) -> int | None:
