@@ -50,9 +50,9 @@ class Door:
         return self._stop is not None, self._save is not None
 
     @property
-    def reason(self) -> str:
-        """Why to stop, or to save; on a rank that has seen neither, that another has."""
-        return self._stop or self._save or "asked for by another rank"
+    def reason(self) -> str | None:
+        """Why to stop; None on a rank that has seen no reason itself."""
+        return self._stop
 
     def saved(self) -> None:
         """SAVE is honoured: take the file away."""

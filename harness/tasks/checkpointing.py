@@ -388,6 +388,8 @@ class CheckpointedTrainer:
             self.state.best_model_checkpoint = self._path_of_best()
 
     def _determine_best_metric(self, metrics, trial):
+        state = self.state
+        self._best_before = state.best_metric, state.best_global_step, state.best_model_checkpoint
         if metrics is not None and super()._determine_best_metric(metrics, trial):
             self.lives.reasons.add("best")
         if self.control.should_training_stop and not self.lives.stopping and self.lives.cadence.is_on:
@@ -429,6 +431,9 @@ class CheckpointedTrainer:
         lives.door.saved()
         lives.report.enter("training")
         lives.tracking.log(step, {"run/save_s": round(time.monotonic() - started, 3)} if kept else {"run/save_failed": 1})
+        if not kept and self.state.best_global_step == step:
+            # What is not saved cannot be exported as the best.
+            self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = self._best_before
         if kept:
             self._say(f"checkpoint-{step} ({reason}) in {time.monotonic() - started:.2f} s")
         if found_interval and reason not in ("end", "stop"):

@@ -248,7 +248,8 @@ def facts_of(job: Job, recipe: Recipe, args, data_digest: str, source: str, mode
 
 def leave_early(job: Job, trainer) -> None:
     """Raises Stopped, after saying how far the run came."""
-    step, kept, reason = trainer.state.global_step, trainer.lives.committer.last_step, trainer.lives.door.reason
+    step, kept = trainer.state.global_step, trainer.lives.committer.last_step
+    reason = next(filter(None, distributed.gather_objects(trainer.lives.door.reason)))
     job.report.enter("leaving")
     if distributed.is_main():
         trainer.lives.door.stopped(job.report.attempt)

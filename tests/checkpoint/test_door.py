@@ -46,7 +46,6 @@ def test_an_empty_save_file_is_enough_and_each_is_honoured_once(run):
     for _ in range(2):
         run.save.touch()
         assert look_again(door) == (False, True)
-        assert door.reason == "SAVE file"
         door.saved()
         assert not run.save.exists() and look_again(door) == (False, False)
 

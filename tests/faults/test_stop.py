@@ -17,7 +17,6 @@ EVAL_BATCH = "harness.tasks.trainer:HarnessTrainer.prediction_step"
 LOAD_MODEL = "harness.tasks.job:load_model"
 BEST = "train.metric_for_best_model=eval/loss"
 EPOCHS = ("train.max_steps=null", "train.num_train_epochs=1.4", "train.eval_steps=null")
-REASON_OF_ANOTHER = "asked for by another rank"
 LOOKS_ALWAYS = "import harness.checkpoint.door; harness.checkpoint.door.LOOK_EVERY_S = 0\n"
 
 COUNT_BATCHES = (
@@ -108,7 +107,7 @@ def test_a_stop_file_saves_and_stops_and_stops_no_other_life(backend, overrides,
 def test_a_signal_to_one_rank_alone_stops_all_at_the_same_step(name, cut_run, whole_run):
     run = cut_run()
     life = run.live(at_step(6, send(name), rank=1), code=75)
-    check_stopped(run, life, 6, REASON_OF_ANOTHER, checkpoint=6)
+    check_stopped(run, life, 6, name, checkpoint=6)
     check_continues(run, whole_run(), 6)
 
 
