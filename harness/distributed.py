@@ -26,9 +26,10 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def start(timeout_s: int, *, group_of_one: bool = False) -> None:
+def start(timeout_s: int, *, decisions_s: float, group_of_one: bool = False) -> None:
     """Join the process group, on CPU with gloo where there is no accelerator. Raises LaunchError unless its size is the launcher's.
 
+    timeout_s: of a collective over gradients. decisions_s: of one over what all ranks decide, while one may be reading a checkpoint.
     group_of_one: make a group even for a single rank, which DeepSpeed wants (it would ask MPI for one).
     """
     from datetime import timedelta
@@ -47,13 +48,13 @@ def start(timeout_s: int, *, group_of_one: bool = False) -> None:
             "do not set use_cpu, ACCELERATE_USE_CPU or `accelerate launch --cpu`: the rank program chooses the device itself"
         )
 
-    _open_control_group(timeout_s)
+    _open_control_group(decisions_s)
 
 
 _CONTROL = None
 
 
-def _open_control_group(timeout_s: int) -> None:
+def _open_control_group(timeout_s: float) -> None:
     """A gloo group of all ranks for decisions: apart from the one that carries gradients, so that neither can be taken for the other's, and
     on the host, so that a vote does not wait for the GPU."""
     global _CONTROL
@@ -141,7 +142,7 @@ def broadcast_object(value):
     if not dist:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_CONTROL)
     return box[0]
 
 

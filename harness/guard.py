@@ -178,18 +178,18 @@ def skip_engine_step(engine) -> None:
         else:
             forced = {"check_grad_overflow": True, "check_overflow": overflowed}
         if stage > 0:
-            with _replaced(optimizer, _update_scale=lambda overflow: None, **forced):
+            with replaced(optimizer, _update_scale=lambda overflow: None, **forced):
                 type(optimizer).step(optimizer)
         if hasattr(optimizer, "overflow"):
             optimizer.overflow = False
 
-    with _replaced(optimizer, step=discard):
+    with replaced(optimizer, step=discard):
         type(engine).step(engine)
 
 
 @contextmanager
-def _replaced(target, **attributes) -> Iterator[None]:
-    """Attributes of this object alone, for as long as the context lasts."""
+def replaced(target, **attributes) -> Iterator[None]:
+    """Attributes of this object alone, for as long as the context lasts; harness.checkpoint.zero does the same to an engine."""
     own = {name: vars(target)[name] for name in attributes if name in vars(target)}
     vars(target).update(attributes)
     try:

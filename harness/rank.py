@@ -18,7 +18,7 @@ from harness.errors import HarnessError, Stopped
 from harness.logs import quieten
 from harness.overrides import dashed_overrides
 from harness.recipe import load
-from harness.run import ATTEMPT_VARIABLE, RankReport, rank_reports, smoke_recipe
+from harness.run import ATTEMPT_VARIABLE, LAUNCH_VARIABLE, RankReport, rank_reports, smoke_recipe
 from harness.watchdog import follow_parent, process_state
 
 LOOK_EVERY_S = 0.5
@@ -41,6 +41,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     # What argparse does not know it leaves in its order; as a positional of its own, the 7 of `--train.seed 7` would be torn from its key.
     options, options.overrides = parser.parse_known_args(argv)
+    if options.smoke and (options.resume or options.allow_change):
+        parser.error("--smoke begins a run of its own, so --resume and --allow-change mean nothing there")
     return options
 
 
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     elastic.initialize()
     parents_attempt = os.environ.get(ATTEMPT_VARIABLE)
     report = RankReport(int(os.environ.get("RANK", 0)), Path(parents_attempt) if parents_attempt else None)
-    if parents_attempt and "LOCAL_RANK" in os.environ:
+    if LAUNCH_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
         follow_parent(signal.SIGKILL)
     signals = Signals()
     signals.install()
@@ -141,7 +143,9 @@ def may_be_saved(report: RankReport) -> bool:
     """This rank is training, or on its way out, and no rank of this attempt has failed or, on this machine, is gone."""
     if report.attempt is None or not report.phase.startswith(("training", "evaluating", "saving", "leaving", "stopped", "finished")):
         return False
-    if rank_reports(report.attempt, "errors"):
+    if any((report.attempt / "errors").glob("rank-*.json")):
         return False
-    others = [other for other in rank_reports(report.attempt, "alive") if other["host"] == report.host and "stopped" not in other]
+    first = report.rank - int(os.environ.get("LOCAL_RANK", 0))
+    here = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    others = [other for other in rank_reports(report.attempt, "alive", here) if "stopped" not in other]
     return not any(process_state(other["pid"]) in (None, "Z", "X") and other["phase"] != "finished" for other in others)

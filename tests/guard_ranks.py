@@ -115,7 +115,7 @@ def see_sharded_norms() -> list[bool]:
 
 
 def main(out: Path, cases: list[str]) -> None:
-    distributed.start(120, group_of_one=True)
+    distributed.start(120, decisions_s=120, group_of_one=True)
     deepspeed.init_distributed("gloo", verbose=False)
     # DeepSpeed calls fp16 too slow for a CPU; it is right all the same.
     deepspeed.get_accelerator().is_fp16_supported = lambda: True

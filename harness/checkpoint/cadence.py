@@ -58,9 +58,12 @@ class Cadence:
             return step % self._section.every_steps == 0
         return self.interval_s is not None and now - self._last >= self.interval_s
 
+    def failed(self, now: float) -> None:
+        """A save has failed, which measures nothing; the next is tried after the next interval."""
+        self._last = now
+
     def saved(self, save_s: float, now: float) -> bool:
-        """A save has ended, well or badly; a failed one is not tried again before the next interval. True when `auto` has measured its
-        first and now has an interval."""
+        """A save has been made. True when `auto` has measured its first and now has an interval."""
         first = self._save_s is None and self.is_on and not (self._section.every_steps or self._section.every_minutes)
         self._last, self._save_s = now, save_s
         return first

@@ -106,7 +106,7 @@ class Committer:
         own = [path for path in paths if owner(path, distributed.world_size()) == distributed.rank()]
         try:
             return digest_files(staging, own, durable=True), []
-        except OSError as error:
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             return [], [str(error)]
 
     def _publish(self, step: int, reason: str, staging: Path, listed: list[dict], describe: Callable, started: float) -> list[str]:
@@ -136,7 +136,7 @@ class Committer:
             self.enter("saving: flushing the run folder")
             flush(self.run.path)
             shutil.rmtree(staging.parent, ignore_errors=True)
-        except OSError as error:
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             return [str(error)]
         return []
 

@@ -5,18 +5,23 @@ A checkpoint's manifest says what it was made with. What differs now is refused 
 accumulation is fitted to keep the global batch.
 """
 
+import contextlib
 from typing import Any
 
-from harness.errors import LaunchError
+from harness.checkpoint.ledger import read_ledger
+from harness.checkpoint.manifest import read_manifest
+from harness.checkpoint.selection import checkpoints
+from harness.errors import CheckpointError, LaunchError
 from harness.launcher import accumulation_steps
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
+from harness.run import RunDir
 
 FREE = (
-    "task output_dir backend tracking checkpoint guard watchdog data train.per_device_train_batch_size train.per_device_eval_batch_size "
+    "output_dir backend tracking checkpoint guard watchdog data train.per_device_train_batch_size train.per_device_eval_batch_size "
     "train.gradient_accumulation_steps train.global_batch_size train.gradient_checkpointing train.gradient_checkpointing_kwargs "
-    "train.logging_steps train.eval_strategy train.eval_steps train.eval_on_start train.metric_for_best_model train.greater_is_better "
-    "train.early_stopping_patience train.early_stopping_threshold train.dataloader_num_workers train.ddp_timeout train.use_liger_kernel "
+    "train.logging_steps train.eval_strategy train.eval_steps train.eval_on_start "
+    " train.dataloader_num_workers train.ddp_timeout train.use_liger_kernel "
     "train.torch_compile model.attn_implementation model.trust_remote_code"
 ).split()
 """Fields that may change freely: they do not decide what the weights become (but for rounding), or something else is compared in their
@@ -28,6 +33,22 @@ DATA, GLOBAL_BATCH, BASE = "data", "global_batch", "base"
 def engine_of(backend: Backend) -> str:
     """How a checkpoint under this backend is laid out: `plain` is transformers' own, the others hold shards."""
     return {"deepspeed": f"zero{backend.zero_stage}", "fsdp": "fsdp2"}.get(backend.kind, "plain")
+
+
+def check_continuation(run: RunDir, recipe: Recipe, backend: Backend, allowed: tuple[str, ...], *, must_exist: bool = False) -> None:
+    """Raises LaunchError when the run in the folder was begun with another recipe, or with `must_exist` when nothing was ever saved there.
+
+    Before anything is changed or loaded; once the ranks know the data and the base they check again, and whether the checkpoint is whole.
+    """
+    saved = checkpoints(run.path)
+    if must_exist and not saved and not any(event["event"] == "committed" for event in read_ledger(run.ledger)):
+        raise LaunchError(f"--resume: {run.path} holds no checkpoint, so there is nothing to continue from; leave --resume out to begin")
+    for _, folder in saved:
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(folder)
+            check_recipe(manifest, recipe, allowed)
+            check_engine(manifest, backend)
+            return
 
 
 def check_recipe(manifest: dict, recipe: Recipe, allowed: tuple[str, ...]) -> None:
@@ -55,7 +76,7 @@ def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...])
     problems = []
     if facts["data"]["digest"] != manifest["data"]["digest"] and DATA not in allowed:
         problems.append(f"{DATA}: the prepared rows are {facts['data']['digest']}; the run was begun with {manifest['data']['digest']}")
-    if facts["base"]["digest"] != manifest["base"]["digest"] and BASE not in allowed:
+    if _identity(facts["base"]) != _identity(manifest["base"]) and BASE not in allowed:
         problems.append(f"{BASE}: the weights of {facts['base']['name']} are not those that the run was begun with")
     _refuse(problems, manifest, _PUT_BACK)
 
@@ -122,6 +143,11 @@ def _new_accumulation(manifest: dict, recipe: Recipe, world_size: int) -> str | 
         f"{ranks} rank{'s' * (ranks > 1)} before, {world_size} now: gradient_accumulation_steps is {now} in place of "
         f"{manifest['accumulation']}, so that a step still takes {manifest['global_batch']} rows"
     )
+
+
+def _identity(base: dict):
+    """A base from the hub has no digest but its commit."""
+    return base["digest"] or (base["name"], base["revision"])
 
 
 def flatten(settings: dict, prefix: str = "") -> dict[str, Any]:

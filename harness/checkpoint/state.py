@@ -5,7 +5,8 @@ the one that an uninterrupted run would have written:
 
     {"tr_loss": sum of this rank's step losses since the last line, "last_logged": step of the last line,
      "left_out": how many steps since then are not in that sum, "metrics": TRL's lists since then,
-     "trained_tokens": tokens seen by all ranks in the whole run, "guard": the guard's window}
+     "trained_tokens": tokens seen by all ranks in the whole run, "guard": the guard's window,
+     "cuda_random": state of this rank's GPU, in hex}
 """
 
 import json
@@ -22,6 +23,8 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 
 def save_rank_state(folder: Path, trainer, guard_state: dict) -> None:
+    import torch
+
     content = {
         "tr_loss": trainer._tr_loss.item(),
         "last_logged": trainer._globalstep_last_logged,
@@ -29,12 +32,13 @@ def save_rank_state(folder: Path, trainer, guard_state: dict) -> None:
         "metrics": {key: list(values) for key, values in trainer._metrics["train"].items()},
         "trained_tokens": trainer._total_train_tokens,
         "guard": guard_state,
+        "cuda_random": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else None,
     }
     write_text_atomically(rank_file(folder, distributed.rank()), json.dumps(content))
 
 
 def load_rank_state(folder: Path, saved_ranks: int) -> dict:
-    """This rank's state; on another number of ranks the mean of all of theirs, which is what the next log line is made of."""
+    """This rank's state; on another number of ranks rank 0's, with the mean of all ranks' losses, of which the next log line is made."""
     if saved_ranks == distributed.world_size():
         return json.loads(rank_file(folder, distributed.rank()).read_text())
     states = [json.loads(rank_file(folder, rank).read_text()) for rank in range(saved_ranks)]
@@ -50,6 +54,17 @@ def restore_rank_state(state: dict, trainer) -> None:
     trainer._left_out_of_log = state["left_out"]
     trainer._metrics["train"].update({key: list(values) for key, values in state["metrics"].items()})
     trainer._total_train_tokens = state["trained_tokens"]
+
+
+def restore_cuda_random_numbers(folder: Path) -> None:
+    """Of this rank's own device: transformers keeps them by the devices' places on the machine, which may be another now."""
+    import torch
+
+    if torch.cuda.is_available():
+        state = json.loads(rank_file(folder, distributed.rank()).read_text())["cuda_random"]
+        if state is None:
+            raise CheckpointError(f"{folder}: was written without a GPU, whose random numbers cannot go on here; continue on a CPU")
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))
 
 
 def seed_for_other_ranks(seed: int, step: int) -> None:

@@ -19,14 +19,14 @@ parameter, its master and its moments are bit for bit those that were saved.
 """
 
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import CheckpointError
+from harness.guard import replaced
 
 if TYPE_CHECKING:
     import torch
@@ -55,24 +55,11 @@ def save_engine(engine, folder: Path, *, adapter_only: bool) -> list[Exception]:
     # All that writes between DeepSpeed's barriers; none of them waits for another rank.
     writers = {name: remembering(getattr(engine, name)) for name in ("_save_checkpoint", "_save_zero_checkpoint")}
     makedirs = remembering(engine.checkpoint_engine.makedirs)
-    with _replaced(engine, **writers), _replaced(engine.checkpoint_engine, makedirs=makedirs):
+    with replaced(engine, **writers), replaced(engine.checkpoint_engine, makedirs=makedirs):
         engine.save_checkpoint(str(folder), save_latest=False, exclude_frozen_parameters=adapter_only)
     if engine.global_rank == 0:
         remembering((folder / "latest").write_text)(f"global_step{engine.global_steps}")
     return errors
-
-
-@contextmanager
-def _replaced(owner, **functions: Callable) -> Iterator[None]:
-    """Give one object other functions under these names, and take them away again."""
-    own = {name: vars(owner)[name] for name in functions if name in vars(owner)}
-    vars(owner).update(functions)
-    try:
-        yield
-    finally:
-        for name in functions:
-            del vars(owner)[name]
-        vars(owner).update(own)
 
 
 # ---- loading
@@ -128,6 +115,8 @@ def prepare_loading(engine, checkpoint: Path, manifest: dict, world_size: int) -
     Raises CheckpointError when they cannot be.
     """
     open_as_data(engine)
+    # As DeepSpeed made it: this engine may have read a checkpoint of other ranks before.
+    vars(engine).pop("load_checkpoint", None)
     saved_ranks = manifest["world_size"]
     if saved_ranks == world_size or not engine.zero_optimization():
         return  # DeepSpeed's own way; at stage 0 there is one whole file
@@ -158,7 +147,7 @@ def _load_resharded(engine, load_checkpoint: Callable, saved_ranks: int, folder:
         engine.optimizer.load_state_dict({engine.global_rank: shard}, load_optimizer_states, load_from_fp32_weights=from_masters)
         return True
 
-    with _replaced(engine, _get_all_ckpt_names=lambda *_: [model_states], _load_zero_checkpoint=load_shard):
+    with replaced(engine, _get_all_ckpt_names=lambda *_: [model_states], _load_zero_checkpoint=load_shard):
         return load_checkpoint(folder, **options)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
-from harness.errors import CheckpointError, HarnessError, LaunchError, RecipeError, Stopped
+from harness.errors import HarnessError, RecipeError, Stopped
 from harness.failures import count_oom_kills, explain_failure
 from harness.launcher import Machines, check_device, plan_launch
 from harness.logs import quieten
@@ -73,6 +73,10 @@ def command(
     On several machines: with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set (launch/multi-node.sh).
     Ctrl-C (or SIGTERM, SIGUSR1) saves and leaves with 75; the same command then continues.
     """
+    if allowed and (fresh or smoke):
+        raise RecipeError(
+            f"--allow-change {allowed[0]} and --{'fresh' if fresh else 'smoke'}: nothing is continued, so nothing could differ"
+        )
     if resume and (fresh or smoke):
         raise RecipeError(
             f"--resume and --{'fresh' if fresh else 'smoke'}: the one continues a run, the other begins one; give one of them"
@@ -111,7 +115,9 @@ def run_recipe(
         if is_complete(run, recipe):
             click.echo(f"this run is complete: {run.final}; begin again with --fresh")
             return 0
-        check_continuation(run, recipe, allowed, must_exist=resume)
+        from harness.checkpoint.resume import check_continuation
+
+        check_continuation(run, recipe, load_backend(recipe.backend), allowed, must_exist=resume)
     prepare(recipe)
     if machines.index == 0:
         run = RunDir.create(recipe, fresh=fresh)
@@ -122,30 +128,10 @@ def run_recipe(
 
 def is_complete(run: RunDir, recipe: Recipe) -> bool:
     """Whether this very recipe has been trained to its end and exported."""
-    outcome = read_outcome(run.last_attempt())
+    ends = (read_outcome(run.attempt(number)) for number in reversed(run.attempts()))
+    outcome = next(filter(None, ends), None)
     done = outcome is not None and outcome["outcome"] == "done" and run.final.is_dir()
     return done and recipe_digest(load(run.recipe)) == recipe_digest(recipe)
-
-
-def check_continuation(run: RunDir, recipe: Recipe, allowed: tuple[str, ...], *, must_exist: bool) -> None:
-    """Raises LaunchError when the run in the folder was begun with another recipe, or with `must_exist` when nothing was ever saved there.
-
-    Before ranks start; they check again, with what they know of the data, and decide whether the checkpoint is whole.
-    """
-    from harness.checkpoint.ledger import read_ledger
-    from harness.checkpoint.manifest import read_manifest
-    from harness.checkpoint.resume import check_engine, check_recipe
-    from harness.checkpoint.selection import checkpoints
-
-    saved = checkpoints(run.path)
-    if must_exist and not saved and not any(event["event"] == "committed" for event in read_ledger(run.ledger)):
-        raise LaunchError(f"--resume: {run.path} holds no checkpoint, so there is nothing to continue from; leave --resume out to begin")
-    for _, folder in saved:
-        with contextlib.suppress(CheckpointError):
-            manifest = read_manifest(folder)
-            check_recipe(manifest, recipe, allowed)
-            check_engine(manifest, load_backend(recipe.backend))
-            return
 
 
 # ---- lives
@@ -224,7 +210,7 @@ def why_no_life_follows(life: Life, run: RunDir, machines: Machines) -> str | No
     if machines.count > 1:
         return (
             "on several machines all must begin a life together, so none does by itself: start the command again on each, to continue "
-            "(Slurm does so by itself with --requeue)"
+            "(under Slurm: requeue the job)"
         )
     if run.stop.exists():
         return "stopped, which was asked for meanwhile; the same command continues"
@@ -250,7 +236,10 @@ def live(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[str], 
         argv = plan_launch(recipe, machines, ["--recipe", str(file), *arguments])
         click.echo(f"$ {shlex.join(argv)}")
         kills = count_oom_kills()
-        process = start_launcher(argv, rank_environment(machines, attempt, launch), [run.lock] if machines.index == 0 else [])
+        environment = rank_environment(machines, attempt, launch)
+        # torch elastic kills ranks that are still there so long after it was told to end: a save must fit.
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(recipe.watchdog.save_s)))
+        process = start_launcher(argv, environment, [run.lock] if machines.index == 0 else [])
         watchdog = Watchdog(recipe.watchdog, launch, ranks, now=time.monotonic())
         while not (left_on or hang) and (code := ended_within(process, LOOK_EVERY_S)) is None:
             now = time.monotonic()
@@ -263,7 +252,7 @@ def live(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[str], 
             attempt = attempt or attempt_of(run, launch, ranks)
             hang = watchdog.look(attempt, now)
     if hang:
-        record_hang(hang, watchdog, run, attempt)
+        record_hang(hang, watchdog, run, attempt, first_machine=machines.index == 0)
     # A launcher that is killed, here or from outside, leaves its ranks behind.
     unended = end_processes(launch) if code is None or code < 0 else set()
     if code is None:
@@ -320,7 +309,7 @@ def ask_to_stop(run: RunDir, number: signal.Signals) -> bool:
     return True
 
 
-def record_hang(hang: Hang, watchdog: Watchdog, run: RunDir, attempt: Path | None) -> None:
+def record_hang(hang: Hang, watchdog: Watchdog, run: RunDir, attempt: Path | None, *, first_machine: bool) -> None:
     """Say on the screen, in hang.txt, the ledger and outcome.json what stands still. A full disk keeps nobody from ending it."""
     from harness.checkpoint.ledger import Ledger
 
@@ -331,9 +320,11 @@ def record_hang(hang: Hang, watchdog: Watchdog, run: RunDir, attempt: Path | Non
         say(f"the stacks of this machine's ranks: {watchdog.write_stacks(hang, attempt)}; all its ranks are ended now")
         if read_outcome(attempt) is None:
             culprit = hang.culprit
-            Ledger(run.ledger, int(attempt.name.removeprefix("attempt-"))).append(
-                "hang", rank=culprit.rank, host=culprit.report.get("host"), phase=culprit.phase, step=culprit.step, why=hang.why
-            )
+            if first_machine:
+                # The ledger has one writer; on another machine rank 0 may be writing.
+                Ledger(run.ledger, int(attempt.name.removeprefix("attempt-"))).append(
+                    "hang", rank=culprit.rank, host=culprit.report.get("host"), phase=culprit.phase, step=culprit.step, why=hang.why
+                )
             write_outcome(attempt, "hang", step=culprit.step, checkpoint=last_commit(run), reason=f"hang: {hang.text}")
 
 

@@ -23,8 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from accelerate.utils import save_fsdp_model, save_fsdp_optimizer
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, get_fsdp_ckpt_kwargs
 from transformers.trainer_callback import ExportableState
 
 from harness import distributed
@@ -102,9 +103,16 @@ class CheckpointedTrainer:
     def _is_complete(self) -> bool:
         if self._evaluation_owed:
             return False
+        return self._stopped_early() or self.state.global_step >= self.state.max_steps
+
+    def _stopped_early(self) -> bool:
+        """This life begins where early stopping has ended the run, and patience is as it was."""
         resumed = self.lives.resumed
-        ended = resumed is not None and resumed.manifest["reason"] == "end" and self.state.global_step == resumed.step
-        return ended or self.state.global_step >= self.state.max_steps
+        if resumed is None or resumed.manifest["reason"] != "end" or self.state.global_step != resumed.step:
+            return False
+        return resumed.step < resumed.manifest["max_steps"] and not any(
+            "early_stopping" in name for name in self.lives.facts["allowed_changes"]
+        )
 
     # ---- data
 
@@ -123,11 +131,19 @@ class CheckpointedTrainer:
         return loader
 
     def _init_training_state(self, *args, **kwargs) -> tuple[int, int]:
-        position = super()._init_training_state(*args, **kwargs)
         resumed, order = self.lives.resumed, self.lives.order
         if resumed is None:
-            return position
+            return super()._init_training_state(*args, **kwargs)
+        asked = [vars(callback) for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
+        super()._init_training_state(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                # transformers makes it anew from the checkpoint. How long it has waited is carried over; how long it may is the recipe's.
+                callback.early_stopping_patience = asked[0]["early_stopping_patience"]
+                callback.early_stopping_threshold = asked[0]["early_stopping_threshold"]
         self.args.eval_on_start = False
+        if {"train.metric_for_best_model", "train.greater_is_better"} & set(self.lives.facts["allowed_changes"]):
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         if self.state.best_global_step is not None:
             self.state.best_model_checkpoint = self._path_of_best()
             if self.state.best_model_checkpoint is None:
@@ -169,7 +185,11 @@ class CheckpointedTrainer:
         if checkpoint is None or resumed is None:
             return
         if resumed.manifest["world_size"] == distributed.world_size():
+            file = Path(checkpoint) / ("rng_state.pth" if distributed.world_size() == 1 else f"rng_state_{distributed.rank()}.pth")
+            if not file.is_file():
+                raise CheckpointError(f"{file}: is not there, so the random numbers of this rank cannot go on")
             super()._load_rng_state(checkpoint)
+            carried.restore_cuda_random_numbers(Path(checkpoint))
         else:
             carried.seed_for_other_ranks(self.args.seed, resumed.step)
         self._random_numbers_restored = True
@@ -270,10 +290,11 @@ class CheckpointedTrainer:
         if verdict == "skip" and step >= self.state.max_steps and lives.guard.bad_in_a_row > 1:
             # There is no sound step to come that would show the weights to be sound, and they would be exported.
             verdict = "stop"
-        if verdict == "skip":
-            self._record("skipped_step", step=step, why=lives.guard.why, rows=self._rows_of(step, step))
-            self._say(f"warning: step {step} is passed over: {lives.guard.why}; rows: {self._rows_of(step, step)}")
-        elif verdict != "step":
+        if verdict == "skip" and distributed.is_main():
+            rows = self._rows_of(step, step)
+            self._record("skipped_step", step=step, why=lives.guard.why, rows=rows)
+            self._say(f"warning: step {step} is passed over: {lives.guard.why}; rows: {rows}")
+        elif verdict in ("roll_back", "stop"):
             self._leave_bad_data(verdict, step)
         return not self._skipped
 
@@ -308,6 +329,9 @@ class CheckpointedTrainer:
         self._leave_out_of_log(control.should_log)
         if step >= self.state.max_steps and lives.cadence.is_on:
             lives.reasons.add("end")
+        if lives.guard.bad_in_a_row and lives.guard.why:
+            # A rollback goes back to before the bad steps: none of them makes a checkpoint that would take the place of an older one.
+            lives.reasons -= {"interval", "asked"}
         if lives.stopping:
             control.should_training_stop = True
             self._evaluation_owed |= control.should_evaluate
@@ -406,15 +430,18 @@ class CheckpointedTrainer:
         if self.stopped:
             # It exports nothing.
             return
-        best, problem = Path(self.state.best_model_checkpoint), None
+        best, manifest, problem = Path(self.state.best_model_checkpoint), None, None
         if distributed.is_main():
             self.lives.report.enter(f"verifying {best.name}")
             try:
-                check_checkpoint(self.state.best_global_step, best, self.lives.committer.section.verify)
+                manifest = check_checkpoint(self.state.best_global_step, best, self.lives.committer.section.verify)
             except CheckpointError as error:
                 problem = CheckpointError(f"the best model cannot be exported: {error}; begin again, or leave metric_for_best_model out")
-        if distributed.agree(problem is not None):
-            raise problem or CheckpointError("the best model cannot be exported; rank 0 says why")
+        manifest, problem = distributed.broadcast_object((manifest, problem))
+        if problem:
+            raise problem
+        if self.is_deepspeed_enabled:
+            zero.prepare_loading(self.model_wrapped, best, manifest, distributed.world_size())
         super()._load_best_model()
 
     # ---- saving
@@ -427,7 +454,8 @@ class CheckpointedTrainer:
             return
         started = time.monotonic()
         kept = lives.committer.commit(step, reason, partial(self._write, model, trial), self._describe, self.state.best_global_step)
-        found_interval = lives.cadence.saved(time.monotonic() - started, time.monotonic())
+        now = time.monotonic()
+        found_interval = lives.cadence.saved(now - started, now) if kept else lives.cadence.failed(now)
         lives.door.saved()
         lives.report.enter("training")
         lives.tracking.log(step, {"run/save_s": round(time.monotonic() - started, 3)} if kept else {"run/save_failed": 1})
@@ -487,11 +515,19 @@ class CheckpointedTrainer:
         import torch
 
         with self._remembering("saving: optimiser"):
-            if not self.is_deepspeed_enabled:
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 super()._save_optimizer_and_scheduler(output_dir)
                 return
-            engine = self.model_wrapped
-            self._write_errors += zero.save_engine(engine, Path(output_dir), adapter_only=hasattr(self.model, "peft_config"))
+            if self.is_deepspeed_enabled:
+                adapter_only = hasattr(self.model, "peft_config")
+                self._write_errors += zero.save_engine(self.model_wrapped, Path(output_dir), adapter_only=adapter_only)
+            elif self.is_fsdp_enabled:
+                plugin, options = self.accelerator.state.fsdp_plugin, get_fsdp_ckpt_kwargs()
+                # Each gathers from all ranks before rank 0 writes: one that fails to write must still come to the other.
+                with self._remembering("saving: FSDP's model"):
+                    save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **options)
+                with self._remembering("saving: FSDP's optimiser"):
+                    save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -513,6 +549,7 @@ class CheckpointedTrainer:
         return {
             **lives.facts,
             "epoch": self.state.epoch,
+            "max_steps": self.state.max_steps,
             "samples": self._epoch * order.rows + cursor,
             "tokens": self._total_train_tokens,
             "data": lives.facts["data"] | data,

@@ -92,11 +92,14 @@ def join(recipe: Recipe, report: RankReport, signals: Signals, *, smoke: bool, f
         release_abandoned_locks(offloads=ruled.backend.offloads, say=say)
     if ruled.backend.kind == "deepspeed" and distributed.is_main():
         announce_compiling(offloads=ruled.backend.offloads, say=say)
-    distributed.start(recipe.train.ddp_timeout, group_of_one=ruled.backend.kind in ("deepspeed", "fsdp"))
+    patience_s = max(recipe.train.ddp_timeout, recipe.watchdog.start_s, recipe.watchdog.save_s)
+    distributed.start(recipe.train.ddp_timeout, decisions_s=patience_s, group_of_one=ruled.backend.kind in ("deepspeed", "fsdp"))
     check_world(recipe, ruled.backend, distributed.world_size())
     check_one_recipe(recipe, smoke=smoke)
     run, attempt = RunDir.of(recipe), report.attempt
     if distributed.is_main() and attempt is None:
+        if not fresh:
+            resume.check_continuation(run, recipe, ruled.backend, allowed)
         run = RunDir.create(recipe, fresh=fresh)
         attempt = run.open_attempt()
     run, attempt = distributed.broadcast_object((run, attempt))
@@ -141,6 +144,10 @@ def continue_from(job: Job, *, must_resume: bool) -> Selected | None:
                 resume.check_engine(found.manifest, job.backend)
             elif must_resume:
                 raise LaunchError(f"{job.run.path}: holds no checkpoint to continue from; leave --resume out to begin")
+            elif job.allowed:
+                raise LaunchError(
+                    f"--allow-change {job.allowed[0]}: there is no checkpoint that it could differ from; leave it out to begin"
+                )
         except HarnessError as error:
             problem = error
     found, problem = distributed.broadcast_object((found, problem))
@@ -180,7 +187,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
     source = base_source(job)
     model = load_model(recipe, backend, settled, source, tokenizer, args)
     check_positions(model, prepared.report.train.length_percentiles["max"])
-    facts = facts_of(job, recipe, args, prepared.digest, source, model)
+    facts = facts_of(job, recipe, args, prepared.digest, source, model, resumed)
     if resumed:
         resume.check_facts(resumed.manifest, facts, job.allowed)
 
@@ -215,7 +222,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
         tracking.finish(exit_code)
 
 
-def facts_of(job: Job, recipe: Recipe, args, data_digest: str, source: str, model) -> dict[str, Any]:
+def facts_of(job: Job, recipe: Recipe, args, data_digest: str, source: str, model, resumed: Selected | None) -> dict[str, Any]:
     """What every manifest of this life says alike; `recipe` is the one that is trained, the job's the one that was asked for."""
     from harness.model.export import digest_base
 
@@ -231,7 +238,7 @@ def facts_of(job: Job, recipe: Recipe, args, data_digest: str, source: str, mode
         "seed": recipe.train.seed,
         "recipe_digest": recipe_digest(job.recipe),
         "recipe": job.recipe.model_dump(mode="json"),
-        "allowed_changes": list(job.allowed),
+        "allowed_changes": sorted({*(resumed.manifest["allowed_changes"] if resumed else ()), *job.allowed}),
         "versions": library_versions(),
         "python": sys.version.split()[0],
         "git_commit": git_commit() if distributed.is_main() else None,
@@ -450,7 +457,11 @@ def build_lives(job: Job, recipe: Recipe, model, order, facts: dict, history: li
     if distributed.is_main() and not job.smoke:
         resumed_from = resumed.step if resumed else None
         ledger.append("life_began", world_size=world_size, backend=job.backend.name, resumed_from=resumed_from, allowed=list(job.allowed))
-    trained_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+    # Weights and two moments, under DeepSpeed with a master, all in 32 bit; the last commit is a better guess.
+    sharded = 12 if job.backend.kind == "deepspeed" else 0
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    guess = sum(getattr(weight, "ds_numel", weight.numel()) * (sharded or 2 * weight.element_size()) for weight in trained)
+    guess += sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in trained)
     return Lives(
         committer=Committer(
             job.run,
@@ -458,8 +469,7 @@ def build_lives(job: Job, recipe: Recipe, model, order, facts: dict, history: li
             ledger,
             job.attempt,
             job.report.enter,
-            # Weights and two moments; the last commit is a better guess.
-            expected_bytes=[3 * trained_bytes, *(event["bytes"] for event in history if event["event"] == "committed")][-1],
+            expected_bytes=[guess, *(event["bytes"] for event in history if event["event"] == "committed")][-1],
             last_step=resumed.step if resumed else None,
         ),
         cadence=Cadence(recipe.checkpoint, world_size, time.monotonic()),
@@ -493,7 +503,7 @@ def build_callbacks(job: Job, model, history: list[dict], resumed: Selected | No
         world_size=distributed.world_size(),
         attempt=job.attempt,
         resumed_from=resumed.step if resumed else None,
-        exact=resumed is not None and resumed.manifest["world_size"] == distributed.world_size() and not job.allowed,
+        exact=resumed is not None and is_exact(job, resumed.manifest),
         # From the data on that this life passes over and the last one did not, it is another run.
         compare_until=min((first - 1 for first, last in windows_of(history) if resumed and last > resumed.step), default=None),
         alarm=lambda step, key, was, now: ledger.append("replay_differs", step=step, key=key, was=was, now=now),
@@ -502,6 +512,20 @@ def build_callbacks(job: Job, model, history: list[dict], resumed: Selected | No
     if recipe.train.early_stopping_patience and not job.smoke:
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping_patience, recipe.train.early_stopping_threshold))
     return callbacks, tracking, throughput
+
+
+def is_exact(job: Job, manifest: dict) -> bool:
+    """Whether the steps since the checkpoint come out to the last bit as they did before."""
+    import torch
+
+    same = (
+        manifest["world_size"] == distributed.world_size()
+        and manifest["backend"] == job.backend.name
+        and manifest["micro_batch"] == job.recipe.train.per_device_train_batch_size
+        and manifest["versions"] == library_versions()
+    )
+    # Kernels on a GPU add in whichever order they come to.
+    return same and not job.allowed and (job.recipe.train.full_determinism or not torch.cuda.is_available())
 
 
 def _on_train_begin(act):

@@ -382,7 +382,8 @@ def supervise(connection: socket.socket) -> int:
 def open_run(request: dict) -> tuple[Path, Path]:
     """(the recipe's file, the attempt's folder): what harness.cli.run does before it starts the ranks."""
     import harness.run
-    from harness.cli.run import check_continuation, is_complete, prepare
+    from harness.checkpoint.resume import check_continuation
+    from harness.cli.run import is_complete, prepare
     from harness.errors import LaunchError
     from harness.launcher import check_world
     from harness.recipe import load
@@ -394,7 +395,7 @@ def open_run(request: dict) -> tuple[Path, Path]:
     if not request["fresh"]:
         if is_complete(RunDir.of(recipe), recipe):
             raise LaunchError(f"{recipe.output_dir}: this run is complete")
-        check_continuation(RunDir.of(recipe), recipe, tuple(request["allowed"]), must_exist=False)
+        check_continuation(RunDir.of(recipe), recipe, load_backend(recipe.backend), tuple(request["allowed"]))
     in_a_fork(lambda: prepare(recipe), Path(request["folder"]) / "prepare.out")
     run = RunDir.create(recipe, fresh=request["fresh"])
     # When `harness run` would have been started: a STOP from before is none of this life's.

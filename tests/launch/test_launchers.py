@@ -191,7 +191,7 @@ def test_a_process_group_smaller_than_the_launchers_world_is_refused(monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(accelerate, "PartialState", lambda **_: type("OneProcess", (), {"num_processes": 1}))
     with pytest.raises(LaunchError, match="started 2 ranks .* but the process group has 1"):
-        distributed.start(60)
+        distributed.start(60, decisions_s=60)
 
 
 def test_machines_started_with_different_recipes_stop_instead_of_training_a_mixture(recipe, monkeypatch):

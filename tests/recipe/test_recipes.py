@@ -259,7 +259,8 @@ def sections(schema: type[BaseModel] = Recipe) -> list[type[BaseModel]]:
 # Names that transformers, PEFT, Accelerate or W&B have documented for years and that mean here exactly what they mean there.
 SELF_EXPLANATORY = set(
     """
-    task model data train checkpoint guard watchdog tracking quantization lora trust_remote_code path format max_rows dropout use_rslora use_dora
+    task model data train checkpoint guard watchdog tracking quantization lora trust_remote_code path format max_rows dropout
+    use_rslora use_dora
     bnb_4bit_quant_type learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim weight_decay adam_beta1 adam_beta2
     adam_epsilon fp16 tf32 gradient_checkpointing_kwargs torch_compile neftune_noise_alpha logging_steps eval_steps eval_on_start
     early_stopping_threshold dataloader_num_workers full_determinism project entity group tags r
