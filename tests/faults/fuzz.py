@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from deaths import JOBS, Run, differences  # noqa: E402
-from rig import Refused, Rig, RigError  # noqa: E402
+from rig import Life, Refused, Rig, RigError  # noqa: E402
 
 from harness.checkpoint.selection import checkpoints  # noqa: E402
 from harness.run import git_commit, library_versions, rank_reports  # noqa: E402
@@ -114,13 +114,9 @@ def play(run: Run, told: random.Random, life_s: float, deaths: list[dict]) -> fl
         # A little beyond the end: a life that ends by itself shows how long one takes while the machine is as busy as it is.
         victims, instant, grace_s = told.choice(VICTIMS), told.uniform(0, BEYOND * life_s), told.choice([0, GOES_ON_S])
         newest, called = newest_of(run), time.monotonic()
-        try:
-            life = run.start(grace_s=grace_s)
-        except Refused as refused:
-            # Killed in its last milliseconds, when it had said that it is done.
-            if deaths and "this run is complete" in str(refused):
-                return life_s
-            raise
+        life = continue_run(run, grace_s=grace_s)
+        if life is None:
+            return life_s
         started = time.monotonic()
         time.sleep(instant)
         for rank in victims:
@@ -136,11 +132,24 @@ def play(run: Run, told: random.Random, life_s: float, deaths: list[dict]) -> fl
         # "verifying checkpoint-3" is a phase for each step.
         deaths.append({"ranks": killed, "phase": phases.get(killed[0], "starting").partition(" checkpoint-")[0]})
     newest = newest_of(run)
-    life = run.live()
+    life = continue_run(run)
+    if life is None:
+        return life_s
+    life.wait()
     check_beginning(run, newest)
     if any(life.codes.values()):
         raise Failed(f"the last life ended with {life.codes}: {life.output(0)[-2000:]}{life.output(1)[-2000:]}")
     return life_s
+
+
+def continue_run(run: Run, **options) -> Life | None:
+    """The next life. None when the last one was killed in its last milliseconds, when it had said that it is done."""
+    try:
+        return run.start(**options)
+    except Refused as refused:
+        if run.lives and "this run is complete" in str(refused):
+            return None
+        raise
 
 
 def newest_of(run: Run) -> int | None:
