@@ -151,8 +151,13 @@ class Committer:
         self._deletions.append(pool.submit(delete, folder))
         pool.shutdown(wait=False)
 
+    def finish(self, best_step: int | None) -> None:
+        """On rank 0, when no checkpoint is to follow: what need not stay goes, also where a life was killed between a commit and that."""
+        self._retain(best_step)
+        self._await_deletions()
+
     def _await_deletions(self) -> None:
-        """Before another checkpoint is begun: its room is what they free."""
+        """Before another checkpoint is begun, because its room is what they free; at the end, because nobody would delete the rest."""
         for deletion in self._deletions:
             if error := deletion.exception():
                 self.ledger.append("retire_failed", error=str(error))

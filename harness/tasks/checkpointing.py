@@ -15,6 +15,7 @@ _save_checkpoint               the commit (harness.checkpoint.commit) around tra
 import contextlib
 import math
 import os
+import pickle
 import signal
 import threading
 import time
@@ -178,7 +179,19 @@ class CheckpointedTrainer:
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
             self.lives.report.enter("resuming: loading the optimiser")
-        return super()._load_optimizer_and_scheduler(checkpoint)
+        with self._naming_what_is_no_data("optimizer.pt", "scheduler.pt"):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextlib.contextmanager
+    def _naming_what_is_no_data(self, *names):
+        """torch's error for a pickle that asks for code does not say in which file it stands."""
+        try:
+            yield
+        except pickle.UnpicklingError:
+            for name in names:
+                if (self.lives.resumed.path / name).is_file():
+                    zero.load_as_data(str(self.lives.resumed.path / name), "cpu")
+            raise
 
     def _load_rng_state(self, checkpoint):
         resumed = self.lives.resumed
@@ -188,7 +201,8 @@ class CheckpointedTrainer:
             file = Path(checkpoint) / ("rng_state.pth" if distributed.world_size() == 1 else f"rng_state_{distributed.rank()}.pth")
             if not file.is_file():
                 raise CheckpointError(f"{file}: is not there, so the random numbers of this rank cannot go on")
-            super()._load_rng_state(checkpoint)
+            with self._naming_what_is_no_data(file.name):
+                super()._load_rng_state(checkpoint)
             carried.restore_cuda_random_numbers(Path(checkpoint))
         else:
             carried.seed_for_other_ranks(self.args.seed, resumed.step)

@@ -205,6 +205,8 @@ def _train(job: Job, resumed: Selected | None) -> None:
             report_smoke(train_rows)
         else:
             export(job, trainer, prepared.digest, source, settled.dtype, tracking)
+            if distributed.is_main():
+                trainer.lives.committer.finish(trainer.state.best_global_step)
             end_life(job, "done", "finished", trainer.state.global_step, trainer.state.global_step, "")
         exit_code = 0
     except Stopped as stopped:

@@ -146,6 +146,8 @@ RESUME = [
     each("the first step after a resume", call(STEP, 1), 2, "interrupted"),
 ]
 END = [
+    main("before the last retention", phase("saving: retention", LAST), LAST, LAST),
+    Point("before the run is done", call("harness.run:write_outcome"), LAST, ranks=(0,)),
     each("exporting", phase("exporting", 1), LAST),
     main("before the export has its name", call("os:rename", 1, "final.incomplete"), LAST, LAST),
     main("after the export has its name", call("os:rename", 1, "final.incomplete", before=False), LAST, LAST),
