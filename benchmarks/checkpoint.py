@@ -87,7 +87,9 @@ TRIAL = Plan(SMALL, SMALL, full_saves=3, lora_saves=3, ddp_saves=3, starts=1, st
 SAVE_PARTS = {
     "saving: staging": "staging",
     "saving: weights": "writing weights",
+    "saving: FSDP's model": "writing weights",
     "saving: optimiser": "writing the optimiser",
+    "saving: FSDP's optimiser": "writing the optimiser",
     "saving: trainer state": "writing the rest",
     "saving: loss scale": "writing the rest",
     "saving: random numbers": "writing the rest",
