@@ -62,14 +62,16 @@ def command(*arguments) -> int:
 # ---- best model, early stopping, checkpoints
 
 
+OVERSHOT = (
+    *("train.max_steps=400", "train.learning_rate=0.2", "train.lr_scheduler_type=constant", "train.eval_steps=4"),
+    *("train.metric_for_best_model=eval/loss", "train.early_stopping_patience=2", "train.logging_steps=4"),
+)
+
+
 @pytest.fixture(scope="module")
 def overshot(train):
     """A run whose rate is so high that its held-out loss rises again; stopped early, with its best model exported."""
-    run, done = train(
-        "overshot",
-        *("train.max_steps=400", "train.learning_rate=0.2", "train.lr_scheduler_type=constant", "train.eval_steps=4"),
-        *("train.metric_for_best_model=eval/loss", "train.early_stopping_patience=2", "train.logging_steps=4"),
-    )
+    run, done = train("overshot", *OVERSHOT)
     assert done.code == 0, done.output
     return run
 
@@ -123,7 +125,7 @@ def test_a_run_folder_is_what_its_docstring_says(overshot):
 
 def test_a_complete_run_is_not_begun_again_and_is_left_alone(train, overshot):
     before = {path: path.stat().st_mtime_ns for path in overshot.rglob("*")}
-    _, done = train("overshot")
+    _, done = train("overshot", *OVERSHOT)
     assert done.code == 0 and "this run is complete" in done.output and "--fresh" in done.output
     assert {path: path.stat().st_mtime_ns for path in overshot.rglob("*")} == before
 
