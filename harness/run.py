@@ -98,11 +98,14 @@ class RunDir:
             run.hold()
         except OSError as error:
             raise LaunchError(f"{run.path}: no run folder can be made there: {error.strerror}; choose another output_dir") from error
-        if fresh:
-            for entry in run.path.iterdir():
-                if entry.name != LOCK:
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        write_text_atomically(run.recipe, render_recipe(recipe))
+        try:
+            if fresh:
+                for entry in run.path.iterdir():
+                    if entry.name != LOCK:
+                        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            write_text_atomically(run.recipe, render_recipe(recipe))
+        except OSError as error:
+            raise LaunchError(f"{run.path}: cannot be written: {error.strerror}; free some space, or make it writable") from error
         return run
 
     def _check_place(self) -> None:
@@ -184,11 +187,15 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old text or the new one, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def replace_folder(staging: Path, target: Path) -> None:

@@ -73,7 +73,7 @@ class Cadence:
         if self._section.every_steps:
             return f"a checkpoint every {self._section.every_steps} steps"
         if not self.is_on:
-            return "no checkpoints"
+            return "no checkpoints, but when it is told to stop"
         if self._section.every_minutes:
             return f"a checkpoint every {self._section.every_minutes:g} minutes"
         if self._save_s is None:

@@ -173,7 +173,7 @@ class Committer:
             rank, text = everywhere[0]
             self.ledger.append("save_failed", step=step, rank=rank, error=text)
             kept = f"checkpoint-{self.last_step} stands" if self.last_step is not None else "there is none yet"
-            print(f"warning: no checkpoint at step {step}: rank {rank}: {text}; the training goes on, {kept}", flush=True)
+            print(f"warning: no checkpoint at step {step}: rank {rank}: {text}; {kept}", flush=True)
         return not everywhere
 
 
@@ -197,7 +197,7 @@ def check_space(folder: Path, expected_bytes: int) -> None:
     free, needed = shutil.disk_usage(folder).free, int(SPARE * expected_bytes)
     if free < needed:
         raise CheckpointError(
-            f"{folder}: {free / 2**30:.2f} GiB are free and a checkpoint takes about {needed / 2**30:.2f} GiB; free some, or lower "
+            f"{folder}: {free / 2**20:,.1f} MiB are free and a checkpoint takes about {needed / 2**20:,.1f} MiB; free some, or lower "
             "checkpoint.keep and keep_every"
         )
 

@@ -1,6 +1,6 @@
 """The stop door: one way for a person, a signal, a test and a scheduler to have a run saved, and stopped.
 
-A file STOP in the run folder: save and leave. A file SAVE: save and go on. SIGUSR1, SIGUSR2 or SIGTERM to a rank: as STOP. What is
+A file STOP in the run folder: save and leave. A file SAVE: save and go on. SIGUSR1, SIGUSR2, SIGTERM or Ctrl-C to a rank: as STOP. What is
 written in the file is the reason that the ledger and the screen repeat. One rank that sees it is enough: all agree at the next step (the
 trainer's vote), save at the same step and leave with 75. Nothing is saved inside a signal handler; a handler only notes the signal.
 """
@@ -14,7 +14,7 @@ from harness.run import RunDir
 
 LOOK_EVERY_S = 0.5
 """Looking for a file on a shared disk can take milliseconds."""
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
@@ -27,7 +27,10 @@ class Signals:
         for number in SIGNALS:
             signal.signal(number, self._note)
 
-    def _note(self, number: int, _frame) -> None:
+    def _note(self, number: int, frame) -> None:
+        if number == signal.SIGINT == self.got:
+            # Pressed again by somebody who does not want to wait.
+            signal.default_int_handler(number, frame)
         self.got = self.got or signal.Signals(number)
 
 

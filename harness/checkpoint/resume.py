@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.checkpoint.ledger import read_ledger
 from harness.checkpoint.manifest import read_manifest
-from harness.checkpoint.selection import checkpoints
+from harness.checkpoint.selection import checkpoints, run_name
 from harness.errors import CheckpointError, LaunchError
 from harness.launcher import accumulation_steps
 from harness.recipe import Recipe
@@ -46,6 +46,8 @@ def check_continuation(run: RunDir, recipe: Recipe, backend: Backend, allowed: t
     for _, folder in saved:
         with contextlib.suppress(CheckpointError):
             manifest = read_manifest(folder)
+            if manifest.get("run") != run_name(run):
+                continue
             check_recipe(manifest, recipe, allowed)
             check_engine(manifest, backend)
             return
@@ -64,7 +66,7 @@ def check_recipe(manifest: dict, recipe: Recipe, allowed: tuple[str, ...]) -> No
             )
     changed = sorted(key for key in known if now.get(key) != then.get(key))
     problems = [
-        f"{key} = {now.get(key)}; the run was begun with {then.get(key)}"
+        f"{key} = {now.get(key)}; the checkpoint was made with {then.get(key)}"
         for key in changed
         if not any(_is_under(key, name) for name in (*FREE, *allowed))
     ]
@@ -75,9 +77,11 @@ def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...])
     """Raises LaunchError when the data or the base of `facts` is not the checkpoint's."""
     problems = []
     if facts["data"]["digest"] != manifest["data"]["digest"] and DATA not in allowed:
-        problems.append(f"{DATA}: the prepared rows are {facts['data']['digest']}; the run was begun with {manifest['data']['digest']}")
+        problems.append(
+            f"{DATA}: the prepared rows are {facts['data']['digest']}; the checkpoint was made with {manifest['data']['digest']}"
+        )
     if _identity(facts["base"]) != _identity(manifest["base"]) and BASE not in allowed:
-        problems.append(f"{BASE}: the weights of {facts['base']['name']} are not those that the run was begun with")
+        problems.append(f"{BASE}: the weights of {facts['base']['name']} are not those that the checkpoint was made with")
     _refuse(problems, manifest, _PUT_BACK)
 
 

@@ -9,9 +9,11 @@ never does): `--fresh` is the only way to begin again.
 A folder that cannot be read now counts as not whole: the run goes on unattended, and the folder can be moved back.
 """
 
+import contextlib
 import itertools
 import os
 import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +42,34 @@ def checkpoints(run_path: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), entry) for match, entry in found if match), reverse=True)
 
 
-def check_checkpoint(step: int, path: Path, verify: Verify) -> dict:
-    """The manifest of a checkpoint that is whole. Raises CheckpointError that says what is not as it was committed."""
+def check_checkpoint(step: int, path: Path, verify: Verify, run: str | None = None) -> dict:
+    """The manifest of a checkpoint that is whole, and of this run where its name is given. Raises CheckpointError that says what is not as
+    it was committed."""
     manifest = read_manifest(path)
+    if run is not None and manifest.get("run", run) != run:
+        raise CheckpointError(f"{path}: is of another run ({manifest['run']}), and was copied here; continue that run in its own folder")
     if manifest["step"] != step:
         raise CheckpointError(f"{path / MANIFEST}: is of step {manifest['step']}; a folder of step {step} was copied over or renamed")
     check_files(path, manifest, digests=verify == "digests")
     return manifest
+
+
+def run_name(run: RunDir) -> str | None:
+    """The name that the ledger gives this run, by which its checkpoints are told from those of another that were copied here."""
+    return next((event["run"] for event in read_ledger(run.ledger) if event["event"] == "run_began"), None)
+
+
+def name_run(run: RunDir, ledger: Ledger) -> str:
+    """Give the run a name when it begins. A run whose ledger was lost has the name that stands in its newest checkpoint."""
+    name = run_name(run)
+    if name is None:
+        for _, path in checkpoints(run.path):
+            with contextlib.suppress(CheckpointError):
+                name = read_manifest(path).get("run")
+                break
+        name = name or secrets.token_hex(8)
+        ledger.append("run_began", run=name)
+    return name
 
 
 def select_checkpoint(run: RunDir, ledger: Ledger, *, verify: Verify, on_progress: Callable[[str], None] | None = None) -> Selected | None:
@@ -59,7 +82,7 @@ def select_checkpoint(run: RunDir, ledger: Ledger, *, verify: Verify, on_progres
         if on_progress:
             on_progress(f"verifying {path.name}")
         try:
-            return Selected(step, path, check_checkpoint(step, path, verify))
+            return Selected(step, path, check_checkpoint(step, path, verify, run_name(run)))
         except CheckpointError as error:
             _quarantine(run, ledger, step, path, str(error))
     committed = [event["step"] for event in read_ledger(run.ledger) if event["event"] == "committed"]

@@ -87,7 +87,8 @@ def check_loaded(trainer, manifest: dict, folder: Path) -> None:
         problems.append(f"the trainer stands at step {trainer.state.global_step}")
     if trainer.lr_scheduler.last_epoch != manifest["scheduler_step"]:
         problems.append(f"the learning rate's schedule stands at {trainer.lr_scheduler.last_epoch}, not {manifest['scheduler_step']}")
-    if manifest["scheduler_step"] and not optimizer_state(trainer):
+    # There are none where every step so far was left out.
+    if manifest["has_moments"] and not optimizer_state(trainer):
         problems.append("the optimiser is empty")
     if distributed.agree(bool(problems)):
         raise CheckpointError(f"{folder}: was loaded, but {'; '.join(problems) or 'another rank does not stand where it should'}")

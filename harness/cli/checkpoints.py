@@ -9,7 +9,7 @@ import click
 
 from harness.checkpoint.ledger import Ledger, read_ledger
 from harness.checkpoint.retention import clean, delete, plan_retention, retire
-from harness.checkpoint.selection import Verify, check_checkpoint, checkpoints, quarantined
+from harness.checkpoint.selection import Verify, check_checkpoint, checkpoints, quarantined, run_name
 from harness.errors import CheckpointError, LaunchError
 from harness.recipe import load
 from harness.run import RunDir
@@ -172,7 +172,7 @@ def read_rows(folder: RunDir, verify: Verify) -> list[Row]:
 def read_row(folder: RunDir, step: int, path: Path, verify: Verify) -> Row | None:
     """None when a training has retired the checkpoint while it was read."""
     try:
-        manifest, wrong = check_checkpoint(step, path, verify), ""
+        manifest, wrong = check_checkpoint(step, path, verify, run_name(folder)), ""
     except CheckpointError as error:
         manifest, wrong = None, str(error).removeprefix(f"{path}/").removeprefix(f"{path}: ")
     try:

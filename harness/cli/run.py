@@ -182,6 +182,8 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
             if life.outcome not in _ENDED_BY:
                 failure = explain_failure(life.attempt, life.code, life.oom_kills)
                 say(f"\n{failure.text}")
+                if failure.exit_code == 1 and last_commit(run):
+                    say(f"{_place(last_commit(run))}; the same command continues")
                 return failure.exit_code
             newest = last_commit(run)
             why_not = why_no_life_follows(life, run, machines)

@@ -34,7 +34,7 @@ from harness.checkpoint import state as carried
 from harness.checkpoint import zero
 from harness.checkpoint.cadence import Cadence
 from harness.checkpoint.commit import Committer
-from harness.checkpoint.door import Door
+from harness.checkpoint.door import SIGNALS, Door
 from harness.checkpoint.selection import Selected, check_checkpoint
 from harness.data.order import EpochOrder
 from harness.errors import CheckpointError, ModelError, Stopped
@@ -142,6 +142,8 @@ class CheckpointedTrainer:
                 # transformers makes it anew from the checkpoint. How long it has waited is carried over; how long it may is the recipe's.
                 callback.early_stopping_patience = asked[0]["early_stopping_patience"]
                 callback.early_stopping_threshold = asked[0]["early_stopping_threshold"]
+        # transformers would log and evaluate as often as the checkpoint's run did.
+        self.state.compute_steps(self.args, self.state.max_steps)
         self.args.eval_on_start = False
         if {"train.metric_for_best_model", "train.greater_is_better"} & set(self.lives.facts["allowed_changes"]):
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
@@ -164,6 +166,9 @@ class CheckpointedTrainer:
 
     def create_scheduler(self, *args, **kwargs):
         scheduler = super().create_scheduler(*args, **kwargs)
+        # What the recipe asks for, before a checkpoint's own takes its place.
+        self._asked_rates = list(scheduler.base_lrs)
+        self._asked_groups = [{key: group[key] for key in group if key not in ("params", "lr")} for group in self.optimizer.param_groups]
         if self.is_deepspeed_enabled:
             engine = self.accelerator.deepspeed_engine_wrapped.engine
             self._vote_before_engine_step(engine)
@@ -175,6 +180,11 @@ class CheckpointedTrainer:
     def _load_from_checkpoint(self, *args, **kwargs):
         self.lives.report.enter("resuming: loading weights")
         return super()._load_from_checkpoint(*args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result):
+        # A tied weight is in the checkpoint under the other name.
+        if load_result.unexpected_keys or set(load_result.missing_keys) - set(self.model.all_tied_weights_keys):
+            super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is not None:
@@ -215,9 +225,20 @@ class CheckpointedTrainer:
             return
         self.lives.report.enter("resuming: comparing")
         carried.check_loaded(self, resumed.manifest, resumed.path)
+        if any(name.split(".")[0] == "train" for name in self.lives.facts["allowed_changes"]):
+            self._apply_changed_settings()
         state = carried.load_rank_state(resumed.path, resumed.manifest["world_size"])
         carried.restore_rank_state(state, self)
         self.lives.guard.load_state(state["guard"])
+
+    def _apply_changed_settings(self) -> None:
+        """Rates, decay and the like lie in the checkpoint too, and would rule there although they were changed with leave."""
+        scheduler = self.lr_scheduler
+        scheduler.base_lrs = self._asked_rates
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        for group, asked, rate, factor in zip(self.optimizer.param_groups, self._asked_groups, self._asked_rates, factors, strict=True):
+            group.update(asked, lr=rate * factor)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     # ---- training
 
@@ -568,6 +589,7 @@ class CheckpointedTrainer:
             "tokens": self._total_train_tokens,
             "data": lives.facts["data"] | data,
             "scheduler_step": self.lr_scheduler.last_epoch,
+            "has_moments": bool(carried.optimizer_state(self)),
             "evaluation_owed": self._evaluation_owed,
             "wandb": {"id": lives.tracking.wandb_id, "last_step": self._globalstep_last_logged},
         }
@@ -607,7 +629,7 @@ class _StepEnd(TrainerCallback):
 def _shield_worker(initialise, worker: int) -> None:
     """In a data worker: a SIGTERM that a scheduler sends to every process of a job would end it, and with it the rank that is about to
     save. Only its own rank's counts."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def leave_with_the_rank() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():

@@ -17,7 +17,7 @@ from harness.checkpoint.commit import Committer
 from harness.checkpoint.door import Door, Signals
 from harness.checkpoint.ledger import Ledger, read_ledger
 from harness.checkpoint.retention import clean
-from harness.checkpoint.selection import Selected, select_checkpoint
+from harness.checkpoint.selection import Selected, name_run, run_name, select_checkpoint
 from harness.embedded import resolve
 from harness.errors import HarnessError, LaunchError, Stopped
 from harness.launcher import RuledBackend, check_world, rule_backend
@@ -138,6 +138,7 @@ def continue_from(job: Job, *, must_resume: bool) -> Selected | None:
         try:
             for error in clean(job.run):
                 say(f"warning: {error}")
+            name_run(job.run, ledger)
             found = select_checkpoint(job.run, ledger, verify=job.recipe.checkpoint.verify, on_progress=job.report.enter)
             if found:
                 resume.check_recipe(found.manifest, job.recipe, job.allowed)
@@ -231,6 +232,7 @@ def facts_of(job: Job, recipe: Recipe, args, data_digest: str, source: str, mode
     base = job.recipe.model.name_or_path or job.recipe.model.init
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.world_size()
     return {
+        "run": run_name(job.run) if distributed.is_main() else None,
         "global_batch": global_batch,
         "accumulation": args.gradient_accumulation_steps,
         "micro_batch": args.per_device_train_batch_size,
@@ -507,7 +509,7 @@ def build_callbacks(job: Job, model, history: list[dict], resumed: Selected | No
         resumed_from=resumed.step if resumed else None,
         exact=resumed is not None and is_exact(job, resumed.manifest),
         # From the data on that this life passes over and the last one did not, it is another run.
-        compare_until=min((first - 1 for first, last in windows_of(history) if resumed and last > resumed.step), default=None),
+        compare_until=min((first - 1 for first, last in windows_of(history) if last > (resumed.step if resumed else 0)), default=None),
         alarm=lambda step, key, was, now: ledger.append("replay_differs", step=step, key=key, was=was, now=now),
     )
     callbacks = [throughput, tracking, ProgressCallback(distributed.is_main())]

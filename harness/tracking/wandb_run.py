@@ -110,7 +110,10 @@ def load_run_id(run_folder: Path) -> str:
     """The id in the folder's wandb.json; in the first life it is made and written, before anything is recorded under it."""
     path = Path(run_folder) / ID_FILE
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))["id"]
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["id"]
+        except (ValueError, KeyError, TypeError):
+            logger.warning("W&B: %s holds no id; this run gets a new one", path)
     run_id = secrets.token_hex(4)
     write_text_atomically(path, json.dumps({"id": run_id}) + "\n")
     return run_id

@@ -59,4 +59,4 @@ def test_auto_measures_its_first_save_and_says_what_it_made_of_it():
 
 def test_without_auto_and_interval_nothing_is_ever_due():
     cadence = Cadence(Checkpoint(auto=False), 1, now=0)
-    assert not cadence.is_on and not cadence.is_due(1, 1e9) and cadence.describe() == "no checkpoints"
+    assert not cadence.is_on and not cadence.is_due(1, 1e9) and cadence.describe() == "no checkpoints, but when it is told to stop"

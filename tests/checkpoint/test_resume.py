@@ -38,8 +38,8 @@ def test_every_changed_field_is_named_with_both_values_and_the_ways_out():
     then, now = load(RECIPE), load(RECIPE, ["train.learning_rate=0.5", "model.lora.r=3"])
     text = refused(check_recipe, manifest_of(then), now, ())
     assert "checkpoint-8" in text
-    assert f"train.learning_rate = 0.5; the run was begun with {then.train.learning_rate}" in text
-    assert f"model.lora.r = 3; the run was begun with {then.model.lora.r}" in text
+    assert f"train.learning_rate = 0.5; the checkpoint was made with {then.train.learning_rate}" in text
+    assert f"model.lora.r = 3; the checkpoint was made with {then.model.lora.r}" in text
     assert "--allow-change KEY" in text and "--fresh" in text
 
 
@@ -76,7 +76,7 @@ def test_other_data_and_another_base_are_refused_unless_named():
     manifest = manifest_of(load(RECIPE))
     facts = {"data": {"digest": "d2"}, "base": {"name": "other", "digest": "w2"}}
     text = refused(check_facts, manifest, facts, ())
-    assert "data: the prepared rows are d2; the run was begun with d1" in text and "base: the weights of other" in text
+    assert "data: the prepared rows are d2; the checkpoint was made with d1" in text and "base: the weights of other" in text
     check_facts(manifest, facts, ("data", "base"))
 
 

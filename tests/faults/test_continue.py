@@ -1,6 +1,7 @@
 """A run that goes on with other settings than it was begun with: what is taken up, what is recorded, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 from lives import Run
@@ -81,3 +82,45 @@ def test_no_checkpoint_is_made_of_a_step_that_was_left_out(tmp_path):
     run.live()
     assert [event["step"] for event in run.events("skipped_step")] == [3, 4]
     assert [step for step, _ in run.committed()] == [1, 2, 5, 6]
+
+
+SHOW_DECAY = """
+def around(training_step):
+    def shown(trainer, *args, **kwargs):
+        keep("decay", {"decay": trainer.optimizer.param_groups[0]["weight_decay"]})
+        return training_step(trainer, *args, **kwargs)
+    return shown
+wrap("harness.tasks.trainer:HarnessTrainer.training_step", around)
+"""
+
+
+@pytest.mark.parametrize("backend", ["single", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_a_changed_rate_and_decay_rule_from_the_next_step_on(backend, tmp_path):
+    constant = (*SHORT, "train.lr_scheduler_type=constant")
+    run = Run(tmp_path, *constant, backend=backend)
+    run.live()
+    run.overrides = (*constant, "train.max_steps=8", "train.learning_rate=1e-4", "train.weight_decay=0.25")
+    life = run.live(SHOW_DECAY, allowed=["train.max_steps", "train.learning_rate", "train.weight_decay"])
+    assert [{float.fromhex(rate) for rate in record["lr"]} for record in life.records("steps", 0)] == [{1e-4}] * 2
+    assert {record["decay"] for record in life.records("decay", 0)} == {0.25}
+
+
+def test_a_checkpoint_of_another_run_is_not_taken_for_ones_own(tmp_path):
+    other = Run(tmp_path / "other", *SHORT, "train.seed=7", "train.max_steps=8", backend="single")
+    other.live()
+    run = Run(tmp_path / "own", *SHORT, backend="single")
+    run.start(die_in_phase(0, "saving: staging", 3)).wait()
+    shutil.copytree(other.path / "checkpoint-8", run.path / "checkpoint-8")
+    run.live()
+    assert [event["resumed_from"] for event in run.events("life_began")] == [None, 4]
+    assert "is of another run" in run.events("quarantined")[0]["reason"]
+
+
+def test_a_run_whose_first_steps_were_all_left_out_goes_on_although_its_optimiser_is_empty(tmp_path):
+    run = Run(tmp_path, *SHORT, "guard.max_skips=1", backend="single", inject=BAD.replace("(3, 4)", "(1, 2)"))
+    assert run.start().wait() == [75]
+    run.inject = ""
+    run.start(die_in_phase(0, "saving: staging", 2)).wait()
+    assert run.committed() == [(2, "interval")] and not run.manifest(2)["has_moments"]
+    run.live()
+    assert run.committed()[-1] == (6, "end")
