@@ -119,10 +119,10 @@ def test_a_run_without_checkpoints_says_why(run):
 
 
 def test_a_checkpoint_that_a_training_retires_while_it_is_read_is_not_called_broken(four, monkeypatch):
-    def check(step, path, verify):
+    def check(step, path, verify, run):
         if step == 10 and path.exists():
             shutil.rmtree(path)
-        return check_checkpoint(step, path, verify)
+        return check_checkpoint(step, path, verify, run)
 
     monkeypatch.setattr("harness.cli.checkpoints.check_checkpoint", check)
     output, code = ask("verify", four)
