@@ -133,7 +133,7 @@ if RANK == 0:
         return json.loads((Path(path) / "ledger.jsonl").read_text().splitlines()[-1])["bytes"]
     shutil.disk_usage = disk_usage
 """
-    check_one_save_failed(run, "ddp", 0, fault, "GiB are free and a checkpoint takes about")
+    check_one_save_failed(run, "ddp", 0, fault, "MiB are free and a checkpoint takes about")
 
 
 def test_a_commit_whose_name_may_not_be_on_the_disk_does_not_count_and_does_not_stand_in_the_way(tmp_path):

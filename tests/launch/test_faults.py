@@ -83,7 +83,9 @@ def test_the_last_thing_on_the_screen_is_the_first_failing_ranks_own_error(fault
 def test_a_killed_rank_is_named_with_its_phase_and_not_the_one_that_lost_its_peer(fault, tmp_path):
     run = tmp_path / "run"
     path = fault(KILLED)
-    done = harness("run", write_recipe(tmp_path), f"output_dir={run}", "train.max_steps=5000", "--processes", 2, PYTHONPATH=path)
+    # No evaluation comes between the phase that is waited for and the kill.
+    steps = ("train.max_steps=5000", "train.eval_steps=5000")
+    done = harness("run", write_recipe(tmp_path), f"output_dir={run}", *steps, "--processes", 2, PYTHONPATH=path)
     assert done.code == 1
     words = last_words(done.output)
     assert f"ended without an error of its own: rank 1 on {os.uname().nodename}" in words and "while training" in words
