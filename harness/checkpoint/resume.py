@@ -20,9 +20,8 @@ from harness.run import RunDir
 FREE = (
     "output_dir backend tracking checkpoint guard watchdog data train.per_device_train_batch_size train.per_device_eval_batch_size "
     "train.gradient_accumulation_steps train.global_batch_size train.gradient_checkpointing train.gradient_checkpointing_kwargs "
-    "train.logging_steps train.eval_strategy train.eval_steps train.eval_on_start "
-    " train.dataloader_num_workers train.ddp_timeout train.use_liger_kernel "
-    "train.torch_compile model.attn_implementation model.trust_remote_code"
+    "train.logging_steps train.eval_strategy train.eval_steps train.eval_on_start train.dataloader_num_workers train.ddp_timeout "
+    "train.use_liger_kernel train.torch_compile model.attn_implementation model.trust_remote_code"
 ).split()
 """Fields that may change freely: they do not decide what the weights become (but for rounding), or something else is compared in their
 place: the prepared data, the engine, the global batch."""
@@ -64,13 +63,18 @@ def check_recipe(manifest: dict, recipe: Recipe, allowed: tuple[str, ...]) -> No
                 f"--allow-change {name}: no such setting; give the dotted name of a recipe's field (train.learning_rate), "
                 f"or {DATA}, {GLOBAL_BATCH}, {BASE}"
             )
-    changed = sorted(key for key in known if now.get(key) != then.get(key))
     problems = [
         f"{key} = {now.get(key)}; the checkpoint was made with {then.get(key)}"
-        for key in changed
+        for key in changed_fields(manifest, recipe)
         if not any(_is_under(key, name) for name in (*FREE, *allowed))
     ]
     _refuse(problems, manifest, _PUT_BACK)
+
+
+def changed_fields(manifest: dict, recipe: Recipe) -> list[str]:
+    """The dotted names of what is otherwise in `recipe` than in the one that the checkpoint was made with."""
+    now, then = flatten(recipe.model_dump(mode="json")), flatten(manifest["recipe"])
+    return sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
 
 
 def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...]) -> None:

@@ -70,6 +70,8 @@ class Lives:
     """What every manifest of this life says alike."""
     tracking: "TrackingCallback"
     resumed: Selected | None = None
+    changed: frozenset[str] = frozenset()
+    """The recipe's fields that are otherwise than at the checkpoint that this life began from."""
     stopping: bool = False
     reasons: set[str] = field(default_factory=set)
     """Why the next checkpoint is made."""
@@ -84,7 +86,7 @@ class CheckpointedTrainer:
         self._staging: Path | None = None
         self._write_errors: list[Exception] = []
         self._evaluation_owed = bool(lives.resumed and lives.resumed.manifest["evaluation_owed"])
-        self._epoch_ends_with_save = self._begun = self._skipped = False
+        self._epoch_ends_with_save = self._begun = self._skipped = self._within_step = False
         self._left_out_of_log, self._loss_before_step, self._counts_before_step = 0, 0.0, {}
         self._random_numbers_restored = lives.resumed is None
         self.add_callback(_StepEnd(self))
@@ -111,9 +113,8 @@ class CheckpointedTrainer:
         resumed = self.lives.resumed
         if resumed is None or resumed.manifest["reason"] != "end" or self.state.global_step != resumed.step:
             return False
-        return resumed.step < resumed.manifest["max_steps"] and not any(
-            "early_stopping" in name for name in self.lives.facts["allowed_changes"]
-        )
+        patience = {"train.early_stopping_patience", "train.early_stopping_threshold"}
+        return resumed.step < resumed.manifest["max_steps"] and not patience & self.lives.changed
 
     # ---- data
 
@@ -145,7 +146,7 @@ class CheckpointedTrainer:
         # transformers would log and evaluate as often as the checkpoint's run did.
         self.state.compute_steps(self.args, self.state.max_steps)
         self.args.eval_on_start = False
-        if {"train.metric_for_best_model", "train.greater_is_better"} & set(self.lives.facts["allowed_changes"]):
+        if {"train.metric_for_best_model", "train.greater_is_better"} & self.lives.changed:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         if self.state.best_global_step is not None:
             self.state.best_model_checkpoint = self._path_of_best()
@@ -225,7 +226,7 @@ class CheckpointedTrainer:
             return
         self.lives.report.enter("resuming: comparing")
         carried.check_loaded(self, resumed.manifest, resumed.path)
-        if any(name.split(".")[0] == "train" for name in self.lives.facts["allowed_changes"]):
+        if any(name.startswith("train.") for name in self.lives.changed):
             self._apply_changed_settings()
         state = carried.load_rank_state(resumed.path, resumed.manifest["world_size"])
         carried.restore_rank_state(state, self)
@@ -289,7 +290,7 @@ class CheckpointedTrainer:
         return loss
 
     def _is_first_micro_batch(self) -> bool:
-        first = not getattr(self, "_within_step", False)
+        first = not self._within_step
         self._within_step = not self.accelerator.sync_gradients
         return first
 
@@ -556,7 +557,7 @@ class CheckpointedTrainer:
             if self.is_deepspeed_enabled:
                 adapter_only = hasattr(self.model, "peft_config")
                 self._write_errors += zero.save_engine(self.model_wrapped, Path(output_dir), adapter_only=adapter_only)
-            elif self.is_fsdp_enabled:
+            else:
                 plugin, options = self.accelerator.state.fsdp_plugin, get_fsdp_ckpt_kwargs()
                 # Each gathers from all ranks before rank 0 writes: one that fails to write must still come to the other.
                 with self._remembering("saving: FSDP's model"):

@@ -484,6 +484,7 @@ def build_lives(job: Job, recipe: Recipe, model, order, facts: dict, history: li
         facts=facts,
         tracking=tracking,
         resumed=resumed,
+        changed=frozenset(resume.changed_fields(resumed.manifest, job.recipe) if resumed else ()),
     )
 
 

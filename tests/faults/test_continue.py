@@ -38,6 +38,11 @@ def test_more_patience_trains_on_after_early_stopping_and_the_same_patience_does
     run.overrides = (*overshot, "train.early_stopping_patience=4")
     life = run.live(allowed=["train.early_stopping_patience"])
     assert len(life.records("steps", 0)) >= 3
+    # What was allowed once is the run's own from then on: its second end is an end again, and its best model still the best.
+    best = json.loads((run.path / "final" / "harness.json").read_text())["step"]
+    (run.path / "final").rename(tmp_path / "exported-again")
+    assert run.live().records("steps", 0) == []
+    assert json.loads((run.path / "final" / "harness.json").read_text())["step"] == best
 
 
 # An evaluation is worse the later it is.
