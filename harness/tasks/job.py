@@ -5,27 +5,23 @@
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from harness import distributed
 from harness.checkpoint import resume
-from harness.checkpoint.cadence import Cadence
-from harness.checkpoint.commit import Committer
-from harness.checkpoint.door import Door, Signals
+from harness.checkpoint.door import Signals
 from harness.checkpoint.ledger import Ledger, read_ledger
-from harness.checkpoint.retention import clean
-from harness.checkpoint.selection import Selected, name_run, run_name, select_checkpoint
+from harness.checkpoint.selection import Selected
 from harness.embedded import resolve
-from harness.errors import HarnessError, LaunchError, Stopped
+from harness.errors import LaunchError, Stopped
 from harness.launcher import RuledBackend, check_world, rule_backend
 from harness.logs import open_log
 from harness.operators import announce_compiling, release_abandoned_locks
 from harness.recipe import Recipe, recipe_digest
 from harness.recipe.backend import Backend
-from harness.run import RankReport, RunDir, git_commit, library_versions, rank_reports, write_outcome, write_text_atomically
+from harness.run import RankReport, RunDir, rank_reports, write_outcome, write_text_atomically
+from harness.tasks.lives import RolledBack, build_lives, continue_from, end_life, facts_of, is_exact, leave_early
 from harness.watchdog import register_stack_dump
 
 PREPARED_POLL_S = 0.5
@@ -130,39 +126,11 @@ def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
         )
 
 
-def continue_from(job: Job, *, must_resume: bool) -> Selected | None:
-    """The checkpoint that this life begins from, None for the beginning. Rank 0 chooses and verifies, and all hear of it."""
-    found, problem = None, None
-    if distributed.is_main() and not job.smoke:
-        ledger = Ledger(job.run.ledger, job.attempt)
-        try:
-            for error in clean(job.run):
-                say(f"warning: {error}")
-            name_run(job.run, ledger)
-            found = select_checkpoint(job.run, ledger, verify=job.recipe.checkpoint.verify, on_progress=job.report.enter)
-            if found:
-                resume.check_recipe(found.manifest, job.recipe, job.allowed)
-                resume.check_engine(found.manifest, job.backend)
-            elif must_resume:
-                raise LaunchError(f"{job.run.path}: holds no checkpoint to continue from; leave --resume out to begin")
-            elif job.allowed:
-                raise LaunchError(
-                    f"--allow-change {job.allowed[0]}: there is no checkpoint that it could differ from; leave it out to begin"
-                )
-        except HarnessError as error:
-            problem = error
-    found, problem = distributed.broadcast_object((found, problem))
-    if problem:
-        raise problem
-    return found
-
-
 def _train(job: Job, resumed: Selected | None) -> None:
     job.report.enter("importing libraries")
     from harness.model import check_positions, load_tokenizer
     from harness.tasks import sft
     from harness.tasks.arguments import eval_strategy, training_arguments
-    from harness.tasks.checkpointing import RolledBack
     from harness.tasks.export import export
     from harness.tracking.progress import ProgressCallback
 
@@ -223,56 +191,6 @@ def _train(job: Job, resumed: Selected | None) -> None:
             if isinstance(callback, ProgressCallback):
                 callback.close()
         tracking.finish(exit_code)
-
-
-def facts_of(job: Job, recipe: Recipe, args, data_digest: str, source: str, model, resumed: Selected | None) -> dict[str, Any]:
-    """What every manifest of this life says alike; `recipe` is the one that is trained, the job's the one that was asked for."""
-    from harness.model.export import digest_base
-
-    base = job.recipe.model.name_or_path or job.recipe.model.init
-    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.world_size()
-    return {
-        "run": run_name(job.run) if distributed.is_main() else None,
-        "global_batch": global_batch,
-        "accumulation": args.gradient_accumulation_steps,
-        "micro_batch": args.per_device_train_batch_size,
-        "world_size": distributed.world_size(),
-        "backend": job.backend.name,
-        "engine": resume.engine_of(job.backend),
-        "seed": recipe.train.seed,
-        "recipe_digest": recipe_digest(job.recipe),
-        "recipe": job.recipe.model_dump(mode="json"),
-        "allowed_changes": sorted({*(resumed.manifest["allowed_changes"] if resumed else ()), *job.allowed}),
-        "versions": library_versions(),
-        "python": sys.version.split()[0],
-        "git_commit": git_commit() if distributed.is_main() else None,
-        "base": distributed.broadcast_object(
-            {
-                "name": base,
-                "revision": getattr(model.config, "_commit_hash", None) or job.recipe.model.revision,
-                "digest": digest_base(source) if distributed.is_main() else None,
-            }
-        ),
-        "data": {"digest": data_digest},
-    }
-
-
-def leave_early(job: Job, trainer) -> None:
-    """Raises Stopped, after saying how far the run came."""
-    step, kept = trainer.state.global_step, trainer.lives.committer.last_step
-    reason = next(filter(None, distributed.gather_objects(trainer.lives.door.reason)))
-    job.report.enter("leaving")
-    if distributed.is_main():
-        trainer.lives.door.stopped(job.report.attempt)
-    end_life(job, "stopped", "stopped", step, kept, reason)
-    saved = f"checkpoint-{kept} is whole" if kept else "nothing was saved" if step else "nothing was trained yet"
-    raise Stopped(f"stopped at step {step} ({reason}); {saved}; the same command continues")
-
-
-def end_life(job: Job, outcome: str, event: str, step: int, checkpoint: int | None, reason: str) -> None:
-    if distributed.is_main():
-        Ledger(job.run.ledger, job.attempt).append(event, step=step, reason=reason)
-        write_outcome(job.report.attempt, outcome, step=step, checkpoint=checkpoint, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -452,42 +370,6 @@ def build_trainer(
     return trainer, tracking
 
 
-def build_lives(job: Job, recipe: Recipe, model, order, facts: dict, history: list[dict], resumed: Selected | None, tracking):
-    """history: the run's ledger before this life."""
-    from harness.guard import Guard, windows_of
-    from harness.tasks.checkpointing import Lives
-
-    ledger, world_size = Ledger(job.run.ledger, job.attempt), distributed.world_size()
-    if distributed.is_main() and not job.smoke:
-        resumed_from = resumed.step if resumed else None
-        ledger.append("life_began", world_size=world_size, backend=job.backend.name, resumed_from=resumed_from, allowed=list(job.allowed))
-    # Weights and two moments, under DeepSpeed with a master, all in 32 bit; the last commit is a better guess.
-    sharded = 12 if job.backend.kind == "deepspeed" else 0
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    guess = sum(getattr(weight, "ds_numel", weight.numel()) * (sharded or 2 * weight.element_size()) for weight in trained)
-    guess += sum(getattr(weight, "ds_numel", weight.numel()) * weight.element_size() for weight in trained)
-    return Lives(
-        committer=Committer(
-            job.run,
-            recipe.checkpoint,
-            ledger,
-            job.attempt,
-            job.report.enter,
-            expected_bytes=[guess, *(event["bytes"] for event in history if event["event"] == "committed")][-1],
-            last_step=resumed.step if resumed else None,
-        ),
-        cadence=Cadence(recipe.checkpoint, world_size, time.monotonic()),
-        door=Door(job.signals, job.run if distributed.is_main() else None),
-        guard=Guard(recipe.guard, fp16=recipe.train.fp16, rolled_back=windows_of(history)),
-        order=order,
-        report=job.report,
-        facts=facts,
-        tracking=tracking,
-        resumed=resumed,
-        changed=frozenset(resume.changed_fields(resumed.manifest, job.recipe) if resumed else ()),
-    )
-
-
 def build_callbacks(job: Job, model, history: list[dict], resumed: Selected | None):
     """(callbacks, tracking, throughput); tracking last, so that it records what the others add to a log line."""
     from transformers import EarlyStoppingCallback
@@ -517,20 +399,6 @@ def build_callbacks(job: Job, model, history: list[dict], resumed: Selected | No
     if recipe.train.early_stopping_patience and not job.smoke:
         callbacks.append(EarlyStoppingCallback(recipe.train.early_stopping_patience, recipe.train.early_stopping_threshold))
     return callbacks, tracking, throughput
-
-
-def is_exact(job: Job, manifest: dict) -> bool:
-    """Whether the steps since the checkpoint come out to the last bit as they did before."""
-    import torch
-
-    same = (
-        manifest["world_size"] == distributed.world_size()
-        and manifest["backend"] == job.backend.name
-        and manifest["micro_batch"] == job.recipe.train.per_device_train_batch_size
-        and manifest["versions"] == library_versions()
-    )
-    # Kernels on a GPU add in whichever order they come to.
-    return same and not job.allowed and (job.recipe.train.full_determinism or not torch.cuda.is_available())
 
 
 def _on_train_begin(act):

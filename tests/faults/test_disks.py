@@ -53,7 +53,7 @@ if RANK == {rank}:
                 {begin}
             return write(trainer, model, trial, folder)
         return called
-    wrap("harness.tasks.checkpointing:CheckpointedTrainer._write", around)
+    wrap("harness.tasks.saving:SavingTrainer._write", around)
     def around(commit):
         def called(committer, step, *args):
             kept = commit(committer, step, *args)

@@ -18,7 +18,7 @@ from harness.recipe.schema import Checkpoint
 from harness.run import RankReport
 from harness.tasks import sft
 from harness.tasks.arguments import eval_strategy, training_arguments
-from harness.tasks.checkpointing import Lives
+from harness.tasks.lives import Lives
 from harness.tasks.trainer import pad_for_ranks
 from harness.tracking.throughput import Throughput
 
