@@ -6,6 +6,7 @@
     ├── ModelError          1   the model, its tokenizer or its adapter is not what the recipe says
     ├── CheckpointError     1   something saved is missing, torn or not what it claims to be
     ├── EvaluationError     1   a model cannot be measured as asked
+    ├── ClusterError        1   Slurm or a node does not do what it should
     ├── Stopped            75   ended early on purpose, and can be continued by the same command
     └── LaunchError         2   ranks, backend, run folder and machine do not fit together; asking again in the same way cannot help
 
@@ -37,6 +38,10 @@ class CheckpointError(HarnessError):
 
 
 class EvaluationError(HarnessError):
+    pass
+
+
+class ClusterError(HarnessError):
     pass
 
 
