@@ -41,7 +41,7 @@ from pathlib import Path
 
 from harness import __version__
 from harness.errors import HarnessError, LaunchError
-from harness.recipe import Recipe, recipe_digest, render_recipe
+from harness.recipe import Recipe, load, recipe_digest, render_recipe
 
 LOCK = ".lock"
 OURS = re.compile(
@@ -152,6 +152,11 @@ class RunDir:
                 print(f"{request}: left from an earlier start; removed", flush=True)
         attempt = self.attempt((self.attempts() or [0])[-1] + 1)
         attempt.mkdir(parents=True)
+        link = attempt.with_name("latest")
+        # Beside it first: at no time does the name lead nowhere.
+        link.with_name(".latest").unlink(missing_ok=True)
+        link.with_name(".latest").symlink_to(attempt.name)
+        os.replace(link.with_name(".latest"), link)
         return attempt
 
     def attempt(self, number: int) -> Path:
@@ -228,6 +233,36 @@ def git_commit() -> str | None:
     if commit and git("status", "--porcelain", "--untracked-files=no"):
         commit += "+changes"
     return commit
+
+
+# ---- a STOP file
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """What stands in a STOP file: a reason, and on a line of its own `deadline: UNIX_SECONDS`, after which nobody waits for the save."""
+
+    reason: str
+    deadline: float | None = None
+
+    @classmethod
+    def read(cls, file: Path) -> "StopRequest | None":
+        """None when there is no file. A person may write anything into it, or nothing."""
+        try:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return cls(f"{file.name} file ({error.strerror})")
+        dated = [line for line in lines if re.fullmatch(r"deadline: \d+(\.\d+)?", line)]
+        reason = " ".join(" ".join(line for line in lines if line not in dated).split())
+        return cls(reason or f"{file.name} file", float(dated[0].split()[1]) if dated else None)
+
+    def write(self, file: Path) -> None:
+        """Unless there is one: the first reason counts, and its deadline."""
+        if not file.exists():
+            deadline = "" if self.deadline is None else f"deadline: {self.deadline:.0f}\n"
+            write_text_atomically(file, f"{self.reason}\n{deadline}")
 
 
 # ---- what a rank is doing, and what it says when it fails
@@ -364,3 +399,11 @@ def read_outcome(attempt: Path | None) -> dict | None:
     """How an attempt ended, None when nobody could say it: its ranks failed or were killed."""
     path = attempt / "outcome.json" if attempt else None
     return json.loads(path.read_text()) if path and path.is_file() else None
+
+
+def is_complete(run: RunDir, recipe: Recipe) -> bool:
+    """Whether this very recipe has been trained to its end and exported."""
+    ends = (read_outcome(run.attempt(number)) for number in reversed(run.attempts()))
+    outcome = next(filter(None, ends), None)
+    done = outcome is not None and outcome["outcome"] == "done" and run.final.is_dir()
+    return done and recipe_digest(load(run.recipe)) == recipe_digest(recipe)

@@ -24,7 +24,7 @@ LAYERS = [
     {"embedded"},
     {"data", "model"},
     {"teacher", "checkpoint", "tracking", "evaluate"},
-    {"tasks"},
+    {"tasks", "life"},
     {"rank", "cluster", "cli"},
     {"__main__"},
 ]
@@ -63,6 +63,7 @@ LIGHT = {
     "guard",
 } | {
     "embedded",
+    "life",
     "checkpoint",
     "cluster",
     "cli",

@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 
-from harness.run import RunDir
+from harness.run import RunDir, StopRequest
 
 LOOK_EVERY_S = 0.5
 """Looking for a file on a shared disk can take milliseconds."""
@@ -71,9 +71,5 @@ class Door:
 
 def _reason(file: Path) -> str | None:
     """What stands in it, its name if nothing does, None if it is not there."""
-    try:
-        return " ".join(file.read_text(encoding="utf-8", errors="replace").split()) or f"{file.name} file"
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return f"{file.name} file ({error.strerror})"
+    request = StopRequest.read(file)
+    return request and request.reason

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from harness.checkpoint.door import LOOK_EVERY_S, SIGNALS, Door, Signals
-from harness.run import RunDir
+from harness.run import RunDir, StopRequest
 
 
 @pytest.fixture
@@ -39,6 +39,16 @@ def test_a_stop_file_is_seen_with_its_reason_and_does_not_stop_the_next_life(run
     door.stopped(run.attempt(1))
     assert not run.stop.exists() and (run.attempt(1) / "STOP").read_text().startswith("the node")
     assert Door(Signals(), run).look() == (False, False)
+
+
+def test_the_deadline_of_a_stop_file_is_no_part_of_the_reason_and_the_first_request_stands(run):
+    StopRequest("preempted", deadline=1700000000.4).write(run.stop)
+    StopRequest("time limit", deadline=1800000000).write(run.stop)
+    assert StopRequest.read(run.stop) == StopRequest("preempted", 1700000000)
+    door = Door(Signals(), run)
+    assert door.look() == (True, False) and door.reason == "preempted"
+    run.stop.write_text("deadline: tomorrow\n")  # a person's words
+    assert StopRequest.read(run.stop) == StopRequest("deadline: tomorrow")
 
 
 def test_an_empty_save_file_is_enough_and_each_is_honoured_once(run):

@@ -383,12 +383,12 @@ def open_run(request: dict) -> tuple[Path, Path]:
     """(the recipe's file, the attempt's folder): what harness.cli.run does before it starts the ranks."""
     import harness.run
     from harness.checkpoint.resume import check_continuation
-    from harness.cli.run import is_complete, prepare
+    from harness.cli.run import prepare
     from harness.errors import LaunchError
     from harness.launcher import check_world
     from harness.recipe import load
     from harness.recipe.backend import load_backend
-    from harness.run import RunDir
+    from harness.run import RunDir, is_complete
 
     recipe = load(request["recipe"], request["overrides"])
     check_world(recipe, load_backend(recipe.backend), request["world"])
@@ -495,8 +495,8 @@ def be_rank(rank: int, request: dict, recipe_file: Path, attempt: Path, port: in
 
     import harness.rank
     import harness.tasks.job
-    from harness.cli.run import rank_environment
     from harness.launcher import Machines
+    from harness.life import rank_environment
 
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -20,7 +20,7 @@ from harness.checkpoint.ledger import read_ledger
 from harness.errors import HarnessError, LaunchError
 from harness.launcher import Machines
 from harness.recipe import load
-from harness.run import RunDir, rank_reports, read_outcome
+from harness.run import RunDir, StopRequest, rank_reports, read_outcome
 from harness.watchdog import process_state
 
 # What a life does is the K-th word of the arguments that follow --recipe FILE.
@@ -67,7 +67,7 @@ def lives(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("harness.watchdog.STACKS_S", 0.0)
 
     def live(*what, machines=None, most_lives=3):
-        monkeypatch.setattr(verb, "plan_launch", lambda *_: [sys.executable, "-c", RANKS, "--recipe", "FILE", str(run.path), *what])
+        monkeypatch.setattr("harness.life.plan_launch", lambda *_: [sys.executable, "-c", RANKS, "--recipe", "FILE", str(run.path), *what])
         code = verb.supervise(recipe, run, machines or Machines(1), [], most_lives=most_lives)
         captured = capfd.readouterr()
         return code, captured.out + captured.err, run
@@ -147,7 +147,7 @@ def test_where_no_stop_file_can_be_made_the_ranks_are_ended(lives, monkeypatch):
     def refuse(path, _):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(verb, "write_text_atomically", refuse)
+    monkeypatch.setattr(StopRequest, "write", refuse)
     send(signal.SIGINT, 0.5)
     code, said, _ = lives("hangs")
     assert code == 130 and "No space left on device" in said
