@@ -1,4 +1,5 @@
-"""What to say when ranks have failed: the first failing rank's own error, its host, rank and phase; not the launcher's ChildFailedError."""
+"""What to say when ranks have failed: the first failing rank's own error, its host, rank and phase; not the launcher's ChildFailedError.
+And whether it is worth another try."""
 
 import re
 import signal
@@ -14,10 +15,26 @@ _ECHO = re.compile(
 )
 
 
+# What another try may not meet again: a card, a link, a disk or a node, and not the recipe, the data or the code.
+_MACHINE = re.compile(
+    r"(?i)nccl(System|Remote|Internal)Error|NCCL error|uncorrectable ECC|unspecified launch failure|CUDA error: (unknown error|the launch "
+    r"timed out|all CUDA-capable devices are busy)|CUDA driver initialization failed|Stale file handle|Transport endpoint is not connected"
+    r"|Input/output error|Address already in use|EADDRINUSE|fell off the bus"
+)
+
+
 @dataclass(frozen=True)
 class Failure:
     exit_code: int
     text: str
+    may_pass: bool = True
+    """Whether the same command may do better: a rank was killed, or a machine failed. An error in recipe, data or code stays."""
+
+    @property
+    def summary(self) -> str:
+        """Its last line that says something, for places that take one line."""
+        lines = [line for line in self.text.splitlines() if line.strip() and not line.startswith("(logs:")]
+        return lines[-1].strip() if lines else ""
 
 
 def explain_failure(attempt: Path | None, launcher_code: int, oom_kills: int = 0) -> Failure:
@@ -37,7 +54,9 @@ def explain_failure(attempt: Path | None, launcher_code: int, oom_kills: int = 0
     if own or (errors and not silent):
         error = (own or errors)[0]
         what = error["traceback"].rstrip() or f"{error['type']}: {error['message']}"
-        return Failure(error["exit_code"], f"{_who(error)} failed while {error['phase']}:\n{what}\n{logs}")
+        text = f"{_who(error)} failed while {error['phase']}:\n{what}\n{logs}"
+        may_pass = not own or (error["traceback"] != "" and bool(_MACHINE.search(f"{error['type']}: {error['message']}")))
+        return Failure(error["exit_code"], text, may_pass)
     if silent:
         ranks = "; ".join(f"{_who(report)} (pid {report['pid']}) while {report['phase']}" for report in silent)
         return Failure(1, f"ended without an error of its own: {ranks}\n{_end_text(launcher_code, oom_kills)}\n{logs}")

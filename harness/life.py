@@ -146,6 +146,11 @@ def last_commit(run: RunDir) -> int | None:
     return max((event["step"] for event in read_ledger(run.ledger) if event["event"] == "committed"), default=None)
 
 
+def place(checkpoint: int | None) -> str:
+    """Where a run stands, for people; `checkpoint` is the step of its last commit."""
+    return "no checkpoint was made yet" if checkpoint is None else f"the newest checkpoint is checkpoint-{checkpoint}"
+
+
 def record_hang(hang: Hang, watchdog: Watchdog, run: RunDir, attempt: Path | None, *, first_machine: bool) -> None:
     """Say on the screen, in hang.txt, the ledger and outcome.json what stands still. A full disk keeps nobody from ending it."""
     say(f"\nhang: {hang.text}")

@@ -90,3 +90,24 @@ def test_ranks_that_stopped_on_purpose_are_no_failure_even_if_they_could_not_say
         report.stopped("SIGUSR1")
     failure = explain_failure(tmp_path, 1)
     assert failure.exit_code == 75 and "stopped on purpose: SIGUSR1" in failure.text
+
+
+def test_another_try_is_worth_it_after_a_death_or_a_machines_failure_and_not_after_an_error_of_the_run(tmp_path):
+    def failure(number, *reports):
+        attempt = tmp_path / str(number)
+        ranks = [RankReport(rank, attempt) for rank in range(2)]
+        for rank in ranks:
+            rank.enter("training")
+        for rank, error in reports:
+            fail(ranks[rank], error) if error else ranks[rank].enter("finished")
+        return explain_failure(attempt, 1)
+
+    assert failure(1).may_pass  # both were killed
+    assert failure(2, (0, RuntimeError("Connection closed by peer"))).may_pass
+    assert failure(3, (0, RuntimeError("Connection closed by peer")), (1, None)).may_pass
+    assert failure(4, (0, RuntimeError("CUDA error: uncorrectable ECC error encountered"))).may_pass
+    assert failure(5, (0, OSError(116, "Stale file handle"))).may_pass
+    for number, error in enumerate((DataError("Input/output error"), ZeroDivisionError("division by zero"), KeyError("labels")), start=6):
+        assert not failure(number, (1, error), (0, RuntimeError("Connection closed by peer"))).may_pass
+    assert failure(9, (0, RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))).summary.endswith("Tried to allocate 2.00 GiB")
+    assert not failure(10, (0, RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))).may_pass

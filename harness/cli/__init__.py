@@ -15,10 +15,13 @@ VERBS = {
     "prepare": "Tokenise a recipe's data once, on a CPU.",
     "preview": "Show a few rows with the trained tokens marked.",
     "run": "Train: start the ranks of a recipe on this machine.",
+    "submit": "Send a recipe to Slurm, or render the script that would be sent.",
     "checkpoints": "List, verify or prune a run's checkpoints.",
     "sync": "Send a run's metrics to Weights & Biases, all its lives as one run.",
     "export": "Verify a run's export, or merge its adapter into its base.",
 }
+# Started by our own scripts and by no person.
+HIDDEN = ("allocation", "node")
 
 
 class _Verbs(click.Group):
@@ -26,10 +29,10 @@ class _Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx, name):
-        return import_module(f"harness.cli.{name}").command if name in VERBS else None
+        return import_module(f"harness.cli.{name}").command if name in VERBS or name in HIDDEN else None
 
     def resolve_command(self, ctx, args):
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
+        if args and args[0] not in (*VERBS, *HIDDEN) and not args[0].startswith("-"):
             raise click.UsageError(f"no such verb: {args[0]!r}; verbs are {', '.join(VERBS)}")
         return super().resolve_command(ctx, args)
 

@@ -10,7 +10,7 @@ from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
 from harness.errors import RecipeError, Stopped
 from harness.failures import explain_failure
 from harness.launcher import Machines, check_device, plan_launch
-from harness.life import Life, has_nvidia_gpu, last_commit, live, noted_signals, say
+from harness.life import Life, has_nvidia_gpu, last_commit, live, noted_signals, place, say
 from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
@@ -163,8 +163,8 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
                 say(f"stopped by {life.ended_for.name} without saving; logs: {life.attempt or run.path}")
                 return 128 + life.ended_for
             if life.outcome == "stopped":
-                place = _place(life.facts["checkpoint"])
-                say(f"stopped at step {life.facts['step']} ({life.facts['reason']}); {place}; the same command continues")
+                stands = place(life.facts["checkpoint"])
+                say(f"stopped at step {life.facts['step']} ({life.facts['reason']}); {stands}; the same command continues")
                 return Stopped.exit_code
             if (life.outcome == "done" and life.hang) or (life.outcome in ("done", None) and life.code == 0):
                 return 0
@@ -172,22 +172,22 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
                 failure = explain_failure(life.attempt, life.code, life.oom_kills)
                 say(f"\n{failure.text}")
                 if failure.exit_code == 1 and last_commit(run):
-                    say(f"{_place(last_commit(run))}; the same command continues")
+                    say(f"{place(last_commit(run))}; the same command continues")
                 return failure.exit_code
             newest = last_commit(run)
             why_not = why_no_life_follows(life, run, machines)
             if why_not:
-                say(f"{life.facts['reason']}\n{why_not}; {_place(newest)}")
+                say(f"{life.facts['reason']}\n{why_not}; {place(newest)}")
                 return Stopped.exit_code
             fruitless = [*fruitless, f"  {life.attempt.name}: {life.facts['reason']}"] if newest == committed else []
             if len(fruitless) >= most_lives:
                 lines = "\n".join(fruitless)
-                say(f"\ngiven up: ended without a newer checkpoint, {len(fruitless)} times in a row ({_place(newest)}):\n{lines}")
+                say(f"\ngiven up: ended without a newer checkpoint, {len(fruitless)} times in a row ({place(newest)}):\n{lines}")
                 return 1
             if life.outcome == "rolled_back":
                 # A hang was told of when it was found.
                 say(life.facts["reason"])
-            say(f"{life.attempt.name} ended by a {_ENDED_BY[life.outcome]}; a new life begins: {_place(newest)}")
+            say(f"{life.attempt.name} ended by a {_ENDED_BY[life.outcome]}; a new life begins: {place(newest)}")
 
 
 _ENDED_BY = {"hang": "hang", "rolled_back": "rollback"}
@@ -206,7 +206,3 @@ def why_no_life_follows(life: Life, run: RunDir, machines: Machines) -> str | No
     if run.stop.exists():
         return "stopped, which was asked for meanwhile; the same command continues"
     return None
-
-
-def _place(checkpoint: int | None) -> str:
-    return "no checkpoint was made yet" if checkpoint is None else f"the newest checkpoint is checkpoint-{checkpoint}"

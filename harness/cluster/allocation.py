@@ -1,0 +1,362 @@
+"""What the batch script of a run becomes: it has the ranks live on the job's nodes, one life after the other, and decides what follows.
+
+    claim the run -> pre-flight on every node -> prepare the data -> lives, each a step of the shim on every node (harness.cluster.node)
+
+It runs on the job's first node and is the process that `#SBATCH --signal=B:USR1@lead` reaches. It also looks at its own job every half
+minute, because a signal may be lost, and because a preemption without a user signal is told to the tasks alone. What Slurm takes away is
+turned into the run's STOP file; what has ended is judged by the run's own files (harness.cluster.decision); a job that ought to go on
+requeues itself, because Slurm requeues nobody who left in time. Where `scontrol requeue` is forbidden, and where a node is to be left out
+(which a job cannot change in its own life), a successor takes the run over.
+
+    logs/owner            whose run this is, JOB.RESTART: written before the folder's lock is taken, so that a life that Slurm has
+                          written off, and that may still run on a lost node, ends by itself
+    logs/preflight-JOB.R/ what each node found (harness.cluster.preflight)
+    ledger.jsonl          job_began, life_ended, requeued, replaced: this process writes between lives, rank 0 within them
+"""
+
+import contextlib
+import functools
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+from harness.checkpoint.ledger import Ledger, read_ledger
+from harness.cluster import node, preflight, slurm
+from harness.cluster.decision import FRUITLESS_LIVES, Decision, Taken, decide, fruitless_lives
+from harness.cluster.render import node_command, srun_command
+from harness.cluster.schema import load_cluster, read_secrets
+from harness.cluster.status import progress_line
+from harness.cluster.submission import read_job, write_job
+from harness.errors import ClusterError, LaunchError, Stopped
+from harness.failures import explain_failure
+from harness.life import ended_within, last_commit, noted_signals, place, say
+from harness.recipe import load
+from harness.run import RunDir, StopRequest, is_complete, read_outcome
+
+LOOK_AT_JOB_EVERY_S = 30.0
+COMMENT_EVERY_S = 30.0
+LOCK_WITHIN_S = 150.0
+"""An NFS server takes the lock of a machine that is gone away after a lease of about 90 seconds."""
+LEAVE_BEFORE_S = 4.0
+"""So long before its deadline a step that the shims have not ended is left behind, because the job must be requeued before Slurm ends it."""
+ENDS_WITHIN_S = 10.0
+KILL_WAIT_S = 30.0
+"""Slurm's default, where scontrol may not be asked."""
+REQUEUED_WITHIN_S = 120.0
+"""Slurm ends a job that it has requeued at once; more than this and it has not understood."""
+FROM_SLURM = "slurm: "
+"""With this begins the reason of a STOP file that no person has written."""
+SLURMS_SLACK_S = 90.0
+"""Slurm may send the signal before a time limit up to a minute early, and looks at its jobs every half."""
+FIRST_PORT, PORTS = 20000, 12000
+"""Below Linux's range for outgoing connections."""
+
+
+class Allocation:
+    """One job, from its begin to its end. `environment` is the batch script's."""
+
+    def __init__(self, run: RunDir, environment: dict[str, str]):
+        if "SLURM_JOB_ID" not in environment:
+            raise ClusterError(
+                "harness allocation: SLURM_JOB_ID is not set; the script that `harness submit` makes starts this in a job, a person does not"
+            )
+        self.run, self.job_id = run, environment["SLURM_JOB_ID"]
+        self.restart = int(environment.get("SLURM_RESTART_COUNT", 0))
+        self.recipe, self.cluster = load(run.recipe), load_cluster(str(run.path / "cluster.yaml"))
+        self.submitted = read_job(run)
+        self.hosts = slurm.hostnames(environment["SLURM_JOB_NODELIST"])
+        self.partition = environment.get("SLURM_JOB_PARTITION", "")
+        self.owner = f"{self.job_id}.{self.restart}"
+        self.lives = 0
+        self.taken: Taken | None = None
+        self.deadline: float | None = None
+        """When Slurm ends what is still there, in unix seconds."""
+        self._signals: list[signal.Signals] = []
+        self._looked = self._commented = float("-inf")
+        self._comment = ""
+
+    def main(self) -> int:
+        """Returns the exit code of the job."""
+        with noted_signals() as self._signals:
+            if self.cluster.secrets:
+                os.environ.update(read_secrets(self.cluster.secrets))
+            self.claim()
+            if is_complete(self.run, self.recipe):
+                say(f"this run is complete: {self.run.final}")
+                return 0
+            self.ledger().append("job_began", job=self.job_id, restart=self.restart, hosts=list(self.hosts))
+            decision = self.may_begin() or self.preflight() or self.prepare_data() or self.live()
+            return self.carry_out(decision)
+
+    # ---- before the first life
+
+    def claim(self) -> None:
+        """Make the run this job's, and hold its folder. Raises LaunchError when another process keeps it."""
+        node.write_owner(self.run, self.owner)
+        deadline = time.monotonic() + LOCK_WITHIN_S
+        while True:
+            try:
+                self.run.hold()
+                break
+            except LaunchError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+        self.withdraw_stop()
+
+    def may_begin(self) -> Decision | None:
+        """Asked here as well as after each life, because a job that Slurm requeued for a lost node could decide nothing."""
+        self.look_at_job()
+        fruitless, jobs, _ = self.history()
+        if fruitless >= FRUITLESS_LIVES:
+            return Decision("stop", f"{fruitless} lives in a row ended without a newer checkpoint", 1)
+        if jobs - 1 > self.cluster.restarts.max_restarts:
+            return Decision(
+                "stop", f"the job was requeued {jobs - 1} times, and restarts.max_restarts is {self.cluster.restarts.max_restarts}", 1
+            )
+        return None
+
+    def preflight(self) -> Decision | None:
+        if not self.cluster.preflight:
+            return None
+        folder = self.run.path / "logs" / f"preflight-{self.owner}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.step(len(self.hosts), ["node", str(self.run.path), "--preflight"], folder, most_s=preflight.DEADLINE_S)
+        if self.taken:
+            return self.leave()
+        findings = preflight.judge(folder, self.hosts, self.cluster)
+        say(preflight.render_findings(findings))
+        failed = [finding for finding in findings if finding.level == "fail"]
+        why = "; ".join(f"{finding.host}: {finding.what}" for finding in failed)
+        bad = {finding.host for finding in failed if finding.blames_node}
+        if not failed:
+            return None
+        if not bad or any(not finding.blames_node for finding in failed):
+            return Decision("stop", f"the pre-flight failed: {why}", 1)
+        return self.replace_nodes(bad, why)
+
+    def replace_nodes(self, bad: set[str], why: str) -> Decision:
+        excluded = {host for event in self.history()[2] if event["event"] == "requeued" for host in event["exclude"]}
+        budget = self.cluster.restarts.exclude_nodes
+        if len(excluded | bad) > budget:
+            return Decision("stop", f"bad nodes: {why}; restarts.exclude_nodes is {budget}, and {len(excluded)} were left out before", 1)
+        return Decision("requeue", why, exclude=tuple(sorted(excluded | bad)))
+
+    def prepare_data(self) -> Decision | None:
+        """On one node, in a process of its own: this one stays small. It takes seconds when the rows lie in the cache already."""
+        say("preparing the data")
+        code = self.step(1, ["prepare", str(self.run.recipe)], self.run.path / "logs")
+        if self.taken:
+            return self.leave()
+        return None if code == 0 else Decision("stop", "the data could not be prepared; the reason stands above", abs(code))
+
+    # ---- lives
+
+    def live(self) -> Decision:
+        while (decision := self.live_once()).action == "again":
+            say(f"{decision.why}\na new life begins in this job: {place(last_commit(self.run))}")
+        return decision
+
+    def live_once(self) -> Decision:
+        attempt = self.run.open_attempt()
+        self.lives += 1
+        say(f"{attempt.name} begins on {', '.join(self.hosts)}")
+        self.step(len(self.hosts), ["node", str(self.run.path)], attempt)
+        outcome, failure = read_outcome(attempt), None
+        if outcome is None:
+            reports = node.node_reports(attempt)
+            code = next((report["code"] for report in reports if report["code"]), 0)
+            failure = explain_failure(attempt, code, sum(report["oom_kills"] for report in reports))
+        self.look_at_job()
+        if outcome and outcome["outcome"] == "stopped" and outcome["reason"].startswith(FROM_SLURM):
+            self.taken = self.taken or Taken(outcome["reason"])
+        if not self.taken:
+            self.withdraw_stop()
+        fruitless, jobs, _ = self.history()
+        decision = decide(outcome, failure, self.taken, self.cluster.restarts, lives_here=self.lives, jobs=jobs, fruitless=fruitless)
+        self.ledger().append(
+            "life_ended", life=attempt.name, outcome=outcome and outcome["outcome"], then=decision.action, why=decision.why
+        )
+        if failure and decision.action == "stop":
+            say(f"\n{failure.text}")
+        return decision
+
+    def leave(self) -> Decision:
+        """Slurm takes the job before a rank was started."""
+        return Decision("stop", self.taken.why, Stopped.exit_code) if self.taken.cancelled else Decision("requeue", self.taken.why)
+
+    def history(self) -> tuple[int, int, list[dict]]:
+        """(lives in a row without a newer commit, jobs that have begun, the ledger), all since a person submitted the run."""
+        events = read_ledger(self.run.ledger)
+        since = max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
+        after = events[since].get("last_attempt", 0) if events else 0
+        lives = [number for number in self.run.attempts() if number > after]
+        return fruitless_lives(lives, events), sum(event["event"] == "job_began" for event in events[since:]), events[since:]
+
+    # ---- a step, and what may come to the job meanwhile
+
+    def step(self, nodes: int, arguments: list[str], folder: Path, most_s: float = float("inf")) -> int:
+        """Have srun start `harness ARGUMENTS` once on so many nodes, and watch over the job until that has ended. Returns srun's code, which
+        says nothing of a life."""
+        port = free_port(f"{self.owner}.{folder.name}")
+        environment = os.environ | {
+            node.ADDRESS: slurm.node_address(self.hosts[0]),
+            node.PORT: str(port),
+            node.ATTEMPT: str(folder),
+            node.OWNER: self.owner,
+            node.PROCESSES: str(self.submitted["processes_per_node"]),
+            node.GRACE: str(self.grace_s()),
+            "PYTHONUNBUFFERED": "1",
+        }
+        command = node_command(self.cluster, environment["PYTHONPATH"], sys.executable, arguments, self.run.path)
+        argv = srun_command(self.cluster, nodes, command)
+        say(f"$ {shlex.join(argv)}")
+        begun = time.monotonic()
+        process = subprocess.Popen(argv, env=environment)
+        while (code := ended_within(process, 1.0)) is None:
+            self.watch()
+            too_late = self.deadline is not None and time.time() > self.deadline - LEAVE_BEFORE_S
+            if too_late or time.monotonic() - begun > most_s:
+                end_step(process)
+                return process.returncode
+        return code
+
+    def watch(self) -> None:
+        while self._signals:
+            number = self._signals.pop(0)
+            self.look_at_job(number)
+        if time.monotonic() - self._looked > LOOK_AT_JOB_EVERY_S:
+            self.look_at_job()
+        if time.monotonic() - self._commented > COMMENT_EVERY_S:
+            self.comment()
+
+    def look_at_job(self, number: signal.Signals | None = None) -> None:
+        """Ask Slurm whether it takes this job's nodes away; `number` is a signal that says so. The first answer counts."""
+        self._looked = time.monotonic()
+        job = None
+        try:
+            job = slurm.find_job(self.job_id)
+        except ClusterError as error:
+            say(f"warning: {error}")
+        if self.taken:
+            return
+        lead_s, now = self.cluster.signal_lead_s, time.time()
+        left_s = job.ends - now if job and job.ends else float("inf")
+        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now + left_s)) if left_s < float("inf") else ""
+        if job and job.state not in ("RUNNING", "CONFIGURING"):
+            self.take(Taken(f"Slurm ends this job (its state is {job.state})", cancelled=True), now + self.grace_s())
+        elif job and job.preempted:
+            self.take(Taken(f"preempted: the nodes go to another job at {at}"), now + left_s)
+        elif left_s < lead_s or number in (signal.SIGUSR1, signal.SIGUSR2) and left_s < lead_s + SLURMS_SLACK_S:
+            self.take(Taken(f"time limit: the job ends at {at}"), now + left_s)
+        elif number:
+            self.take(Taken(f"{number.name} to the job"), now + lead_s)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - one allocation lives as long as its process
+    def grace_s(self) -> float:
+        """From a signal to its processes until Slurm kills them, if nothing better is known."""
+        with contextlib.suppress(ClusterError):
+            return max(slurm.grace_s(self.partition) or 0, slurm.kill_wait_s())
+        return KILL_WAIT_S
+
+    def take(self, taken: Taken, deadline: float) -> None:
+        self.taken, self.deadline = taken, deadline
+        say(f"{taken.why}; the run is asked to save and leave")
+        try:
+            StopRequest(FROM_SLURM + taken.why, deadline).write(self.run.stop)
+        except OSError as error:
+            say(f"warning: {self.run.stop}: cannot be written ({error.strerror}); the last checkpoint stands")
+
+    def withdraw_stop(self) -> None:
+        """Take away a STOP that an earlier life's shims or job have made for themselves. A person's is honoured."""
+        request = StopRequest.read(self.run.stop)
+        if request and request.reason.startswith(FROM_SLURM):
+            self.run.stop.unlink()
+
+    def comment(self, text: str | None = None) -> None:
+        """Step and loss, for `squeue -o %k`. A courtesy: where it is forbidden nobody is told again."""
+        self._commented = time.monotonic()
+        text = text or progress_line(self.run)
+        if text and text != self._comment:
+            self._comment = text
+            with contextlib.suppress(ClusterError):
+                slurm.comment_job(self.job_id, text)
+
+    # ---- the end of the job
+
+    def carry_out(self, decision: Decision) -> int:
+        if decision.action == "requeue":
+            return self.requeue(decision)
+        self.comment(f"{decision.action}: {decision.why}")
+        if decision.action == "stop":
+            say(f"stopped: {decision.why}\n{place(last_commit(self.run))}; when the cause is gone: harness submit {self.run.path}")
+        else:
+            say(decision.why)
+        return decision.exit_code
+
+    def requeue(self, decision: Decision) -> int:
+        """By scontrol, which ends this process; by a successor where that is forbidden, or when a node is to be left out."""
+        by = self.cluster.restarts.by
+        self.ledger().append("requeued", job=self.job_id, why=decision.why, exclude=list(decision.exclude))
+        say(f"requeued: {decision.why}; {place(last_commit(self.run))}")
+        if by != "successor" and not decision.exclude:
+            try:
+                slurm.requeue_job(self.job_id)
+                time.sleep(REQUEUED_WITHIN_S)
+                say(
+                    f"stopped: Slurm has taken the requeue of job {self.job_id} and not ended it; submit it again: harness submit {self.run.path}"
+                )
+                return Stopped.exit_code
+            except ClusterError as error:
+                if by == "scontrol":
+                    say(f"stopped: {error}\nrestarts.by: successor needs no scontrol; to go on: harness submit {self.run.path}")
+                    return Stopped.exit_code
+                say(f"warning: {error}")
+        return self.succeed(decision)
+
+    def succeed(self, decision: Decision) -> int:
+        """Send the script again, to begin when this job has ended, and have those wait for it that wait for this one."""
+        exclude = ",".join([*self.cluster.exclude, *decision.exclude])
+        try:
+            job_id = slurm.submit_script(
+                self.run.path / "job.sbatch", f"--dependency=afterany:{self.job_id}", *([f"--exclude={exclude}"] if exclude else [])
+            )
+        except ClusterError as error:
+            say(f"stopped: no successor could be sent: {error}\nto go on, from where sbatch works: harness submit {self.run.path}")
+            return Stopped.exit_code
+        self.submitted["jobs"].append({"id": job_id, "submitted": time.time(), "why": decision.why})
+        write_job(self.run, self.submitted)
+        for waiting in slurm.list_jobs().values():
+            if f"afterok:{self.job_id}" in waiting.dependency:
+                slurm.depend_on(waiting.id, f"afterok:{job_id}")
+        say(f"job {job_id} takes the run over" + (f", without {', '.join(decision.exclude)}" if decision.exclude else ""))
+        return Stopped.exit_code
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.run.ledger, (self.run.attempts() or [None])[-1])
+
+
+def free_port(seed: str) -> int:
+    """A port of this host that nothing listens on; which one is tried first follows from the job and the life, so that jobs that share a
+    node do not meet on one."""
+    first = zlib.crc32(seed.encode())
+    for offset in range(PORTS):
+        port = FIRST_PORT + (first + offset) % PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise ClusterError(f"{socket.gethostname()}: no port from {FIRST_PORT} to {FIRST_PORT + PORTS} is free for the ranks to meet")
+
+
+def end_step(srun: subprocess.Popen) -> None:
+    """srun ends its step when it is told to end."""
+    srun.terminate()
+    if ended_within(srun, ENDS_WITHIN_S) is None:
+        srun.kill()
+        srun.wait()

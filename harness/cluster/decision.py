@@ -1,0 +1,87 @@
+"""What follows when a life of a run has ended under Slurm: pure, from what the run's files say, and never from srun's exit code.
+
+    done      the run is complete
+    again     begin a life in the same allocation, without the queue
+    requeue   give the nodes back and wait for others
+    stop      leave it to a person
+
+A death, a hang, a rollback and a lost node are tried again, in the allocation first; what Slurm takes away is requeued; an error of the
+recipe, the data or the code stops at once, and so does a run that gets nowhere: so many lives in a row without a newer commit, or too many
+jobs. A life that was told to leave, and left, does not count as one without a commit: that is the cluster's doing.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.cluster.schema import Restarts
+from harness.errors import Stopped
+from harness.failures import Failure
+
+FRUITLESS_LIVES = 3
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Slurm takes the nodes away (time limit, preemption, a signal of unknown cause), or a person the job (`cancelled`)."""
+
+    why: str
+    cancelled: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Literal["done", "again", "requeue", "stop"]
+    why: str
+    exit_code: int = 0
+    exclude: tuple[str, ...] = ()
+    """Nodes that the next job must not get."""
+
+
+def decide(
+    outcome: dict | None, failure: Failure | None, taken: Taken | None, restarts: Restarts, *, lives_here: int, jobs: int, fruitless: int
+) -> Decision:
+    """outcome: the life's outcome.json, None when nobody could write it; then `failure` says what is known. taken: what Slurm has said of
+    the job. lives_here: lives of this allocation; jobs: of the run, this one included; fruitless: see `fruitless_lives`."""
+    name = outcome["outcome"] if outcome else None
+    if name == "done":
+        return Decision("done", "the run is complete")
+    if taken and taken.cancelled:
+        return Decision("stop", taken.why, Stopped.exit_code)
+    if name == "stopped" and not taken:
+        return Decision("stop", f"stopped at step {outcome['step']}: {outcome['reason']}", Stopped.exit_code)
+    if failure and not failure.may_pass:
+        return Decision("stop", failure.summary, failure.exit_code)
+    if fruitless >= FRUITLESS_LIVES:
+        return Decision("stop", f"{fruitless} lives in a row ended without a newer checkpoint; the last: {_end(outcome, failure)}", 1)
+    if not taken and lives_here <= restarts.in_allocation:
+        return Decision("again", _end(outcome, failure))
+    why = taken.why if taken else f"{_end(outcome, failure)}; it was begun again {restarts.in_allocation} times in this job"
+    if jobs > restarts.max_restarts:
+        text = f"{why}; the job was requeued {jobs - 1} times, and restarts.max_restarts is {restarts.max_restarts}"
+        return Decision("stop", text, Stopped.exit_code if taken else 1)
+    return Decision("requeue", why)
+
+
+def _end(outcome: dict | None, failure: Failure | None) -> str:
+    return outcome["reason"] if outcome else failure.summary
+
+
+def fruitless_lives(attempts: Iterable[int], events: Iterable[dict]) -> int:
+    """How many of the run's last lives ended, other than by being told to, without a commit of a newer step.
+
+    attempts: the numbers of all lives that have ended. events: the ledger's.
+    """
+    newest, fruitful, left = -1, set(), set()
+    for event in events:
+        if event["event"] == "committed" and event["step"] > newest:
+            newest = event["step"]
+            fruitful.add(event["attempt"])
+        elif event["event"] == "stopped":
+            left.add(event["attempt"])
+    count = 0
+    for number in sorted(attempts, reverse=True):
+        if number in fruitful:
+            break
+        count += number not in left
+    return count

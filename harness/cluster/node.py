@@ -1,0 +1,171 @@
+"""The shim: what srun starts on every node, once. It starts this node's ranks and is the only process of the node that Slurm speaks to.
+
+It forwards nothing. SIGUSR1, SIGUSR2 and SIGTERM, which under proctrack/cgroup come to it alone and under linuxproc to every process of the
+step, become the run's STOP file, with a deadline; the ranks agree on a step, save and leave. What outlives the deadline is killed, so that
+the job has time left to requeue itself. It listens to the ranks' hearts and ends a life that stands still, and one that has been replaced:
+after the loss of a node Slurm begins the job elsewhere, though this node may only have lost its slurmd.
+
+    logs/attempt-K/node-I.json   {"host", "code", "oom_kills", "ended_for", "time"}: how the ranks of node I ended
+
+The allocation (harness.cluster.allocation) says by the environment which attempt this is and where rank 0 is met.
+"""
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.cluster import preflight
+from harness.cluster.schema import load_cluster
+from harness.cluster.submission import read_job
+from harness.errors import ClusterError
+from harness.launcher import Machines
+from harness.life import Life, live, noted_signals, say
+from harness.recipe import load
+from harness.run import RunDir, StopRequest, read_outcome, write_text_atomically
+
+ADDRESS, PORT, ATTEMPT, OWNER = "HARNESS_NODE_ADDRESS", "HARNESS_NODE_PORT", "HARNESS_NODE_ATTEMPT", "HARNESS_NODE_OWNER"
+"""Set by the allocation for its step."""
+PROCESSES, GRACE = "HARNESS_NODE_PROCESSES", "HARNESS_NODE_GRACE_S"
+"""Ranks of each node; and the seconds between a signal to the step and the kill."""
+KILL_BEFORE_S = 10.0
+"""So long before the deadline ranks that are still there are ended."""
+LOOK_AT_OWNER_EVERY_S = 5.0
+PEER_FAILED_S = 5.0
+"""When the ranks of another node have failed, these get so long to say what they know."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a node knows of the step that it belongs to."""
+
+    machines: Machines
+    attempt: Path
+    owner: str
+    grace_s: float
+
+    @classmethod
+    def from_environment(cls, environment: dict[str, str]) -> "Step":
+        """Raises ClusterError outside a step of an allocation."""
+        missing = [
+            name for name in (ADDRESS, PORT, ATTEMPT, OWNER, PROCESSES, GRACE, "SLURM_NODEID", "SLURM_NNODES") if name not in environment
+        ]
+        if missing:
+            raise ClusterError(
+                f"harness node: {missing[0]} is not set; a job of `harness submit` starts this on its nodes, a person does not"
+            )
+        count = int(environment["SLURM_NNODES"])
+        machines = Machines(
+            processes=int(environment[PROCESSES]),
+            count=count,
+            index=int(environment["SLURM_NODEID"]),
+            address=environment[ADDRESS],
+            # One machine's launcher finds a free port by itself.
+            port=int(environment[PORT]) if count > 1 else 0,
+        )
+        return cls(machines, Path(environment[ATTEMPT]), environment[OWNER], float(environment[GRACE]))
+
+
+def live_on_node(run: RunDir) -> int:
+    """This node's part of one life. Returns 0 when its ranks have ended as they should, so that srun lets the other nodes finish, else 1."""
+    step = Step.from_environment(dict(os.environ))
+    with noted_signals() as signals:
+        # Children of the shim are no shims.
+        for name in (ADDRESS, PORT, ATTEMPT, OWNER, PROCESSES, GRACE):
+            os.environ.pop(name)
+        arguments = [part for key in read_job(run)["allowed_changes"] for part in ("--allow-change", key)]
+        life = live(load(run.recipe), run, step.machines, arguments, Watch(run, step, signals), attempt=step.attempt)
+    write_node_report(step, life)
+    in_order = life.ended_for is None and life.hang is None and (life.code == 0 or read_outcome(step.attempt) is not None)
+    return 0 if in_order else 1
+
+
+def check_this_node(run: RunDir) -> int:
+    """This node's part of the pre-flight."""
+    step, cluster = Step.from_environment(dict(os.environ)), load_cluster(str(run.path / "cluster.yaml"))
+    machines = step.machines
+    return preflight.check_node(
+        run.path,
+        cluster,
+        folder=step.attempt,
+        index=machines.index,
+        count=machines.count,
+        address=machines.address,
+        port=int(os.environ[PORT]),
+        processes=machines.processes,
+    )
+
+
+class Watch:
+    """Turns `signals` into the STOP file, and says when the ranks must be ended: at its deadline, when another node has failed, or when this
+    life is not the run's any more."""
+
+    def __init__(self, run: RunDir, step: Step, signals: list[signal.Signals]):
+        self._run, self._step, self._signals = run, step, signals
+        self._looked = time.monotonic()
+        self._peer_failed_at: float | None = None
+
+    def __call__(self, now: float) -> str | None:
+        if self._peer_failed_at is None and self._peers_failed():
+            self._peer_failed_at = now
+        while self._signals:
+            number = self._signals.pop(0)
+            # srun ends the step, by SIGTERM, when a node has failed: nothing can be saved then.
+            if self._peer_failed_at is None:
+                self._ask_to_stop(number)
+        if self._peer_failed_at is not None and now - self._peer_failed_at > PEER_FAILED_S:
+            return "the ranks of another node have failed"
+        request = StopRequest.read(self._run.stop)
+        if request and request.deadline and time.time() > request.deadline - KILL_BEFORE_S:
+            return f"the deadline of a stop ({request.reason}) has come, and they had not saved"
+        if now - self._looked >= LOOK_AT_OWNER_EVERY_S:
+            self._looked = now
+            owner = read_owner(self._run)
+            if owner != self._step.owner:
+                return f"the run goes on elsewhere (job {owner})"
+        return None
+
+    def _ask_to_stop(self, number: signal.Signals) -> None:
+        host, deadline = os.uname().nodename, time.time() + self._step.grace_s
+        try:
+            StopRequest(f"slurm: {number.name} on {host}", deadline).write(self._run.stop)
+            say(f"{number.name}: the run is asked to save and leave")
+        except OSError as error:
+            say(f"{self._run.stop}: cannot be written ({error.strerror}); the last checkpoint stands")
+
+    def _peers_failed(self) -> bool:
+        return any(report["index"] != self._step.machines.index and report["failed"] for report in node_reports(self._step.attempt))
+
+
+# ---- what is written
+
+
+def write_node_report(step: Step, life: Life) -> None:
+    outcome = read_outcome(step.attempt)
+    content = {
+        "index": step.machines.index,
+        "host": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
+        "code": life.code,
+        "oom_kills": life.oom_kills,
+        "ended_for": life.ended_for,
+        "failed": life.ended_for is not None or (outcome is None and life.code != 0),
+        "time": time.time(),
+    }
+    write_text_atomically(step.attempt / f"node-{step.machines.index}.json", json.dumps(content) + "\n")
+
+
+def node_reports(attempt: Path) -> list[dict]:
+    """Of the nodes whose ranks have ended, in the order of time."""
+    return sorted((json.loads(path.read_text()) for path in attempt.glob("node-*.json")), key=lambda report: report["time"])
+
+
+def write_owner(run: RunDir, owner: str) -> None:
+    """From now on the run is this job's; whoever had it ends by itself within seconds."""
+    (run.path / "logs").mkdir(parents=True, exist_ok=True)
+    write_text_atomically(run.path / "logs" / "owner", owner + "\n")
+
+
+def read_owner(run: RunDir) -> str:
+    return (run.path / "logs" / "owner").read_text().strip()
