@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import RecipeError
-from harness.recipe.names import advise_key
+from harness.recipe.names import ELSEWHERE, advise_key
 from harness.recipe.rules import check_rules
 from harness.recipe.schema import Recipe, as_sources
 from harness.resources import find_config, shipped_names
@@ -32,7 +32,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         # So that data.train.0.max_rows=3 finds a source, however the file wrote it.
         settings["data"] |= {key: as_sources(settings["data"][key]) for key in ("train", "eval") if key in settings["data"]}
     for override in overrides:
-        _apply_override(settings, override)
+        apply_override(settings, override)
     settings.setdefault("output_dir", f"runs/{_recipe_name(file)}")
     recipe = validate(Recipe, settings, str(file))
     problems = check_rules(recipe)
@@ -125,7 +125,8 @@ def read_yaml(file: Path) -> dict:
     return settings
 
 
-def _apply_override(settings: dict, override: str) -> None:
+def apply_override(settings: dict, override: str) -> None:
+    """Put the value of `key.path=value` into `settings`. Raises RecipeError for what cannot be put there."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r}: write key.path=value, for example train.learning_rate=1e-4")
@@ -173,18 +174,18 @@ def _list_index(target: list, part: str, override: str) -> int:
 # ---- validation
 
 
-def validate(schema: type[BaseModel], settings: dict, file: str):
-    """`schema` filled from `settings`. Raises RecipeError with a line for each thing that is wrong."""
+def validate(schema: type[BaseModel], settings: dict, file: str, elsewhere: dict[str, str] = ELSEWHERE):
+    """`schema` filled from `settings`. Raises RecipeError with a line for each thing that is wrong; `elsewhere`: as in `advise_key`."""
     try:
         # Through JSON: there lists are tuples and an integer is a float, and nothing else is converted.
         return schema.model_validate_json(json.dumps(settings))
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(error, schema, settings, file))) from None
+        raise RecipeError("\n".join(_explain(error, schema, settings, file, elsewhere))) from None
     except TypeError as error:
         raise RecipeError(f"{file}: holds a value that is neither text, number, true, false, list nor mapping ({error})") from None
 
 
-def _explain(error: ValidationError, schema: type[BaseModel], settings: dict, file: str) -> list[str]:
+def _explain(error: ValidationError, schema: type[BaseModel], settings: dict, file: str, elsewhere: dict[str, str]) -> list[str]:
     """One line per wrong key. A union reports each of its members; they are one line here."""
     grouped: dict[tuple, list[dict]] = {}
     for problem in error.errors(include_url=False):
@@ -194,7 +195,7 @@ def _explain(error: ValidationError, schema: type[BaseModel], settings: dict, fi
         key, first = ".".join(map(str, location)), problems[0]
         if first["type"] == "extra_forbidden":
             siblings, parent = _fields_at(schema, location[:-1]), ".".join(map(str, location[:-1])) or "the top level"
-            advice = advise_key(str(location[-1]), siblings, leaf_keys(schema))
+            advice = advise_key(str(location[-1]), siblings, leaf_keys(schema), elsewhere)
             lines.append(f"{file}: {key}: unknown key in {parent}; {advice}")
         elif first["type"] == "missing":
             lines.append(f"{file}: {key}: is required and is not there")
@@ -273,7 +274,12 @@ def leaf_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
 
 def render_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it again gives the same recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return render_yaml(recipe.model_dump(mode="json"))
+
+
+def render_yaml(settings: dict) -> str:
+    """What `read_yaml` reads as the same settings."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def render_value(value: Any) -> str:

@@ -16,7 +16,7 @@ from harness.recipe.names import ELSEWHERE
 from harness.recipe.schema import Section
 from harness.resources import find_config, shipped, shipped_names
 
-RECIPES = [name for name in shipped_names("") if not name.startswith("backends/")]
+RECIPES = [name for name in shipped_names("") if not name.startswith(("backends/", "clusters/"))]
 BACKENDS = shipped_names("backends")
 
 
