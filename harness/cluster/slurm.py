@@ -152,6 +152,10 @@ def _split(said: str) -> list[list[str]]:
 
 
 def _parse_job(fields: list[str]) -> SlurmJob:
+    if len(fields) != len(_JOB_COLUMNS):
+        raise ClusterError(
+            f"job {fields[0]}: its name or comment holds control characters, and cannot be read; mend it with scontrol update JobId={fields[0]}"
+        )
     job_id, name, user, partition, state, reason, hosts, nodes, submitted, started, ends, preempted, restarts, comment, dependency = fields
     return SlurmJob(
         job_id,
@@ -349,8 +353,8 @@ def _run(*argv: str) -> subprocess.CompletedProcess[str]:
         raise ClusterError(f"{argv[0]} is not on PATH; run this where Slurm's commands are, such as the login node") from None
     except subprocess.TimeoutExpired:
         raise ClusterError(
-            f"{argv[0]}: no answer within {COMMAND_S:.0f} s, and it may have been obeyed nonetheless: look into squeue before you ask again; "
-            "`scontrol ping` says whether Slurm's controller is up"
+            f"{argv[0]}: no answer within {COMMAND_S:.0f} s, and it may have been obeyed nonetheless: look into squeue before you ask "
+            "again; `scontrol ping` says whether Slurm's controller is up"
         ) from None
     except OSError as error:
         raise ClusterError(f"{argv[0]}: cannot be started: {error.strerror}; see to the command that PATH finds") from error

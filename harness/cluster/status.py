@@ -1,0 +1,390 @@
+"""How runs stand: what their folders say, and what Slurm says of their jobs, put together.
+
+    pending    its job waits, and no life of the run has begun in it          held       it waits for somebody to release it
+    requeued   its job waits to go on                                         ending     Slurm is ending the job
+    running    its job, or a `harness run`, is there                          stopped    it saved and left (75), and can be continued
+    done       trained to its end and exported                                cancelled  its job was taken away by somebody
+    failed     it ended with an error                                         lost       its end was written by nobody
+    new        no life has begun                                              unknown    Slurm cannot be asked, or its ledger not be read
+
+An end is told from the run's own files first, because Slurm forgets jobs within minutes and no slurmdbd is asked. Slurm is asked once,
+however many runs there are, and not at all when none of them was submitted. Nothing here writes.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from harness.checkpoint.ledger import read_ledger
+from harness.checkpoint.selection import checkpoints
+from harness.cluster.slurm import SlurmJob, is_alive, list_jobs
+from harness.errors import CheckpointError, ClusterError, LaunchError, Stopped
+from harness.failures import explain_failure
+from harness.run import LOCK, RunDir, rank_reports, read_outcome
+from harness.tracking.metrics import FILE_NAME
+
+JOB, ARRAY = "job.json", "array.json"
+ENDED = ("done", "stopped", "failed", "cancelled", "lost")
+HOLDS = ("REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED")
+TAIL_BYTES = 256 * 1024
+"""So much of the end of metrics.jsonl is read: a few hundred lines."""
+RATE_INTERVALS = 20
+"""The time of a step is the mean over so many of the newest intervals between two logged steps: evaluations and saves count."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run at one moment. Times are Unix times."""
+
+    run: Path
+    state: str
+    """One of those above."""
+    reason: str = ""
+    phase: str = ""
+    """What rank 0 does, while the run is running."""
+    step: int | None = None
+    steps: int | None = None
+    """Where training ends; None as long as nobody knows."""
+    loss: float | None = None
+    step_s: float | None = None
+    """What a step takes of late."""
+    lives: int = 0
+    requeues: int = 0
+    """How often the run has come back from the queue."""
+    commit: int | None = None
+    """The step of the last commit."""
+    committed: float | None = None
+    hosts: tuple[str, ...] = ()
+    job: str | None = None
+    starts: float | None = None
+    """When Slurm expects to start the job, if it can say."""
+    log: Path | None = None
+    """The file to read."""
+    next: str = ""
+    """The command to type next."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def left_s(self) -> float | None:
+        """What is left of the training, without any time in the queue."""
+        if self.is_over or None in (self.step_s, self.step, self.steps):
+            return None
+        return self.step_s * max(0, self.steps - self.step)
+
+    @property
+    def fraction(self) -> float | None:
+        return min(1.0, self.step / self.steps) if self.steps and self.step is not None else None
+
+
+def read_statuses(runs: Iterable[RunDir]) -> list[RunStatus]:
+    """How they stand, in their order. Slurm is asked for all of them at once; where it cannot be, that is the reason of the runs it has."""
+    runs = list(runs)
+    ids = {run.path: job_of(run) for run in runs}
+    jobs, unasked = {}, ""
+    try:
+        jobs = list_jobs(filter(None, ids.values()))
+    except ClusterError as error:
+        unasked = str(error)
+    return [read_status(run, ids[run.path], jobs.get(ids[run.path]), unasked) for run in runs]
+
+
+def read_status(run: RunDir, job_id: str | None, job: SlurmJob | None, unasked: str = "") -> RunStatus:
+    """From the run's files and its job as Slurm sees it, None when Slurm does not know it. `unasked`: why Slurm could not be asked."""
+    try:
+        events = read_ledger(run.ledger)
+    except CheckpointError as error:
+        return RunStatus(run.path, "unknown", str(error), job=job_id)
+    life = life_of(run, job_id, events)
+    status = _judge(run, job_id, job, life, events, unasked)
+    status = replace(status, lives=len(run.attempts()), requeues=_requeues(events), job=job_id, **_progress(run, life, events, status))
+    if job and job.state == "PENDING":
+        status = replace(status, starts=job.started)
+    return replace(status, hosts=_hosts(job, life), log=status.log or _log(run, job_id, life), next=_next(run, status))
+
+
+# ---- state
+
+
+def _judge(run: RunDir, job_id: str | None, job: SlurmJob | None, life: Path | None, events: list[dict], unasked: str) -> RunStatus:
+    """State and reason, and for a failure the log of the rank that failed."""
+    outcome = read_outcome(life)
+    if is_alive(job):
+        return _judge_living(run, job, life, events)
+    if job_id is None and is_held(run):
+        return RunStatus(run.path, "running", phase=_phase(life) or "starting")
+    if outcome and outcome["outcome"] == "done":
+        return RunStatus(run.path, "done")
+    if unasked:
+        return RunStatus(run.path, "unknown", unasked)
+    if job and job.state == "CANCELLED":
+        return RunStatus(run.path, "cancelled", f"job {job.id} was cancelled")
+    if outcome and outcome["outcome"] == "stopped":
+        return RunStatus(run.path, "stopped", outcome["reason"])
+    if life and not outcome and (job_id is None or rank_reports(life, "errors")):
+        return _failed(run, life)
+    verdict = next((event for event in reversed(events) if life and event["event"] == "life_ended" and event["life"] == life.name), None)
+    if verdict and verdict["then"] == "stop":
+        return RunStatus(run.path, "failed", verdict["why"])
+    if outcome:
+        return RunStatus(run.path, "failed", outcome["reason"])
+    if job_id is None:
+        return RunStatus(run.path, "new", "no life has begun")
+    if job is None:
+        return RunStatus(run.path, "lost", f"Slurm no longer knows job {job_id}, and nothing says how it ended")
+    ended = f"job {job.id} ended: {job.state}" + (f", {job.reason}" if job.reason else "")
+    if life:
+        return RunStatus(run.path, "lost", f"{ended}; the run could not say how")
+    return RunStatus(run.path, "failed", f"{ended}, before a life of the run began")
+
+
+def _judge_living(run: RunDir, job: SlurmJob, life: Path | None, events: list[dict]) -> RunStatus:
+    if job.state in HOLDS or "held" in job.reason.lower():
+        return RunStatus(run.path, "held", job.reason or job.state)
+    if job.state == "COMPLETING":
+        return RunStatus(run.path, "ending", job.reason, _phase(life))
+    if job.state not in ("PENDING", "REQUEUED"):
+        return RunStatus(run.path, "running", phase=_phase(life, since=job.started or 0.0) or "starting")
+    if life is None and not job.restarts:
+        return RunStatus(run.path, "pending", job.reason)
+    whys = [event["why"] for event in events if event["event"] == "requeued"]
+    return RunStatus(run.path, "requeued", "; ".join(filter(None, [*whys[-1:], job.reason])))
+
+
+def _failed(run: RunDir, life: Path) -> RunStatus:
+    failure = explain_failure(life, 0)
+    if failure.exit_code == Stopped.exit_code:
+        return RunStatus(run.path, "stopped", failure.summary)
+    blamed = re.search(r"\brank (\d+) on ", failure.text)
+    return RunStatus(run.path, "failed", failure.summary, log=life / f"rank-{blamed[1]}.log" if blamed else None)
+
+
+def is_held(run: RunDir) -> bool:
+    """Whether a process has the run's lock: a `harness run`, or a job of it."""
+    with contextlib.suppress(OSError), open(run.path / LOCK) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def life_of(run: RunDir, job_id: str | None, events: list[dict]) -> Path | None:
+    """The folder of the last life, if that belongs to the run's present job; None while that has begun none."""
+    last = run.attempts()[-1:]
+    if job_id is not None and last:
+        sent = next((event["time"] for event in reversed(events) if event["event"] == "submitted"), 0.0)
+        begun = next((event for event in reversed(events) if event["event"] == "job_began" and event["time"] >= sent), None)
+        if begun is None or last[0] <= (begun["attempt"] or 0):
+            return None
+    return run.attempt(last[0]) if last else None
+
+
+def _requeues(events: list[dict]) -> int:
+    began = 0
+    for event in events:
+        began = 0 if event["event"] == "submitted" else began + (event["event"] == "job_began")
+    return max(0, began - 1)
+
+
+def _phase(life: Path | None, since: float = 0.0) -> str:
+    """What rank 0 does; empty when it has said nothing since."""
+    reports = rank_reports(life, "alive", [0]) if life else []
+    return reports[0]["phase"] if reports and reports[0]["time"] >= since else ""
+
+
+def _hosts(job: SlurmJob | None, life: Path | None) -> tuple[str, ...]:
+    if job and job.hosts:
+        return job.hosts
+    reports = sorted(rank_reports(life, "alive"), key=lambda report: report["rank"]) if life else []
+    return tuple(dict.fromkeys(report["host"] for report in reports))
+
+
+def _log(run: RunDir, job_id: str | None, life: Path | None) -> Path | None:
+    """Rank 0's, or before there is one what the job itself has said."""
+    candidates = [life / "rank-0.log"] if life else []
+    candidates += [job_log(run, job_id)] if job_id else []
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def job_log(run: RunDir, job_id: str) -> Path:
+    return run.path / "logs" / f"slurm-{job_id}.log"
+
+
+def _next(run: RunDir, status: RunStatus) -> str:
+    folder = shlex.quote(str(run.path))
+    go_on = f"harness submit {folder}" if status.job else f"harness run {shlex.quote(str(run.recipe))}"
+    match status.state:
+        case "done":
+            return f"harness export {folder}"
+        case "pending" | "requeued":
+            return f"harness cancel {folder}"
+        case "held":
+            return f"scontrol release {status.job}"
+        case "running" | "ending":
+            return f"harness logs {folder} -f"
+        case "failed" if status.log:
+            rank = re.fullmatch(r"rank-(\d+)\.log", status.log.name)
+            return f"harness logs {folder} " + (f"--rank {rank[1]}" if rank else "--job")
+        case "unknown":
+            return f"harness logs {folder}"
+    return go_on
+
+
+# ---- progress
+
+
+def _progress(run: RunDir, life: Path | None, events: list[dict], status: RunStatus) -> dict:
+    lines = _recent_metrics(run)
+    losses = [line["train/loss"] for line in lines if line.get("train/loss") is not None]
+    commit = next((event for event in reversed(events) if event["event"] == "committed"), {})
+    return {
+        "step": _step(run, life, commit.get("step"), status),
+        "steps": _total_steps(run, lines),
+        "loss": losses[-1] if losses else None,
+        "step_s": _step_s(lines, [event["time"] for event in events if event["event"] == "life_began"]),
+        "commit": commit.get("step"),
+        "committed": commit.get("time"),
+    }
+
+
+def _step(run: RunDir, life: Path | None, commit: int | None, status: RunStatus) -> int | None:
+    """The step that the run works on, or came to; while it waits, the one from which it goes on."""
+    if status.state not in ("running", "ending", *ENDED):
+        return commit
+    outcome, life = read_outcome(life), life or run.last_attempt()
+    if outcome and outcome["step"] is not None:
+        return outcome["step"]
+    steps = [report["step"] for report in rank_reports(life, "alive") if report["step"] is not None] if life else []
+    return max(steps, default=commit)
+
+
+def _recent_metrics(run: RunDir) -> list[dict]:
+    """The last whole lines of metrics.jsonl, oldest first."""
+    try:
+        with open(run.path / FILE_NAME, "rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
+            file.seek(start)
+            written = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    lines = []
+    # The first may be cut, and a life that was killed may have torn any.
+    for line in written[1 if start else 0 :]:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def _total_steps(run: RunDir, lines: list[dict]) -> int | None:
+    """What the recipe says, else what the newest checkpoint knows, else what the share of the epochs that is done comes to."""
+    recipe = {}
+    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+        recipe = yaml.safe_load(run.recipe.read_text())["train"]
+    if recipe.get("max_steps"):
+        return recipe["max_steps"]
+    for _, folder in checkpoints(run.path)[:1]:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads((folder / "trainer_state.json").read_bytes())["max_steps"]
+    logged = [line for line in lines if line.get("train/epoch")]
+    if logged and recipe.get("num_train_epochs"):
+        return math.ceil(recipe["num_train_epochs"] * logged[-1]["step"] / logged[-1]["train/epoch"] - 1e-6)
+    return None
+
+
+def _step_s(lines: list[dict], lives_began: list[float]) -> float | None:
+    """Seconds of a step of late. What lies between two lives is not the training's."""
+    logged = [line for line in lines if "train/loss" in line]
+    intervals = [
+        (after["time"] - before["time"], after["step"] - before["step"])
+        for before, after in pairwise(logged)
+        if after["step"] > before["step"] and not any(before["time"] <= began <= after["time"] for began in lives_began)
+    ][-RATE_INTERVALS:]
+    return sum(seconds for seconds, _ in intervals) / sum(steps for _, steps in intervals) if intervals else None
+
+
+def progress_line(run: RunDir) -> str:
+    """`step 120/2000 loss 1.234`, for the comment that squeue shows; empty before the first step."""
+    life, lines = run.last_attempt(), _recent_metrics(run)
+    reports = rank_reports(life, "alive", [0]) if life else []
+    if not reports or reports[0]["step"] is None:
+        return ""
+    total, losses = _total_steps(run, lines), [line["train/loss"] for line in lines if line.get("train/loss") is not None]
+    return f"step {reports[0]['step']}" + (f"/{total}" if total else "") + (f" loss {losses[-1]:.4g}" if losses else "")
+
+
+# ---- which runs
+
+
+def find_runs(asked: str, root: Path) -> list[RunDir]:
+    """The runs that `asked` means: a run folder; a folder of runs, of an array or of a pipeline; a job's id; or `all` below `root`. An
+    array's come in its order, others by name. Raises LaunchError where there is none."""
+    path = Path(asked).expanduser()
+    if asked == "all":
+        path = root
+    elif asked.isdigit() or re.fullmatch(r"\d+_\d+", asked):
+        runs = [run for run in _runs_below(root) if asked in (job_of(run), *_all_jobs(run))]
+        if not runs and not path.is_dir():
+            raise LaunchError(f"{asked}: no run below {root} was sent as that job; give its folder, or where to look with --root")
+        if runs:
+            return runs
+    if not path.is_dir():
+        raise LaunchError(f"{path}: is no folder; give a run folder, a folder of runs, the id of a job, or `all`")
+    runs = list(_runs_below(path))
+    if not runs:
+        raise LaunchError(f"{path}: holds no run; give a run folder such as runs/first, or a folder in which there are some")
+    return [RunDir(run.path.resolve()) for run in runs]
+
+
+def _runs_below(path: Path, levels: int = 4) -> Iterator[RunDir]:
+    """A run folder is one with a recipe.yaml, and holds no others. `levels`: runs/PIPELINE/ARRAY/ELEMENT; links may lead in a circle."""
+    if (path / "recipe.yaml").is_file():
+        yield RunDir(path)
+    elif (path / ARRAY).is_file():
+        for name in json.loads((path / ARRAY).read_text())["runs"]:
+            yield RunDir(path / name)
+    elif levels:
+        with contextlib.suppress(OSError):
+            for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+                yield from _runs_below(folder, levels - 1)
+
+
+def job_of(run: RunDir) -> str | None:
+    """The id of the run's present job, `123_4` in an array; None for a run that was never submitted."""
+    return next(iter(reversed(_all_jobs(run))), None)
+
+
+def _all_jobs(run: RunDir) -> list[str]:
+    """Oldest first."""
+    path, array = run.path / JOB, run.path.parent / ARRAY
+    jobs = [job["id"] for job in json.loads(path.read_text())["jobs"]] if path.is_file() else []
+    if jobs or not array.is_file():
+        return jobs
+    content = json.loads(array.read_text())
+    index = content["runs"].index(run.path.name) if run.path.name in content["runs"] else None
+    return [f"{job['id']}_{index}" for job in content["jobs"]] if index is not None else []
+
+
+def format_left(seconds: float | None) -> str:
+    """`3 d 4 h`, `4 h 12 min`, `12 min`, `40 s`; empty for None."""
+    if seconds is None:
+        return ""
+    minutes = round(seconds / 60)
+    if minutes >= 48 * 60:
+        return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
