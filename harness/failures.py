@@ -32,9 +32,9 @@ class Failure:
 
     @property
     def summary(self) -> str:
-        """Its last line that says something, for places that take one line."""
-        lines = [line for line in self.text.splitlines() if line.strip() and not line.startswith("(logs:")]
-        return lines[-1].strip() if lines else ""
+        """Who failed and with what, for places that take one line."""
+        lines = [line.strip() for line in self.text.splitlines() if line.strip() and not line.startswith("(logs:")]
+        return " ".join(dict.fromkeys((lines[0], lines[-1])))
 
 
 def explain_failure(attempt: Path | None, launcher_code: int, oom_kills: int = 0) -> Failure:

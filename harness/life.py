@@ -73,12 +73,14 @@ def live(
     attempt: the folder that a supervisor of all machines has opened. Left out: the first machine opens it, the others find it.
     """
     launch = uuid.uuid4().hex
-    inherited = [run.lock] if machines.index == 0 and attempt is None else []
-    if attempt is None and machines.index == 0:
-        attempt = run.open_attempt()
+    inherited, recipe_file = [], contextlib.nullcontext(run.recipe)
+    if attempt is None:
+        recipe_file = rank_recipe(recipe, run, machines)
+        if machines.index == 0:
+            attempt, inherited = run.open_attempt(), [run.lock]
     ranks = range(machines.index * machines.processes, (machines.index + 1) * machines.processes)
     ended_for = hang = None
-    with rank_recipe(recipe, run, machines) as file:
+    with recipe_file as file:
         argv = plan_launch(recipe, machines, ["--recipe", str(file), *arguments])
         click.echo(f"$ {shlex.join(argv)}")
         kills = count_oom_kills()

@@ -30,7 +30,8 @@ from harness.checkpoint.ledger import Ledger, read_ledger
 from harness.cluster import node, preflight, slurm
 from harness.cluster.decision import FRUITLESS_LIVES, Decision, Taken, decide, fruitless_lives
 from harness.cluster.render import node_command, srun_command
-from harness.cluster.schema import load_cluster, read_secrets
+from harness.cluster.schema import load_cluster
+from harness.cluster.secrets import read_secrets
 from harness.cluster.status import progress_line
 from harness.cluster.submission import read_job, write_job
 from harness.errors import ClusterError, LaunchError, Stopped

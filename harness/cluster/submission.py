@@ -22,7 +22,8 @@ from harness.checkpoint.ledger import Ledger
 from harness.checkpoint.resume import check_continuation
 from harness.cluster import slurm
 from harness.cluster.render import BatchJob, render_train
-from harness.cluster.schema import Cluster, check_secrets, render_cluster
+from harness.cluster.schema import Cluster, render_cluster
+from harness.cluster.secrets import check_secrets
 from harness.errors import ClusterError, LaunchError
 from harness.launcher import Machines, check_device, plan_launch
 from harness.recipe import Recipe
