@@ -1,0 +1,54 @@
+"""The clusters of these tests: `slurm_cluster` (proctrack/cgroup, as in production), `slurm_cluster_linuxproc`, and `each_tracking` for both in
+turn. The whole session starts at most one of each; a test gets it empty, with its commands' environment in this process's too."""
+
+import atexit
+import functools
+import os
+from pathlib import Path
+
+import pytest
+
+from slurm.rig import Rig, why_not
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.slurm)
+
+
+@functools.cache
+def shared_rig(tracking: str) -> Rig:
+    """One for the whole session: it takes seconds to start."""
+    rig = Rig(tracking)
+    atexit.register(rig.down)
+    return rig.up()
+
+
+def lend(tracking: str, monkeypatch):
+    reason = why_not(tracking)
+    if reason:
+        pytest.skip(reason)
+    rig = shared_rig(tracking)
+    for name in set(os.environ) - set(rig.environment):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CONF", rig.environment["SLURM_CONF"])
+    yield rig
+    rig.reset()
+
+
+@pytest.fixture
+def slurm_cluster(monkeypatch):
+    yield from lend("cgroup", monkeypatch)
+
+
+@pytest.fixture
+def slurm_cluster_linuxproc(monkeypatch):
+    yield from lend("linuxproc", monkeypatch)
+
+
+@pytest.fixture(params=["cgroup", "linuxproc"])
+def each_tracking(request, monkeypatch):
+    yield from lend(request.param, monkeypatch)
