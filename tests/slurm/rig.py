@@ -10,8 +10,8 @@ what makes Slurm's commands talk to it (SLURM_CONF). Two rigs live beside each o
 
 Nodes r1, r2, ... are all this host; each claims CPUS CPUs, MEMORY_MIB and two "GPUs" of type h100 (/dev/null and /dev/zero). Partitions:
 low (the default; preemptible by requeueing, after GRACE_S) and high. What Slurm takes minutes for is set to seconds: a requeued job waits
-CRED_EXPIRE_S + 1, a dead slurmd is noticed after 10 to 20 s. Slurm rounds time limits to minutes; `end_in` does not, but the limit still comes
-up to half a minute late.
+CRED_EXPIRE_S + 1, a dead slurmd is noticed after 10 to 20 s. Slurm rounds time limits to minutes; `end_in` does not, but even so the limit
+comes up to half a minute late.
 
 `tracking` is Slurm's ProctrackType, which decides whom a step's signal reaches: under cgroup, as in production, the tasks that srun has
 started; under linuxproc all their descendants. cgroup needs a writable v1 freezer (see `why_not`).
