@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import click
@@ -41,7 +42,10 @@ def command(
     before = None
     if (Path(recipe) / JOB).is_file():
         run = RunDir(Path(recipe).resolve())
-        before, cluster, recipe = read_job(run), cluster or str(run.path / CLUSTER), str(run.recipe)
+        before, recipe = read_job(run), str(run.recipe)
+        cluster = str(Path(cluster).resolve()) if cluster and Path(cluster).exists() else cluster or str(run.path / CLUSTER)
+        # Where the recipe's relative paths begin.
+        os.chdir(before["directory"])
     if cluster is None:
         raise RecipeError(f"--cluster is not given, and {recipe} was not submitted before; name a cluster file, or a shipped one")
     asked = Submission(

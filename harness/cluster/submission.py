@@ -62,7 +62,6 @@ class Submission:
         return BatchJob(
             name=self.run.path.name,
             run=self.run.path,
-            directory=Path.cwd(),
             cluster=self.cluster,
             nodes=self.nodes,
             time=self.time or self.cluster.time,
@@ -150,7 +149,7 @@ def submit(submission: Submission) -> str:
     write_job(run, content)
     Ledger(run.ledger, None).append("submitted", last_attempt=(run.attempts() or [0])[-1])
     dependency = [f"--dependency=afterok:{':'.join(submission.after)}", "--kill-on-invalid-dep=yes"] if submission.after else []
-    job_id = slurm.submit_script(run.path / SCRIPT, *dependency)
+    job_id = slurm.submit_script(run.path / SCRIPT, f"--chdir={content['directory']}", *dependency)
     write_job(run, content | {"jobs": [*content["jobs"], {"id": job_id, "submitted": time.time(), "why": "submitted"}]})
     return job_id
 
