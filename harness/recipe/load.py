@@ -20,6 +20,9 @@ from harness.recipe.rules import check_rules
 from harness.recipe.schema import Recipe, as_sources
 from harness.resources import find_config, shipped_names
 
+NO_RECIPES = ("backends/", "clusters/", "pipelines/")
+"""The folders of configs/ that hold other files."""
+
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read, override, validate. `path` is a file or the name of a shipped recipe; `overrides` are `key.path=value`.
@@ -44,7 +47,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 def find_recipe(path: str | Path) -> Path:
     file = find_config(str(path))
     if file is None:
-        known = [name for name in shipped_names("") if not name.startswith(("backends/", "clusters/"))]
+        known = [name for name in shipped_names("") if not name.startswith(NO_RECIPES)]
         raise RecipeError(f"{path}: no such recipe; give the path of a YAML file or one of: {', '.join(known)}")
     return file
 
@@ -130,7 +133,7 @@ def apply_override(settings: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r}: write key.path=value, for example train.learning_rate=1e-4")
-    value = _read_value(text, override)
+    value = read_value(text, override)
     target: Any = settings
     *parents, leaf = key.split(".")
     for at, part in enumerate(parents):
@@ -142,7 +145,7 @@ def apply_override(settings: dict, override: str) -> None:
         target[leaf] = value
 
 
-def _read_value(text: str, override: str) -> Any:
+def read_value(text: str, override: str) -> Any:
     """What stands after the `=`, as YAML; as plain text where it is not YAML (a path with a colon), and for nothing the empty text."""
     stream = io.StringIO(text)
     stream.name = f"override {override!r}"
@@ -255,8 +258,10 @@ def _fields_at(schema: type[BaseModel], location: tuple) -> list[str]:
     section = schema
     for part in location:
         if isinstance(part, str):
-            section = _section_of(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
+            # A name that the writer chose, such as a pipeline's stage, is no field, and leads into the section that stands before it.
+            field = section.model_fields.get(part)
+            section = field and _section_of(field.annotation) or section
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def leaf_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
@@ -265,7 +270,7 @@ def leaf_keys(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
         section = _section_of(field.annotation)
         if section:
             found |= {key: where for key, where in leaf_keys(section, f"{prefix}{name}.").items() if key not in found}
-        found.setdefault(name, prefix + name)
+        found.setdefault(field.alias or name, prefix + (field.alias or name))
     return found
 
 

@@ -11,12 +11,12 @@ from harness.errors import RecipeError
 from harness.overrides import dashed_overrides
 from harness.recipe import Recipe, load, recipe_digest, render_recipe
 from harness.recipe.backend import AccelerateDeepSpeed, AccelerateFsdp, load_backend
-from harness.recipe.load import difference_from_defaults, read_yaml, render_value
+from harness.recipe.load import NO_RECIPES, difference_from_defaults, read_yaml, render_value
 from harness.recipe.names import ELSEWHERE
 from harness.recipe.schema import Section
 from harness.resources import find_config, shipped, shipped_names
 
-RECIPES = [name for name in shipped_names("") if not name.startswith(("backends/", "clusters/"))]
+RECIPES = [name for name in shipped_names("") if not name.startswith(NO_RECIPES)]
 BACKENDS = shipped_names("backends")
 
 
