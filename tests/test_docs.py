@@ -5,6 +5,8 @@ what is special about it:
 
     <!-- not run here: needs 8 GPUs -->   its commands are read instead: recipes resolve; verbs, options, files and make targets exist
     <!-- slow -->                         run by `make test-slow`
+    <!-- slurm -->                        run there too, with a real Slurm of three nodes (tests/slurm/rig.py)
+    <!-- cluster -->                      YAML that is a cluster file, or a part of one
     <!-- exits with 2 -->                 how its last command ends (0 without this)
     <!-- file: mine.yaml -->              is saved under this name for the page's commands; so is YAML that begins with `# mine.yaml`
     <!-- output -->                       what the commands before it print, line by line; … stands for anything
@@ -12,7 +14,7 @@ what is special about it:
 
 In a block without a language, lines that begin with `$ ` are run as well, and the others are what they print.
 
-`python tests/test_docs.py` writes the tables of fields in docs/recipe.md from the schema.
+`python tests/test_docs.py` writes the tables of fields in docs/recipe.md and docs/slurm.md from the schemas.
 """
 
 import importlib.util
@@ -31,9 +33,14 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, Finished, run_command
+from pydantic import BaseModel
+
+from slurm.conftest import shared_rig
+from slurm.rig import why_not
 
 from harness.cli import VERBS, group
 from harness.cli.arguments import load_recipe
+from harness.cluster.schema import Cluster, load_cluster
 from harness.launcher import Machines, plan_launch
 from harness.overrides import dashed_overrides
 from harness.recipe import Recipe, load
@@ -66,7 +73,11 @@ class Block:
 
     @property
     def is_slow(self) -> bool:
-        return self.mark("slow") is not None
+        return self.mark("slow") is not None or self.needs_slurm
+
+    @property
+    def needs_slurm(self) -> bool:
+        return self.mark("slurm") is not None
 
     @property
     def file(self) -> str | None:
@@ -128,9 +139,13 @@ def commands(block: Block) -> list[str]:
 ALL_BLOCKS = [block for page in pages() for block in blocks(page)]
 
 
+def marks_of(block: Block) -> list:
+    return [mark for mark, holds in ((pytest.mark.slow, block.is_slow), (pytest.mark.slurm, block.needs_slurm)) if holds]
+
+
 def as_parameters(chosen) -> list:
     return [
-        pytest.param(block, id=f"{block.page}:{block.line}", marks=[pytest.mark.slow] if block.is_slow else [])
+        pytest.param(block, id=f"{block.page}:{block.line}", marks=marks_of(block))
         for block in ALL_BLOCKS
         if chosen(block)
     ]
@@ -185,7 +200,8 @@ class Reader:
             return done
         before = run_folders(folder)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        done = run_command("bash", "-euo", "pipefail", "-c", step, cwd=folder, PATH=path, CUDA_VISIBLE_DEVICES="")
+        slurm = {"SLURM_CONF": shared_rig("cgroup").environment["SLURM_CONF"]} if has_slurm(page) else {}
+        done = run_command("bash", "-euo", "pipefail", "-c", step, cwd=folder, PATH=path, CUDA_VISIBLE_DEVICES="", **slurm)
         written = run_folders(folder) - before
         if step.startswith("harness run ") and done.code == 0 and written:
             # As it is now: what follows on the page may add to it.
@@ -194,6 +210,11 @@ class Reader:
                 shutil.copytree(folder / "runs" / name, kept / name)
             self.trained[key] = done, kept
         return done
+
+
+def has_slurm(page: str) -> bool:
+    """Whether this page's commands are to find a Slurm: some need one, and it is installed."""
+    return any(block.needs_slurm for block in blocks(page)) and why_not("cgroup") is None
 
 
 def run_folders(folder: Path) -> set[str]:
@@ -311,7 +332,7 @@ def test_no_command_hides_in_a_block_that_is_not_run(page):
 
 
 @pytest.mark.parametrize("block", as_parameters(lambda block: block.language == "yaml"))
-def test_every_yaml_block_is_a_recipe_a_part_of_one_or_a_backend(reader, block, monkeypatch):
+def test_every_yaml_block_is_a_recipe_a_backend_a_cluster_or_a_part_of_one(reader, block, monkeypatch):
     from harness.recipe.load import read_yaml
 
     monkeypatch.chdir(reader.folder(block.page))
@@ -320,6 +341,8 @@ def test_every_yaml_block_is_a_recipe_a_part_of_one_or_a_backend(reader, block, 
     settings = read_yaml(file)
     if "distributed_type" in settings:
         load_backend(str(file))
+    elif block.mark("cluster") is not None:
+        load_cluster(str(file))
     elif settings.keys() >= {"model", "data"}:
         load(file)
     else:
@@ -403,7 +426,14 @@ def test_a_measured_figure_stands_in_the_results_and_no_other_is_quoted(page):
 
 
 FIELDS_BEGIN, FIELDS_END = "<!-- fields: written by `python tests/test_docs.py` -->", "<!-- end of fields -->"
+TABLES = {"recipe.md": Recipe, "slurm.md": Cluster}
+"""The pages that have such tables, and of what."""
 FAMILIAR = {
+    "partition": "As sbatch's `--partition`.",
+    "account": "As sbatch's `--account`.",
+    "qos": "As sbatch's `--qos`.",
+    "reservation": "As sbatch's `--reservation`.",
+    "gpus_per_node": "One rank for each.",
     "task": "What is done. Supervised fine-tuning is all there is today.",
     "model.quantization.bnb_4bit_quant_type": "As in `BitsAndBytesConfig`.",
     "model.lora.r": "Rank of the adapter.",
@@ -424,10 +454,11 @@ FAMILIAR = {
 
 
 @cache
-def fields() -> dict[str, tuple[dict, bool]]:
-    """Dotted key -> (its JSON schema, whether it is required), for every leaf of a recipe; a key of a source is `data.train[].path`."""
+def fields(of: type[BaseModel] = Recipe) -> dict[str, tuple[dict, bool]]:
+    """Dotted key -> (its JSON schema, whether it is required), for every leaf of a recipe or a cluster file; a key of a source is
+    `data.train[].path`."""
     found: dict[str, tuple[dict, bool]] = {}
-    schema = Recipe.model_json_schema()
+    schema = of.model_json_schema()
 
     def walk(section: dict, prefix: str) -> None:
         for name, spec in section["properties"].items():
@@ -464,7 +495,13 @@ def takes(spec: dict) -> str:
         return ", ".join(f"`{value_of(value)}`" for value in spec.get("enum", [spec.get("const")]))
     if spec.get("type") == "array":
         return "sources" if "$ref" in spec.get("items", {}) else f"list of {takes(spec['items'])}"
-    words = {"integer": "whole number", "number": "number", "boolean": "`true`, `false`", "string": "text"}[spec["type"]]
+    words = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "`true`, `false`",
+        "string": "text",
+        "object": "flags: `name: value`, `name: true`",
+    }[spec["type"]]
     limits = (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
     within = ", ".join(f"{sign} {spec[limit]:g}" for limit, sign in limits if limit in spec and spec[limit] < 2**32)
     return f"{words} {within}".strip()
@@ -475,10 +512,10 @@ def value_of(value) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def render_fields() -> str:
+def render_fields(of: type[BaseModel]) -> str:
     """The tables of every key with what it takes, its default and its meaning, section by section."""
     by_section: dict[str, list[str]] = {}
-    for key, (spec, required) in fields().items():
+    for key, (spec, required) in fields(of).items():
         section, _, leaf = key.rpartition(".")
         default = "**required**" if required else "–" if spec.get("default") is None else f"`{value_of(spec['default'])}`"
         meaning = " ".join(spec.get("description", "").split()) or FAMILIAR.get(key) or familiar(section)
@@ -497,19 +534,21 @@ def familiar(section: str) -> str:
     return "As in `TrainingArguments`."
 
 
-def test_every_key_of_a_recipe_stands_on_its_page_with_its_default():
-    text = (DOCS / "recipe.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", TABLES)
+def test_every_key_stands_on_its_page_with_its_default(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
     shown = text.partition(FIELDS_BEGIN)[2].partition(FIELDS_END)[0].strip()
-    assert shown == render_fields(), "docs/recipe.md is behind the schema: run `python tests/test_docs.py`"
-    assert not FAMILIAR.keys() - fields().keys()
+    assert shown == render_fields(TABLES[page]), f"docs/{page} is behind the schema: run `python tests/test_docs.py`"
+    assert not FAMILIAR.keys() - set().union(*map(fields, TABLES.values()))
 
 
-def write_fields() -> None:
-    path = DOCS / "recipe.md"
+def write_fields(page: str) -> None:
+    path = DOCS / page
     before, begin, rest = path.read_text(encoding="utf-8").partition(FIELDS_BEGIN)
     after = rest.partition(FIELDS_END)[2]
-    path.write_text(f"{before}{begin}\n\n{render_fields()}\n\n{FIELDS_END}{after}", encoding="utf-8")
+    path.write_text(f"{before}{begin}\n\n{render_fields(TABLES[page])}\n\n{FIELDS_END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write_fields()
+    for name in TABLES:
+        write_fields(name)
