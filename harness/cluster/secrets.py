@@ -23,15 +23,13 @@ def check_secrets(path: str | Path) -> None:
 def read_secrets(path: str | Path) -> dict[str, str]:
     """Name -> value. Raises RecipeError when there is no such file, when others can read it, or when a line is not KEY=VALUE."""
     try:
-        # Not to wait for whoever opens the other end of a pipe.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        # Without waiting for whoever writes to a pipe.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+            _check_owner(path, os.fstat(stream.fileno()))
+            content = stream.read()
     except OSError as error:
-        raise RecipeError(
-            f"{path}: the secrets cannot be read: {error.strerror}; make a file of KEY=VALUE lines and chmod 600 it"
-        ) from None
-    with open(descriptor, "rb") as stream:
-        _check_owner(path, os.fstat(descriptor))
-        content = stream.read()
+        advice = "make a file of KEY=VALUE lines and chmod 600 it"
+        raise RecipeError(f"{path}: the secrets cannot be read: {error.strerror}; {advice}") from None
     secrets: dict[str, str] = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip() and not line.lstrip().startswith(b"#"):

@@ -105,13 +105,13 @@ def advise_key(key: str, siblings: list[str], everywhere: dict[str, str], elsewh
     siblings: the keys of the section that the key stands in. everywhere: leaf key -> dotted key, over the whole file.
     elsewhere: other people's names -> what is written here instead.
     """
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
-    if close:
-        return f"did you mean `{close[0]}`?"
     if key in everywhere:
         return f"`{key}` stands at `{everywhere[key]}`"
     if key in elsewhere:
         return f"`{key}` is `{elsewhere[key]}` here"
+    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
+    if close:
+        return f"did you mean `{close[0]}`?"
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6) or difflib.get_close_matches(key, list(everywhere), n=1, cutoff=0.8)
     if close:
         where = close[0] if close[0] in siblings else everywhere[close[0]]
