@@ -50,9 +50,8 @@ def command(
         raise RecipeError(f"--cluster is not given, and {recipe} was not submitted before; name a cluster file, or a shipped one")
     asked = Submission(
         recipe=load_recipe(recipe, overrides),
-        cluster=load_cluster(cluster, of_cluster),
+        cluster=load_cluster(cluster, [*of_cluster, *([f"time={time}"] if time else [])]),
         nodes=nodes or (before["nodes"] if before else 1),
-        time=time or (before["time"] if before else None),
         after=after,
         allowed=allowed,
         fresh=fresh,

@@ -3,7 +3,7 @@
     job.sbatch     the script, as it was sent (harness.cluster.render)
     cluster.yaml   the resolved cluster file
     code.diff      what the checkout's files had that its commit had not
-    job.json       {"cluster", "nodes", "processes_per_node", "time", "directory", "allowed_changes", "code": {"commit", "diff"},
+    job.json       {"cluster", "nodes", "processes_per_node", "time", "directory", "allowed_changes", "merge", "code": {"commit", "diff"},
                     "jobs": [{"id", "submitted", "why"}]}: the last of the jobs is the run's; the others are those that it took over from
 
 The promise: one job at a time works in a run folder. A second submit while one lives is refused, and so is one beside a `harness run`.
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from harness.cluster.schema import Cluster, render_cluster
 from harness.cluster.secrets import check_secrets
 from harness.errors import ClusterError, LaunchError
 from harness.launcher import Machines, check_device, plan_launch
+from harness.model.export import MANIFEST
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 from harness.run import RunDir, git_commit, is_complete, write_text_atomically
@@ -40,10 +42,12 @@ class Submission:
     recipe: Recipe
     cluster: Cluster
     nodes: int = 1
-    time: str | None = None
-    """Left out: the cluster file's."""
     after: tuple[str, ...] = ()
     """Jobs that must have succeeded before."""
+    awaited: tuple[str, ...] = ()
+    """Folders that are not there yet, because those jobs make them."""
+    merge: bool = False
+    """When the run is done, merge its adapter into its base (RUN/merged)."""
     allowed: tuple[str, ...] = ()
     """Keys in which the recipe may differ from the checkpoint's."""
     fresh: bool = False
@@ -64,7 +68,7 @@ class Submission:
             run=self.run.path,
             cluster=self.cluster,
             nodes=self.nodes,
-            time=self.time or self.cluster.time,
+            time=self.cluster.time,
             python=self.cluster.python or sys.executable,
             package_root=str(Path(harness.__file__).resolve().parents[1]),
             recipe=self.source,
@@ -78,9 +82,56 @@ def render(submission: Submission) -> str:
     return render_train(submission.batch_job())
 
 
+def submit(submission: Submission) -> str:
+    """Check, make the run folder, send the script. Returns the job's id."""
+    check_submission(submission)
+    run = save_submission(submission)
+    job_id = slurm.submit_script(run.path / SCRIPT, f"--chdir={os.getcwd()}", *dependency_flags(submission.after))
+    note_job(run, job_id, "submitted")
+    return job_id
+
+
+# ---- what can be wrong
+
+
 def check_submission(submission: Submission) -> None:
     """Raises a HarnessError that says what of recipe, cluster, files and run folder do not fit together."""
-    recipe, cluster, run = submission.recipe, submission.cluster, submission.run
+    run, recipe = submission.run, submission.recipe
+    check_are_free([run])
+    if not submission.fresh and is_finished(run, recipe, submission.merge):
+        raise LaunchError(f"{run.path}: this run is complete ({run.final}); give another output_dir, or --fresh to begin it again")
+    check_can_begin(submission)
+
+
+def check_are_free(runs: Iterable[RunDir]) -> None:
+    """Raises LaunchError while a job of one of these runs lives in Slurm."""
+    for run, job in live_jobs(runs):
+        raise LaunchError(
+            f"{run.path}: job {job.id} of this run lives ({job.state}); watch it with `harness status {run.path}`, "
+            f"or end it with `harness cancel {run.path} --save`, or choose another output_dir"
+        )
+
+
+def live_jobs(runs: Iterable[RunDir]) -> list[tuple[RunDir, slurm.SlurmJob]]:
+    """Those of the runs that have a job in Slurm now, and the job. One call of squeue."""
+    ids = {job_id: run for run in runs if (job_id := last_job(run))}
+    return [(ids[job_id], job) for job_id, job in slurm.list_jobs(ids).items() if job_id in ids and slurm.is_alive(job)]
+
+
+def is_finished(run: RunDir, recipe: Recipe, merge: bool) -> bool:
+    """Whether this very recipe has been trained to its end, and merged where that was asked."""
+    return is_complete(run, recipe) and (not merge or is_merged(run))
+
+
+def is_merged(run: RunDir) -> bool:
+    """Whether RUN/merged was made from the adapter that lies in RUN/final now."""
+    made = [json.loads(file.read_text()) for folder in (run.final, run.merged) if (file := folder / MANIFEST).is_file()]
+    return len(made) == 2 and all(made[0][key] == made[1][key] for key in ("base_digest", "data", "recipe_digest", "step"))
+
+
+def check_can_begin(submission: Submission) -> None:
+    """What does not depend on whether the run is done or lives."""
+    recipe, cluster = submission.recipe, submission.cluster
     backend = load_backend(recipe.backend)
     plan_launch(recipe, submission.machines, [])
     check_device(recipe, backend, has_gpu=cluster.gpus_per_node > 0)
@@ -89,17 +140,14 @@ def check_submission(submission: Submission) -> None:
     for folder in cluster.shared:
         if not Path(folder).expanduser().is_dir():
             raise ClusterError(f"cluster {cluster.name}: shared: {folder} is no folder here; it must be seen from the login node too")
-    check_inputs(recipe)
-    check_is_free(run)
+    check_inputs(recipe, submission.awaited)
     if not submission.fresh:
-        if is_complete(run, recipe):
-            raise LaunchError(f"{run.path}: this run is complete ({run.final}); give another output_dir, or --fresh to begin it again")
-        check_continuation(run, recipe, backend, submission.allowed, must_exist=False)
+        check_continuation(submission.run, recipe, backend, submission.allowed, must_exist=False)
 
 
-def check_inputs(recipe: Recipe) -> None:
+def check_inputs(recipe: Recipe, awaited: tuple[str, ...] = ()) -> None:
     """A path with a folder in it that leads nowhere is found here and not after hours in the queue. What else it may be, a hub's name or a
-    glob, is for the job to find."""
+    glob, is for the job to find; what is `awaited` is made meanwhile."""
     named = [
         ("model.name_or_path", recipe.model.name_or_path),
         ("model.init", recipe.model.init),
@@ -108,50 +156,54 @@ def check_inputs(recipe: Recipe) -> None:
     named += [(f"data.{key}.{at}.path", source.path) for key in ("train", "eval") for at, source in enumerate(getattr(recipe.data, key))]
     for key, name in named:
         is_path = name is not None and (name.startswith(("/", "./", "../", "~")) or name.endswith((".jsonl", ".json", ".parquet", ".gz")))
-        if is_path and not any(sign in name for sign in "*?[") and not Path(name).expanduser().exists():
+        is_there = name in awaited or is_path and Path(name).expanduser().exists()
+        if is_path and not is_there and not any(sign in name for sign in "*?["):
             raise LaunchError(f"{key} = {name}: there is no such file or folder (looked for from {Path.cwd()}); mend the path")
 
 
-def check_is_free(run: RunDir) -> None:
-    """Raises LaunchError while a job of this run lives in Slurm."""
-    if not (run.path / JOB).is_file():
-        return
-    jobs = read_job(run)["jobs"]
-    job = slurm.find_job(jobs[-1]["id"]) if jobs else None
-    if slurm.is_alive(job):
-        raise LaunchError(
-            f"{run.path}: job {job.id} of this run lives ({job.state}); watch it with `harness status {run.path}`, "
-            f"or end it with `harness cancel {run.path} --save`, or choose another output_dir"
-        )
+# ---- what is written and sent
 
 
-def submit(submission: Submission) -> str:
-    """Check, make the run folder, send the script. Returns the job's id."""
-    script = render(submission)
+def save_submission(submission: Submission) -> RunDir:
+    """Make the run folder, with everything that its job reads."""
     run = RunDir.create(submission.recipe, fresh=submission.fresh)
     diff = code_changes()
     content = {
         "cluster": submission.cluster.name,
         "nodes": submission.nodes,
         "processes_per_node": submission.cluster.ranks_per_node,
-        "time": submission.time or submission.cluster.time,
+        "time": submission.cluster.time,
         "directory": os.getcwd(),
         "allowed_changes": list(submission.allowed),
+        "merge": submission.merge,
         "code": {"commit": git_commit(), "diff": DIFF if diff else None},
         "jobs": read_job(run)["jobs"] if (run.path / JOB).is_file() else [],
     }
     (run.path / "logs").mkdir(exist_ok=True)
-    write_text_atomically(run.path / SCRIPT, script)
+    write_text_atomically(run.path / SCRIPT, render_train(submission.batch_job()))
     write_text_atomically(run.path / CLUSTER, render_cluster(submission.cluster))
     if diff:
         write_text_atomically(run.path / DIFF, diff)
-    # Before the job can begin, which reads it.
     write_job(run, content)
     Ledger(run.ledger, None).append("submitted", last_attempt=(run.attempts() or [0])[-1])
-    dependency = [f"--dependency=afterok:{':'.join(submission.after)}", "--kill-on-invalid-dep=yes"] if submission.after else []
-    job_id = slurm.submit_script(run.path / SCRIPT, f"--chdir={content['directory']}", *dependency)
-    write_job(run, content | {"jobs": [*content["jobs"], {"id": job_id, "submitted": time.time(), "why": "submitted"}]})
-    return job_id
+    return run
+
+
+def dependency_flags(after: Iterable[str]) -> list[str]:
+    """sbatch's, for a job that begins when these have succeeded, and is cancelled when one of them fails."""
+    return [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+
+
+def note_job(run: RunDir, job_id: str, why: str) -> None:
+    """From now on this is the run's job. Read anew, because the one before may be writing too."""
+    content = read_job(run)
+    write_job(run, content | {"jobs": [*content["jobs"], {"id": job_id, "submitted": time.time(), "why": why}]})
+
+
+def last_job(run: RunDir) -> str | None:
+    """The id of the run's present job; None for a run that was never sent."""
+    jobs = read_job(run)["jobs"] if (run.path / JOB).is_file() else []
+    return jobs[-1]["id"] if jobs else None
 
 
 def read_job(run: RunDir) -> dict:
