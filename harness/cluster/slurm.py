@@ -154,7 +154,8 @@ def _split(said: str) -> list[list[str]]:
 def _parse_job(fields: list[str]) -> SlurmJob:
     if len(fields) != len(_JOB_COLUMNS):
         raise ClusterError(
-            f"job {fields[0]}: its name or comment holds control characters, and cannot be read; mend it with scontrol update JobId={fields[0]}"
+            f"job {fields[0]}: its name or comment holds control characters, and cannot be read; give it another by "
+            f"scontrol update JobId={fields[0]}"
         )
     job_id, name, user, partition, state, reason, hosts, nodes, submitted, started, ends, preempted, restarts, comment, dependency = fields
     return SlurmJob(
@@ -189,14 +190,9 @@ def is_alive(job: SlurmJob | None) -> bool:
     return job is not None and job.state not in ENDED
 
 
-def cancel_job(job_id: str, signal: str | None = None) -> None:
-    """End a job wherever it stands, or send a signal (`USR1`) to its steps. Slurm says nothing of a job that has ended, or never was."""
-    _run("scancel", *([f"--signal={signal}"] if signal else []), job_id)
-
-
-def cancel_step(job_id: str, step: str) -> None:
-    """End one step of a job (`0`, `1`, ...), and leave the job running."""
-    _run("scancel", f"{job_id}.{step}")
+def cancel_job(*job_ids: str) -> None:
+    """End jobs wherever they stand. Slurm says nothing of one that has ended, or never was."""
+    _run("scancel", *job_ids)
 
 
 def requeue_job(job_id: str) -> None:

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shlex
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,12 +28,13 @@ import yaml
 from harness.checkpoint.ledger import read_ledger
 from harness.checkpoint.selection import checkpoints
 from harness.cluster.slurm import SlurmJob, is_alive, list_jobs
+from harness.cluster.submission import JOB, read_job
 from harness.errors import CheckpointError, ClusterError, LaunchError, Stopped
 from harness.failures import explain_failure
 from harness.run import LOCK, RunDir, rank_reports, read_outcome
 from harness.tracking.metrics import FILE_NAME
 
-JOB, ARRAY = "job.json", "array.json"
+ARRAY = "array.json"
 ENDED = ("done", "stopped", "failed", "cancelled", "lost")
 HOLDS = ("REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED")
 TAIL_BYTES = 256 * 1024
@@ -75,13 +75,24 @@ class RunStatus:
     """The command to type next."""
 
     @property
-    def is_over(self) -> bool:
-        return self.state in ENDED
+    def is_there(self) -> bool:
+        """Something of it runs, or waits to."""
+        return self.state not in (*ENDED, "new", "unknown")
+
+    @property
+    def text(self) -> str:
+        """State and what is known of it, in one line."""
+        return self.state + (f": {self.reason or self.phase}" if self.reason or self.phase else "")
+
+    @property
+    def go_on(self) -> str:
+        """The command that has the run go on after it has ended."""
+        return f"harness submit {shlex.quote(str(self.run))}" if self.job else f"harness run {shlex.quote(f'{self.run}/recipe.yaml')}"
 
     @property
     def left_s(self) -> float | None:
         """What is left of the training, without any time in the queue."""
-        if self.is_over or None in (self.step_s, self.step, self.steps):
+        if not self.is_there or None in (self.step_s, self.step, self.steps):
             return None
         return self.step_s * max(0, self.steps - self.step)
 
@@ -113,7 +124,7 @@ def read_status(run: RunDir, job_id: str | None, job: SlurmJob | None, unasked: 
     status = replace(status, lives=len(run.attempts()), requeues=_requeues(events), job=job_id, **_progress(run, life, events, status))
     if job and job.state == "PENDING":
         status = replace(status, starts=job.started)
-    return replace(status, hosts=_hosts(job, life), log=status.log or _log(run, job_id, life), next=_next(run, status))
+    return replace(status, hosts=_hosts(job, life), log=status.log or _log(run, job_id, life), next=_next(status))
 
 
 # ---- state
@@ -165,11 +176,14 @@ def _judge_living(run: RunDir, job: SlurmJob, life: Path | None, events: list[di
 
 
 def _failed(run: RunDir, life: Path) -> RunStatus:
+    """A life that is over, and that nobody could write an end of."""
     failure = explain_failure(life, 0)
     if failure.exit_code == Stopped.exit_code:
         return RunStatus(run.path, "stopped", failure.summary)
     blamed = re.search(r"\brank (\d+) on ", failure.text)
-    return RunStatus(run.path, "failed", failure.summary, log=life / f"rank-{blamed[1]}.log" if blamed else None)
+    if blamed is None:
+        return RunStatus(run.path, "lost", "its processes are gone, and nothing says how they ended")
+    return RunStatus(run.path, "failed", failure.summary, log=life / f"rank-{blamed[1]}.log")
 
 
 def is_held(run: RunDir) -> bool:
@@ -215,18 +229,18 @@ def _hosts(job: SlurmJob | None, life: Path | None) -> tuple[str, ...]:
 
 def _log(run: RunDir, job_id: str | None, life: Path | None) -> Path | None:
     """Rank 0's, or before there is one what the job itself has said."""
-    candidates = [life / "rank-0.log"] if life else []
-    candidates += [job_log(run, job_id)] if job_id else []
-    return next((path for path in candidates if path.is_file()), None)
+    rank_0 = life / "rank-0.log" if life else None
+    return rank_0 if rank_0 and rank_0.is_file() else job_log(run, job_id) if job_id else None
 
 
-def job_log(run: RunDir, job_id: str) -> Path:
-    return run.path / "logs" / f"slurm-{job_id}.log"
+def job_log(run: RunDir, job_id: str) -> Path | None:
+    """What a job of the run has written; an array's lie in its own folder. None while it has written nothing."""
+    places = [folder / "logs" / f"slurm-{job_id}.log" for folder in (run.path, run.path.parent)]
+    return next((path for path in places if path.is_file()), None)
 
 
-def _next(run: RunDir, status: RunStatus) -> str:
-    folder = shlex.quote(str(run.path))
-    go_on = f"harness submit {folder}" if status.job else f"harness run {shlex.quote(str(run.recipe))}"
+def _next(status: RunStatus) -> str:
+    folder = shlex.quote(str(status.run))
     match status.state:
         case "done":
             return f"harness export {folder}"
@@ -241,7 +255,7 @@ def _next(run: RunDir, status: RunStatus) -> str:
             return f"harness logs {folder} " + (f"--rank {rank[1]}" if rank else "--job")
         case "unknown":
             return f"harness logs {folder}"
-    return go_on
+    return status.go_on
 
 
 # ---- progress
@@ -336,7 +350,7 @@ def find_runs(asked: str, root: Path) -> list[RunDir]:
     if asked == "all":
         path = root
     elif asked.isdigit() or re.fullmatch(r"\d+_\d+", asked):
-        runs = [run for run in _runs_below(root) if asked in (job_of(run), *_all_jobs(run))]
+        runs = [run for run in _runs_below(root) if asked in (job_of(run), *jobs_of(run))]
         if not runs and not path.is_dir():
             raise LaunchError(f"{asked}: no run below {root} was sent as that job; give its folder, or where to look with --root")
         if runs:
@@ -364,13 +378,13 @@ def _runs_below(path: Path, levels: int = 4) -> Iterator[RunDir]:
 
 def job_of(run: RunDir) -> str | None:
     """The id of the run's present job, `123_4` in an array; None for a run that was never submitted."""
-    return next(iter(reversed(_all_jobs(run))), None)
+    return next(iter(reversed(jobs_of(run))), None)
 
 
-def _all_jobs(run: RunDir) -> list[str]:
-    """Oldest first."""
-    path, array = run.path / JOB, run.path.parent / ARRAY
-    jobs = [job["id"] for job in json.loads(path.read_text())["jobs"]] if path.is_file() else []
+def jobs_of(run: RunDir) -> list[str]:
+    """The ids of all jobs that the run has had, oldest first."""
+    array = run.path.parent / ARRAY
+    jobs = [job["id"] for job in read_job(run)["jobs"]] if (run.path / JOB).is_file() else []
     if jobs or not array.is_file():
         return jobs
     content = json.loads(array.read_text())
