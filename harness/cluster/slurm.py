@@ -11,6 +11,7 @@ do. A variable of the environment (SQUEUE_FORMAT, SBATCH_PARTITION) changes neit
 import itertools
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -42,12 +43,13 @@ REMEDIES = (
     (r"contact slurm controller|timed out|Connection refused", "Slurm's controller does not answer: `scontrol ping` says whether it is up"),
     (r"process configuration|ClusterName", "Slurm's configuration is not found: set SLURM_CONF, or go where Slurm is set up"),
     (r"[Ii]nvalid partition", "`harness nodes` lists the partitions; name one as `partition:` in the cluster file"),
-    (r"account", "set `account:` in the cluster file to one that you may use (`sacctmgr show associations user=$USER` lists them)"),
-    (r"\bqos\b|\bQOS\b", "set `qos:` in the cluster file to one that you may use"),
+    (r"[Aa]ccount", "set `account:` in the cluster file to one that you may use (`sacctmgr show associations user=$USER` lists them)"),
+    (r"(?i)\bqos\b", "set `qos:` in the cluster file to one that you may use"),
     (r"reservation", "`scontrol show reservation` lists those that there are"),
     (r"feature|node configuration|can not be satisfied|\bgres\b", "`harness nodes` shows what the nodes have; ask for no more of one"),
     (r"Invalid node name", "`harness nodes` lists the nodes; mend `exclude:` in the cluster file"),
     (r"[Ii]nvalid job id", "Slurm does not know that job (any more); `harness status RUN` says what became of its run"),
+    (r"already finished", "it has ended; `harness status RUN` says what became of its run"),
     (r"[Dd]ependency problem", "write it as KIND:JOB, such as afterok:1234"),
     (r"denied|permission", "the job belongs to somebody else, or users may not do this here"),
 )
@@ -109,10 +111,9 @@ def list_jobs(job_ids: Iterable[str] | None = None) -> dict[str, SlurmJob]:
     if asked == []:
         return {}
     whose = ["--user", str(os.getuid())] if asked is None else ["--jobs", ",".join(asked)]
-    columns = ",".join(f"{name}:{width}{END_OF_FIELD}" for name, width in _JOB_COLUMNS)
     try:
         # --array: without it pending elements come as one line, `123_[4-9%2]`.
-        said = _run("squeue", "--noheader", "--array", "--states=all", *whose, "--Format", f"{columns},Cluster:1{END_OF_LINE}").stdout
+        said = _run("squeue", "--noheader", "--array", "--states=all", *whose, "--Format", _format(_JOB_COLUMNS)).stdout
     except ClusterError as error:
         # Of several it leaves out those that it does not know, of one it complains.
         if asked and "Invalid job id specified" in str(error):
@@ -145,10 +146,13 @@ _JOB_COLUMNS = (
 _NOTHING = ("", "(null)", "N/A", "n/a", "None", "none", "Unknown", "NONE")
 
 
+def _format(columns: tuple[tuple[str, int], ...]) -> str:
+    return f"{END_OF_FIELD},".join(f"{name}:{width}" for name, width in columns) + END_OF_LINE
+
+
 def _split(said: str) -> list[list[str]]:
     """The lines of squeue or sinfo, as lists of fields."""
-    lines = [line.lstrip("\n") for line in said.split(END_OF_LINE)[:-1]]
-    return [[field.strip() for field in line.split(END_OF_FIELD)[:-1]] for line in lines]
+    return [[field.strip() for field in line.split(END_OF_FIELD)] for line in said.split(END_OF_LINE)[:-1]]
 
 
 def _parse_job(fields: list[str]) -> SlurmJob:
@@ -236,8 +240,7 @@ class Node:
 
 def list_nodes() -> list[Node]:
     """All nodes, in Slurm's order; those of several partitions once."""
-    columns = ",".join(f"{name}:{width}{END_OF_FIELD}" for name, width in _NODE_COLUMNS)
-    said = _run("sinfo", "--noheader", "--all", "--Node", "--Format", f"{columns},Cluster:1{END_OF_LINE}").stdout
+    said = _run("sinfo", "--noheader", "--all", "--Node", "--Format", _format(_NODE_COLUMNS)).stdout
     lines: dict[str, list[list[str]]] = {}
     for fields in _split(said):
         lines.setdefault(fields[0], []).append(fields)
@@ -286,14 +289,17 @@ def default_partition() -> str | None:
 
 def hostnames(nodelist: str) -> tuple[str, ...]:
     """`r[1-2,08],gpu1` as ("r1", "r2", "r08", "gpu1"), as `scontrol show hostnames` does, which not every compute node may call. Raises
-    ClusterError for a bracket without its other."""
+    ClusterError for what is no list of nodes."""
     hosts: list[str] = []
-    for part in re.findall(r"(?:\[[^\]]*\]|[^,\[\]])+|[\[\]]", nodelist):
-        if part in "[]":
-            raise ClusterError(f"node list {nodelist!r}: has a bracket without its other; write it as r[1-3,5]")
-        pieces = [_numbers(piece[1:-1]) if piece.startswith("[") else [piece] for piece in re.split(r"(\[[^\]]*\])", part)]
+    for part in re.findall(rf"(?:{_RANGES}|[^,])+", nodelist):
+        pieces = [_numbers(piece[1:-1]) if piece.startswith("[") else [piece] for piece in re.split(f"({_RANGES})", part)]
+        if any(set("[]") & set(name) for names in pieces for name in names):
+            raise ClusterError(f"node list {nodelist!r}: cannot be read; write it as r[1-3,5],gpu1")
         hosts += map("".join, itertools.product(*pieces))
     return tuple(hosts)
+
+
+_RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
 
 
 def _numbers(ranges: str) -> list[str]:
@@ -355,7 +361,8 @@ def _run(*argv: str) -> subprocess.CompletedProcess[str]:
     except OSError as error:
         raise ClusterError(f"{argv[0]}: cannot be started: {error.strerror}; see to the command that PATH finds") from error
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split()) or f"left with {done.returncode} and said nothing"
-        remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, said)), f"what was asked: {' '.join(argv)}")
-        raise ClusterError(f"{argv[0]}: {said.removeprefix(f'{argv[0]}: error: ')}; {remedy}")
+        lines = [line.removeprefix(f"{argv[0]}: error: ").strip() for line in (done.stderr or done.stdout).splitlines()]
+        said = "; ".join(filter(None, lines)) or f"left with {done.returncode} and said nothing"
+        remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, said)), f"the command was: {shlex.join(argv)}")
+        raise ClusterError(f"{argv[0]}: {said}; {remedy}")
     return done
