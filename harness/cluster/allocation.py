@@ -28,12 +28,14 @@ from pathlib import Path
 
 from harness.checkpoint.ledger import Ledger, read_ledger
 from harness.cluster import node, preflight, slurm
+from harness.cluster.array import element_id
 from harness.cluster.decision import FRUITLESS_LIVES, Decision, Taken, decide, fruitless_lives
+from harness.cluster.dependency import hand_on_waiting
 from harness.cluster.render import node_command, srun_command
 from harness.cluster.schema import load_cluster
 from harness.cluster.secrets import read_secrets
 from harness.cluster.status import progress_line
-from harness.cluster.submission import read_job, write_job
+from harness.cluster.submission import is_merged, note_job, read_job
 from harness.errors import ClusterError, LaunchError, Stopped
 from harness.failures import explain_failure
 from harness.life import ended_within, last_commit, noted_signals, place, say
@@ -67,7 +69,7 @@ class Allocation:
             raise ClusterError(
                 "harness allocation: SLURM_JOB_ID is not set; the script that `harness submit` makes starts this in a job, a person does not"
             )
-        self.run, self.job_id = run, environment["SLURM_JOB_ID"]
+        self.run, self.job_id = run, element_id(environment)
         self.restart = int(environment.get("SLURM_RESTART_COUNT", 0))
         self.recipe, self.cluster = load(run.recipe), load_cluster(str(run.path / "cluster.yaml"))
         self.submitted = read_job(run)
@@ -89,10 +91,12 @@ class Allocation:
                 os.environ.update(read_secrets(self.cluster.secrets))
             self.claim()
             if is_complete(self.run, self.recipe):
-                say(f"this run is complete: {self.run.final}")
-                return 0
-            self.ledger().append("job_began", job=self.job_id, restart=self.restart, hosts=list(self.hosts))
-            decision = self.may_begin() or self.preflight() or self.prepare_data() or self.live()
+                decision = Decision("done", f"this run is complete: {self.run.final}")
+            else:
+                self.ledger().append("job_began", job=self.job_id, restart=self.restart, hosts=list(self.hosts))
+                decision = self.may_begin() or self.preflight() or self.prepare_data() or self.live()
+            if decision.action == "done" and self.submitted["merge"] and not is_merged(self.run):
+                decision = self.merge() or decision
             return self.carry_out(decision)
 
     # ---- before the first life
@@ -188,8 +192,16 @@ class Allocation:
             say(f"\n{failure.text}")
         return decision
 
+    def merge(self) -> Decision | None:
+        """The last act of a run whose model others go on from."""
+        say("merging the adapter into its base")
+        code = self.step(1, ["export", str(self.run.path), "--merge", "--force"], self.run.path / "logs")
+        if self.taken:
+            return self.leave()
+        return None if code == 0 else Decision("stop", "the adapter could not be merged; the reason stands above", abs(code))
+
     def leave(self) -> Decision:
-        """Slurm takes the job before a rank was started."""
+        """Slurm takes the job while no rank is there."""
         return Decision("stop", self.taken.why, Stopped.exit_code) if self.taken.cancelled else Decision("requeue", self.taken.why)
 
     def history(self) -> tuple[int, int, list[dict]]:
@@ -331,11 +343,8 @@ class Allocation:
         except ClusterError as error:
             say(f"stopped: no successor could be sent: {error}\nto go on, from where sbatch works: harness submit {self.run.path}")
             return Stopped.exit_code
-        self.submitted["jobs"].append({"id": job_id, "submitted": time.time(), "why": decision.why})
-        write_job(self.run, self.submitted)
-        for waiting in slurm.list_jobs().values():
-            if f"afterok:{self.job_id}" in waiting.dependency:
-                slurm.depend_on(waiting.id, f"afterok:{job_id}")
+        note_job(self.run, job_id, decision.why)
+        hand_on_waiting(self.job_id, job_id)
         say(f"job {job_id} takes the run over" + (f", without {', '.join(decision.exclude)}" if decision.exclude else ""))
         return Stopped.exit_code
 
