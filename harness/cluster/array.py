@@ -115,9 +115,8 @@ def element_names(axes: list[Axis]) -> list[str]:
     width = max(2, len(str(len(points) - 1)))
     names = []
     for index, values in enumerate(points):
-        words = "_".join(
-            f"{label}={re.sub(r'[^\w.+-]+', '-', value).strip('-')}" for label, value in zip(labels, values, strict=True)
-        )
+        safe = [re.sub(r"[^\w.+-]+", "-", value).strip("-") for value in values]
+        words = "_".join(f"{label}={value}" for label, value in zip(labels, safe, strict=True))
         names.append(f"{index:0{width}}-{words[:NAME_LENGTH]}")
     return names
 

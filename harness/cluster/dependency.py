@@ -19,7 +19,7 @@ def hand_on_waiting(old: str, new: str) -> None:
         elements = [job_id for job_id in slurm.list_jobs([old.partition("_")[0]]) if "_" in job_id]
         for job in slurm.list_jobs().values():
             moved = move_dependency(job.dependency, old, new, elements)
-            if moved and job.id != new:
+            if moved and job.id != new and job.state == "PENDING":
                 slurm.depend_on(job.id, moved)
     except ClusterError as error:
         say(f"warning: jobs that wait for {old} cannot be made to wait for {new}, so Slurm cancels them; submit them again: {error}")
