@@ -1,12 +1,14 @@
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 
-from harness.cluster.status import find_runs, job_log, job_of, jobs_of, read_statuses
+from harness.cluster.status import find_runs, job_log, jobs_of, read_statuses
+from harness.cluster.submission import last_job
 from harness.errors import LaunchError
 from harness.run import RunDir
 
@@ -33,13 +35,13 @@ def command(run: str, rank: int | None, attempt: int | None, job: bool, lines: i
     def find() -> Path | None:
         return find_job_log(folder) if job else find_rank_log(folder, rank or 0, attempt)
 
+    file = find()
+    if file is None and not (follow and read_statuses([folder])[0].is_there):
+        raise LaunchError(explain_absence(folder, rank or 0, attempt, job))
     if follow:
         follow_log(folder, find, lines)
-        return
-    file = find()
-    if file is None:
-        raise LaunchError(explain_absence(folder, rank or 0, attempt, job))
-    show(last_lines(file, lines)[0])
+    else:
+        show(last_lines(file, lines)[0])
 
 
 def one_run(asked: str, root: Path) -> RunDir:
@@ -60,7 +62,7 @@ def find_rank_log(run: RunDir, rank: int, attempt: int | None) -> Path | None:
 
 
 def find_job_log(run: RunDir) -> Path | None:
-    job = job_of(run)
+    job = last_job(run)
     return job_log(run, job) if job else None
 
 
@@ -106,7 +108,7 @@ def follow_log(run: RunDir, find: Callable[[], Path | None], lines: int) -> None
     file, position, asked, told = None, 0, float("-inf"), ""
     while True:
         # Asked before the log is read: what was written before the end is printed, too.
-        if time.monotonic() - asked >= (ASK_SLURM_EVERY_S if job_of(run) else LOOK_EVERY_S):
+        if time.monotonic() - asked >= (ASK_SLURM_EVERY_S if last_job(run) else LOOK_EVERY_S):
             status, asked = read_statuses([run])[0], time.monotonic()
         newest = find() or file
         if file:
@@ -151,9 +153,8 @@ def show_from(file: Path, position: int) -> int:
 
 
 def show(said: bytes) -> None:
-    stdout = click.get_binary_stream("stdout")
-    stdout.write(said)
-    stdout.flush()
+    sys.stdout.buffer.write(said)
+    sys.stdout.buffer.flush()
 
 
 def say(text: str) -> None:

@@ -28,13 +28,12 @@ import yaml
 from harness.checkpoint.ledger import read_ledger
 from harness.checkpoint.selection import checkpoints
 from harness.cluster.slurm import SlurmJob, is_alive, list_jobs
-from harness.cluster.submission import JOB, read_job
+from harness.cluster.submission import JOB, last_job, read_job
 from harness.errors import CheckpointError, ClusterError, LaunchError, Stopped
 from harness.failures import explain_failure
 from harness.run import LOCK, RunDir, rank_reports, read_outcome
 from harness.tracking.metrics import FILE_NAME
 
-ARRAY = "array.json"
 ENDED = ("done", "stopped", "failed", "cancelled", "lost")
 HOLDS = ("REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED", "STOPPED")
 TAIL_BYTES = 256 * 1024
@@ -104,7 +103,7 @@ class RunStatus:
 def read_statuses(runs: Iterable[RunDir]) -> list[RunStatus]:
     """How they stand, in their order. Slurm is asked for all of them at once; where it cannot be, that is the reason of the runs it has."""
     runs = list(runs)
-    ids = {run.path: job_of(run) for run in runs}
+    ids = {run.path: last_job(run) for run in runs}
     jobs, unasked = {}, ""
     try:
         jobs = list_jobs(filter(None, ids.values()))
@@ -124,7 +123,8 @@ def read_status(run: RunDir, job_id: str | None, job: SlurmJob | None, unasked: 
     status = replace(status, lives=len(run.attempts()), requeues=_requeues(events), job=job_id, **_progress(run, life, events, status))
     if job and job.state == "PENDING":
         status = replace(status, starts=job.started)
-    return replace(status, hosts=_hosts(job, life), log=status.log or _log(run, job_id, life), next=_next(status))
+    status = replace(status, hosts=_hosts(job, life), log=status.log or _log(run, job_id, life))
+    return replace(status, next=_next(status))
 
 
 # ---- state
@@ -200,9 +200,8 @@ def life_of(run: RunDir, job_id: str | None, events: list[dict]) -> Path | None:
     """The folder of the last life, if that belongs to the run's present job; None while that has begun none."""
     last = run.attempts()[-1:]
     if job_id is not None and last:
-        sent = next((event["time"] for event in reversed(events) if event["event"] == "submitted"), 0.0)
-        begun = next((event for event in reversed(events) if event["event"] == "job_began" and event["time"] >= sent), None)
-        if begun is None or last[0] <= (begun["attempt"] or 0):
+        begun = next((event for event in reversed(events) if event["event"] in ("job_began", "submitted")), None)
+        if begun is None or begun["event"] == "submitted" or last[0] <= (begun["attempt"] or 0):
             return None
     return run.attempt(last[0]) if last else None
 
@@ -344,22 +343,18 @@ def progress_line(run: RunDir) -> str:
 
 
 def find_runs(asked: str, root: Path) -> list[RunDir]:
-    """The runs that `asked` means: a run folder; a folder of runs, of an array or of a pipeline; a job's id; or `all` below `root`. An
-    array's come in its order, others by name. Raises LaunchError where there is none."""
-    path = Path(asked).expanduser()
-    if asked == "all":
-        path = root
-    elif asked.isdigit() or re.fullmatch(r"\d+_\d+", asked):
-        runs = [run for run in _runs_below(root) if asked in (job_of(run), *jobs_of(run))]
-        if not runs and not path.is_dir():
-            raise LaunchError(f"{asked}: no run below {root} was sent as that job; give its folder, or where to look with --root")
-        if runs:
-            return runs
-    if not path.is_dir():
-        raise LaunchError(f"{path}: is no folder; give a run folder, a folder of runs, the id of a job, or `all`")
-    runs = list(_runs_below(path))
+    """The runs that `asked` means: a run folder; a folder of runs, such as an array's or a pipeline's; a job's id; or `all` below `root`.
+    By name. Raises LaunchError where there is none."""
+    path = root if asked == "all" else Path(asked).expanduser()
+    if path.is_dir():
+        runs, missing = list(_runs_below(path)), "holds no run; give a run folder such as runs/first, or a folder in which there are some"
+    elif re.fullmatch(r"\d+(_\d+)?", asked):
+        runs = [run for run in _runs_below(root) if any(asked in (job, job.partition("_")[0]) for job in jobs_of(run))]
+        missing = f"no run below {root} was sent as that job; give its folder, or where to look with --root"
+    else:
+        runs, missing = [], "is no folder; give a run folder, a folder of runs, the id of a job, or `all`"
     if not runs:
-        raise LaunchError(f"{path}: holds no run; give a run folder such as runs/first, or a folder in which there are some")
+        raise LaunchError(f"{path}: {missing}")
     return [RunDir(run.path.resolve()) for run in runs]
 
 
@@ -367,29 +362,15 @@ def _runs_below(path: Path, levels: int = 4) -> Iterator[RunDir]:
     """A run folder is one with a recipe.yaml, and holds no others. `levels`: runs/PIPELINE/ARRAY/ELEMENT; links may lead in a circle."""
     if (path / "recipe.yaml").is_file():
         yield RunDir(path)
-    elif (path / ARRAY).is_file():
-        for name in json.loads((path / ARRAY).read_text())["runs"]:
-            yield RunDir(path / name)
     elif levels:
         with contextlib.suppress(OSError):
             for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
                 yield from _runs_below(folder, levels - 1)
 
 
-def job_of(run: RunDir) -> str | None:
-    """The id of the run's present job, `123_4` in an array; None for a run that was never submitted."""
-    return next(iter(reversed(jobs_of(run))), None)
-
-
 def jobs_of(run: RunDir) -> list[str]:
-    """The ids of all jobs that the run has had, oldest first."""
-    array = run.path.parent / ARRAY
-    jobs = [job["id"] for job in read_job(run)["jobs"]] if (run.path / JOB).is_file() else []
-    if jobs or not array.is_file():
-        return jobs
-    content = json.loads(array.read_text())
-    index = content["runs"].index(run.path.name) if run.path.name in content["runs"] else None
-    return [f"{job['id']}_{index}" for job in content["jobs"]] if index is not None else []
+    """The ids of all jobs that the run has had, `123_4` in an array, oldest first; none for a run that was never sent."""
+    return [job["id"] for job in read_job(run)["jobs"]] if (run.path / JOB).is_file() else []
 
 
 def format_left(seconds: float | None) -> str:
