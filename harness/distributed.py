@@ -6,6 +6,9 @@ the CPU.
 """
 
 import os
+import statistics
+import time
+from collections.abc import Callable
 
 from harness.errors import LaunchError
 
@@ -150,6 +153,59 @@ def _device():
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def measure_all_reduce(
+    *,
+    rank: int,
+    world: int,
+    address: str,
+    port: int,
+    timeout_s: float,
+    device: int | None,
+    size_bytes: int,
+    repeats: int,
+    reached: Callable[[str], None],
+) -> dict:
+    """Meet `world` processes at a port of rank 0's host, sum `size_bytes` over them `repeats` times, and leave. For the pre-flight of a
+    cluster: it needs no launcher's variables, and its group is gone when it returns.
+
+    device: of CUDA (then by NCCL); None: CPU, by gloo. timeout_s: of each thing that is waited for.
+    reached: told "connected" when rank 0 was found, and "joined" when all were.
+    Returns all_reduce_s (the median), all_reduce_bytes, and clock: this host's time at the end of the last, the same moment on all hosts.
+    Raises LaunchError when a sum is wrong, and what torch raises when somebody does not come.
+    """
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(address, port, world, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    reached("connected")
+    place = torch.device("cpu" if device is None else f"cuda:{device}")
+    dist.init_process_group("gloo" if device is None else "nccl", store=store, rank=rank, world_size=world, timeout=timeout)
+    ones = torch.empty(size_bytes // 4, device=place)
+
+    def sum_once() -> float:
+        ones.fill_(1.0)
+        begun = time.monotonic()
+        dist.all_reduce(ones)
+        if device is not None:
+            torch.cuda.synchronize(place)
+        took_s = time.monotonic() - begun
+        low, high = float(ones.min()), float(ones.max())
+        if (low, high) != (world, world):
+            raise LaunchError(f"the sum of {world} ones over all ranks has elements from {low:g} to {high:g}")
+        return took_s
+
+    # The first makes the connections as well.
+    sum_once()
+    reached("joined")
+    took_s = statistics.median(sum_once() for _ in range(repeats))
+    clock = time.time()
+    dist.destroy_process_group()
+    return {"all_reduce_s": took_s, "all_reduce_bytes": ones.numel() * 4, "clock": clock}
 
 
 def shutdown() -> None:
