@@ -8,12 +8,15 @@ from collections.abc import Iterator
 
 from harness.errors import RecipeError
 from harness.recipe.backend import Backend, load_backend
-from harness.recipe.schema import Checkpoint, Recipe
+from harness.recipe.schema import Checkpoint, Distill, Recipe, Teacher
 from harness.resources import find_config
 
 HEADS = ("lm_head", "embed_out", "output")
 """What the layer from hidden states to logits is called."""
-METRICS = ("eval/loss", "eval/mean_token_accuracy", "eval/entropy")
+METRICS = {
+    "sft": ("eval/loss", "eval/mean_token_accuracy", "eval/entropy"),
+    "distill": ("eval/loss", "eval/kl", "eval/top1_agreement"),
+}
 SCHEDULER_KEYS = {
     "cosine": {"num_cycles"},
     "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
@@ -25,7 +28,17 @@ _NO_EVAL_DATA = "there is nothing to evaluate on; give data.eval, data.eval_frac
 
 def check_rules(recipe: Recipe) -> list[str]:
     """Every rule that the recipe breaks, in the order of its sections; empty when all hold."""
-    rules = (_model_rules, _lora_rules, _data_rules, _schedule_rules, _batch_rules, _precision_rules, _evaluation_rules, _checkpoint_rules)
+    rules = (
+        _model_rules,
+        _lora_rules,
+        _data_rules,
+        _teacher_rules if recipe.task == "distill" else _no_teacher_rules,
+        _schedule_rules,
+        _batch_rules,
+        _precision_rules,
+        _evaluation_rules,
+        _checkpoint_rules,
+    )
     problems = [problem for rule in rules for problem in rule(recipe)]
     try:
         backend = load_backend(recipe.backend)
@@ -98,6 +111,56 @@ def _data_rules(recipe: Recipe) -> Iterator[str]:
         yield f"data.chat_template = {data.chat_template}; no such file; give the path of a Jinja file, or the name of a shipped one"
     if data.chat_template and data.train_on == "all":
         yield "data.train_on = all; a chat_template of your own says what is trained by its {% generation %} marks; remove one of the two"
+
+
+def _no_teacher_rules(recipe: Recipe) -> Iterator[str]:
+    if recipe.teacher:
+        yield f"teacher.name_or_path = {recipe.teacher.name_or_path}; task = {recipe.task} learns from no teacher; set task: distill"
+    for key, value in recipe.distill:
+        if value != Distill.model_fields[key].default:
+            yield f"distill.{key} = {value}; task = {recipe.task} learns from no teacher; set task: distill, or remove this"
+
+
+def _teacher_rules(recipe: Recipe) -> Iterator[str]:
+    teacher, distill = recipe.teacher, recipe.distill
+    if teacher is None:
+        yield "teacher: is required with task = distill; say who teaches: teacher.name_or_path"
+        return
+    if teacher.quantization and teacher.quantization.bnb_4bit_compute_dtype == "float16" and teacher.dtype == "bfloat16":
+        yield (
+            "teacher.quantization.bnb_4bit_compute_dtype = float16; teacher.dtype is bfloat16 and the two would mix in every layer; "
+            "make them equal"
+        )
+    if distill.beta is not None and distill.divergence != "jsd":
+        yield f"distill.beta = {distill.beta}; {distill.divergence} has none; set divergence: jsd, or remove this"
+    if recipe.train.loss_type != "nll":
+        yield f"train.loss_type = {recipe.train.loss_type}; the loss of task = distill stands in the section distill; remove this"
+    yield from _cache_rules(teacher, distill) if teacher.source == "cache" else _resident_rules(teacher, distill)
+
+
+def _cache_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
+    if teacher.floor > teacher.cap:
+        yield f"teacher.floor = {teacher.floor}; cap = {teacher.cap} is the most that is kept; make the floor no larger"
+    if distill.divergence != "forward_kl":
+        yield (
+            f"distill.divergence = {distill.divergence}; it needs the teacher's probability of all that the student would say, and a cache "
+            "holds what the teacher would say; use forward_kl, or teacher.source: resident"
+        )
+    if distill.temperature != 1:
+        yield (
+            f"distill.temperature = {distill.temperature}; a cache is of temperature 1, and what it left out cannot be taken to another; "
+            "use 1, or teacher.source: resident"
+        )
+    if distill.tail == "draws" and not teacher.draws:
+        yield "distill.tail = draws; teacher.draws is 0, so the cache has none; set teacher.draws: 8, or tail: ghost"
+
+
+def _resident_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
+    for key in ("cache", "top_p", "floor", "cap", "draws", "unit_tokens", "device_map"):
+        if (value := getattr(teacher, key)) != Teacher.model_fields[key].default:
+            yield f"teacher.{key} = {value}; a resident teacher is not captured; remove it, or set source: cache"
+    if distill.tail != "ghost":
+        yield f"distill.tail = {distill.tail}; a resident teacher leaves nothing out; remove it, or set teacher.source: cache"
 
 
 def _schedule_rules(recipe: Recipe) -> Iterator[str]:
@@ -181,8 +244,9 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
         yield "train.early_stopping_threshold: has no effect without early_stopping_patience; add it or remove this"
     if train.greater_is_better is not None and not train.metric_for_best_model:
         yield "train.greater_is_better: has no effect without metric_for_best_model; add it or remove this"
-    if train.metric_for_best_model and train.metric_for_best_model not in METRICS:
-        yield f"train.metric_for_best_model = {train.metric_for_best_model}; must be {', '.join(METRICS[:-1])} or {METRICS[-1]}"
+    metrics = METRICS[recipe.task]
+    if train.metric_for_best_model and train.metric_for_best_model not in metrics:
+        yield f"train.metric_for_best_model = {train.metric_for_best_model}; must be {', '.join(metrics[:-1])} or {metrics[-1]}"
 
 
 def _checkpoint_rules(recipe: Recipe) -> Iterator[str]:

@@ -75,6 +75,53 @@ class Model(Section):
     lora: Lora | None = None
 
 
+class Teacher(Section):
+    """Who teaches, and how what it says reaches the student: written down once (`harness capture`), or computed beside it in every step."""
+
+    name_or_path: str
+    """A folder or a hub id. Its token ids must be the student's; rows of its head beyond the tokenizer's are left out."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which weights are loaded. `auto` is bfloat16 where the accelerator has it and float32 on a CPU."""
+    quantization: Quantization | None = None
+    """The teacher in 4 bits: a quarter of the memory, and distributions that are a little off (the report of a capture does not see it)."""
+    trust_remote_code: bool = False
+    """Run Python code from the teacher's repository. Off: a model is data."""
+    source: Literal["cache", "resident"] = "cache"
+    """`cache`: its distributions are read from the disk, and it need not be there. `resident`: it runs beside the student."""
+    cache: str | None = None
+    """The folder of the cache. Left out: a folder of its own below $HARNESS_CACHE/teachers for whatever decides its content."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Of each distribution the most probable entries are kept until they hold this mass; of the rest its sum."""
+    floor: PositiveInt = 8
+    """So many entries are kept at least."""
+    cap: Annotated[int, Field(gt=0, le=255)] = 64
+    """So many entries are kept at most."""
+    draws: Annotated[int, Field(ge=0, le=255)] = 0
+    """So many ids are drawn from what is not kept, for `distill.tail: draws`; 8 or 16 where the teacher is unsure (pretraining text)."""
+    unit_tokens: PositiveInt = 262_144
+    """Tokens that a capture does and commits at once: what a kill costs, and what workers share out."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: one process of a capture spreads the layers over all GPUs of its machine. Left out: a whole teacher in each process, or a share
+    where the backend is zero3."""
+
+
+class Distill(Section):
+    """The loss: weight * divergence from the teacher + (1 - weight) * cross-entropy with the gold token, per trained token."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """`forward_kl`: cover what the teacher says; `reverse_kl`: say only what it says; `jsd`: between them (`beta`)."""
+    beta: Fraction | None = None
+    """Of `jsd`: towards 0 it is the forward KL, towards 1 the reverse. Left out: 0.5."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the divergence. 1: the gold tokens count nothing, and only the teacher is followed."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both distributions are flattened by it, and the divergence is multiplied by its square. From a cache it is 1."""
+    tail: Literal["ghost", "draws"] = "ghost"
+    """What a cache did not keep. `ghost`: one entry that holds all of its mass. `draws`: what was drawn from it: noisy, and right on average."""
+
+
 class Source(Section):
     """One file, folder, glob or hub data set."""
 
@@ -204,7 +251,7 @@ class Train(Section):
     metric_for_best_model: str | None = None
     """Such as `eval/loss`. The best model by it is kept and exported in place of the last."""
     greater_is_better: bool | None = None
-    """Left out: false for a metric that ends in `loss`, true for others."""
+    """Left out: false for a metric that ends in `loss` or `kl`, true for others."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations without a better `metric_for_best_model`."""
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
@@ -278,9 +325,14 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    task: Literal["sft"] = "sft"
+    task: Literal["sft", "distill"] = "sft"
     model: Model
+    """What is trained: with `task: distill` the student."""
     data: Data
+    teacher: Teacher | None = None
+    """Of `task: distill`."""
+    distill: Distill = Distill()
+    """Of `task: distill`."""
     train: Train = Train()
     backend: str = "single"
     """How the run is sharded: single, ddp, zero1, zero2, zero3, zero3-offload, fsdp2, or the path of an Accelerate config file."""

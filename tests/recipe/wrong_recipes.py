@@ -10,6 +10,9 @@ data:
   train: rows.jsonl
 """
 
+# A teacher over BASE.
+D = "task=distill teacher.name_or_path=some/teacher"
+
 # Overrides over BASE, separated by spaces.
 TYPOS = [
     ("top level", "modle.name_or_path=x", "modle", "did you mean `model`?"),
@@ -55,6 +58,8 @@ TYPOS = [
     ),
     ("checkpoint", "checkpoint.every_step=5", "checkpoint.every_step", "did you mean `every_steps`?"),
     ("tracking", "tracking.projekt=x", "tracking.projekt", "did you mean `project`?"),
+    ("teacher", f"{D} teacher.devicemap=auto", "teacher.devicemap", "did you mean `device_map`?"),
+    ("distill", "distill.temprature=2", "distill.temprature", "did you mean `temperature`?"),
     ("in another section", "model.max_length=512", "model.max_length", "`max_length` stands at `data.max_length`"),
     ("at the top, but nested", "learning_rate=1e-4", "learning_rate", "`learning_rate` stands at `train.learning_rate`"),
     ("nothing like it", "train.zzz=1", "train.zzz", "known here: num_train_epochs"),
@@ -62,6 +67,9 @@ TYPOS = [
 ]
 
 FROM_ELSEWHERE = [
+    ("TRL's teacher", "teacher_model_name_or_path=x", "teacher_model_name_or_path", "is `teacher.name_or_path` here"),
+    ("axolotl's alpha", "distill.kd_ce_alpha=0.5", "distill.kd_ce_alpha", "is `distill.weight (of the divergence;"),
+    ("everybody's top k", f"{D} teacher.top_k=64", "teacher.top_k", "`top_k` is `teacher.cap` here"),
     ("LLaMA-Factory's length", "cutoff_len=2048", "cutoff_len", "`cutoff_len` is `data.max_length` here"),
     ("LLaMA-Factory's length, in place", "data.cutoff_len=2048", "data.cutoff_len", "`cutoff_len` is `data.max_length` here"),
     ("LLaMA-Factory's rank", "model.lora.lora_rank=8", "model.lora.lora_rank", "`lora_rank` is `model.lora.r` here"),
@@ -102,6 +110,11 @@ VALUES = [
     ("no training data", "data.train=[]", "data.train", "must be a list of at least 1"),
     ("empty text", "output_dir=", "output_dir", "text that is not empty"),
     ("unknown task", "task=sfft", "task", "must be sft"),
+    ("a teacher without a name", "task=distill teacher.dtype=float32", "teacher.name_or_path", "is required and is not there"),
+    ("an unknown divergence", "distill.divergence=kl", "distill.divergence", "must be forward_kl, reverse_kl or jsd"),
+    ("a weight over one", "distill.weight=2", "distill.weight", "must be <= 1"),
+    ("no weight at all", "distill.weight=0", "distill.weight", "must be > 0"),
+    ("a count that is no byte", f"{D} teacher.cap=256", "teacher.cap", "must be <= 255"),
     ("unknown dtype", "model.dtype=fp16", "model.dtype", "auto, float32, bfloat16 or float16"),
     ("unknown scheduler", "train.lr_scheduler_type=cosinus", "train.lr_scheduler_type", "cosine"),
     ("unknown optimiser", "train.optim=adam", "train.optim", "adamw_torch_fused"),
@@ -273,6 +286,24 @@ COMBINATIONS = [
         "train.gradient_checkpointing_kwargs.use_reentrant",
         "needs reentrant checkpointing",
     ),
+    ("no teacher", "task=distill", "teacher", "say who teaches: teacher.name_or_path"),
+    ("a teacher for sft", "teacher.name_or_path=some/teacher", "teacher.name_or_path", "set task: distill"),
+    ("a divergence for sft", "distill.weight=0.9", "distill.weight", "task = sft learns from no teacher"),
+    (
+        "fp16 products in a bf16 teacher",
+        f"{D} teacher.dtype=bfloat16 teacher.quantization.bnb_4bit_compute_dtype=float16",
+        "teacher.quantization.bnb_4bit_compute_dtype",
+        "make them equal",
+    ),
+    ("beta of a KL", f"{D} teacher.source=resident distill.beta=0.3", "distill.beta", "forward_kl has none; set divergence: jsd"),
+    ("two losses", f"{D} train.loss_type=dft", "train.loss_type", "stands in the section distill"),
+    ("a floor above the cap", f"{D} teacher.floor=65", "teacher.floor", "cap = 64 is the most that is kept"),
+    ("reverse KL from a cache", f"{D} distill.divergence=reverse_kl", "distill.divergence", "use forward_kl, or teacher.source: resident"),
+    ("temperature from a cache", f"{D} distill.temperature=2", "distill.temperature", "a cache is of temperature 1"),
+    ("draws that nobody drew", f"{D} distill.tail=draws", "distill.tail", "set teacher.draws: 8"),
+    ("a cache of a resident teacher", f"{D} teacher.source=resident teacher.cap=32", "teacher.cap", "a resident teacher is not captured"),
+    ("a resident teacher's tail", f"{D} teacher.source=resident distill.tail=draws", "distill.tail", "leaves nothing out"),
+    ("the metric of another task", f"{D} {EVAL} train.metric_for_best_model=eval/entropy", "train.metric_for_best_model", "eval/kl"),
     ("8-bit states on the host", "backend=zero3-offload train.optim=paged_adamw_8bit", "train.optim", "use adamw_torch"),
     ("8-bit states under FSDP2", "backend=fsdp2 train.optim=lion_32bit", "train.optim", "use adamw_torch_fused"),
     ("compiled hooks", "backend=zero2 train.torch_compile=true", "train.torch_compile", "use single, ddp or fsdp2"),
