@@ -103,8 +103,8 @@ class Teacher(Section):
     unit_tokens: PositiveInt = 262_144
     """Tokens that a capture does and commits at once: what a kill costs, and what workers share out."""
     device_map: Literal["auto"] | None = None
-    """`auto`: one process of a capture spreads the layers over all GPUs of its machine. Left out: a whole teacher in each process, or a share
-    where the backend is zero3."""
+    """`auto`: one process of a capture spreads the layers over all GPUs of its machine. Left out: a whole teacher in each process, or a
+    share where the backend is zero3."""
 
 
 class Distill(Section):
@@ -119,7 +119,8 @@ class Distill(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Both distributions are flattened by it, and the divergence is multiplied by its square. From a cache it is 1."""
     tail: Literal["ghost", "draws"] = "ghost"
-    """What a cache did not keep. `ghost`: one entry that holds all of its mass. `draws`: what was drawn from it: noisy, and right on average."""
+    """What a cache did not keep. `ghost`: one entry that holds all of its mass. `draws`: what was drawn from it; noisy, and right on
+    average."""
 
 
 class Source(Section):

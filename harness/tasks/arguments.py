@@ -76,7 +76,8 @@ def _saving(recipe: Recipe) -> dict:
     """When and how long checkpoints are kept is harness.checkpoint's; transformers is told of the best model alone."""
     metric = recipe.train.metric_for_best_model
     if metric:
-        better_is_more = recipe.train.greater_is_better if recipe.train.greater_is_better is not None else not metric.endswith(("loss", "/kl"))
+        asked = recipe.train.greater_is_better
+        better_is_more = not metric.endswith(("loss", "kl")) if asked is None else asked
         return {
             "save_strategy": "best",
             "load_best_model_at_end": True,
