@@ -5,6 +5,7 @@
     ├── DataError           2   a row, a file or a mixture of data is wrong
     ├── ModelError          1   the model, its tokenizer or its adapter is not what the recipe says
     ├── CheckpointError     1   something saved is missing, torn or not what it claims to be
+    ├── TeacherError        1   a teacher, or what was kept of it, does not fit
     ├── EvaluationError     1   a model cannot be measured as asked
     ├── ClusterError        1   Slurm or a node does not do what it should
     ├── Stopped            75   ended early on purpose, and can be continued by the same command
@@ -34,6 +35,10 @@ class ModelError(HarnessError):
 
 
 class CheckpointError(HarnessError):
+    pass
+
+
+class TeacherError(HarnessError):
     pass
 
 
