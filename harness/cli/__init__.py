@@ -14,6 +14,7 @@ VERBS = {
     "check": "Print a recipe as it will run, or say what is wrong with it.",
     "prepare": "Tokenise a recipe's data once, on a CPU.",
     "preview": "Show a few rows with the trained tokens marked.",
+    "capture": "Run a teacher once over a recipe's data, for every student to come.",
     "run": "Train: start the ranks of a recipe on this machine.",
     "submit": "Send a recipe to Slurm, or render the script that would be sent.",
     "status": "Say how runs stand: state, step, time left, restarts, last commit.",

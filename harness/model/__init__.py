@@ -125,17 +125,20 @@ def draw_weights(recipe: Recipe, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def load_base(recipe: Recipe, source: str, dtype: str, attention: str, backend: Backend, device: "torch.device") -> "PreTrainedModel":
+def load_base(
+    recipe: Recipe, source: str, dtype: str, attention: str, backend: Backend, device: "torch.device", *, device_map: str | None = None
+) -> "PreTrainedModel":
     """The base model of this rank; under ZeRO-3 its shard, if TrainingArguments were made before (they switch `zero.Init` on).
 
+    device_map: `auto` spreads the layers over all devices of the machine; left out: as the trainer places them.
     Raises ModelError when there are no safetensors, no such model, or not enough of it.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     quantized = quantization_config(recipe, dtype, shards=backend.shards_parameters)
-    placed: dict = {}
-    if quantized is not None and not backend.shards_parameters:
+    placed: dict = {"device_map": device_map} if device_map else {}
+    if not placed and quantized is not None and not backend.shards_parameters:
         # bitsandbytes packs weights where they land; "auto" would spread one rank's model over all cards.
         placed["device_map"] = {"": device}
     try:

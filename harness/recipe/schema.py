@@ -84,6 +84,8 @@ class Teacher(Section):
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which weights are loaded. `auto` is bfloat16 where the accelerator has it and float32 on a CPU."""
+    attn_implementation: Attention = "auto"
+    """As of the model."""
     quantization: Quantization | None = None
     """The teacher in 4 bits: a quarter of the memory, and distributions that are a little off (the report of a capture does not see it)."""
     trust_remote_code: bool = False

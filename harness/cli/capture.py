@@ -1,0 +1,218 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from harness.checkpoint.door import Signals
+from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.cli.run import ONE_CAUSE_S, default_processes
+from harness.distributed import world_size
+from harness.errors import RecipeError, Stopped
+from harness.launcher import Machines
+from harness.life import noted_signals, say, start_launcher
+from harness.logs import quieten
+from harness.recipe import Recipe
+from harness.recipe.backend import Backend, load_backend
+from harness.resources import shipped
+
+LOOK_EVERY_S = 0.2
+PREPARED_VARIABLE = "HARNESS_PREPARED"
+"""Set for the processes that this command starts: the folder of the data, which they need not prepare again."""
+
+
+@click.command("capture", context_settings=RECIPE_CONTEXT)
+@click.option("--shards", type=click.IntRange(1), default=1, help="So many workers share the work, on any machines.  [default: 1]")
+@click.option("--shard", type=click.IntRange(0), default=0, help="Which of them this is, from 0.  [default: 0]")
+@click.option(
+    "--backend", help="Instead of the recipe's. Under zero3 all processes share one teacher, under any other each has a whole one."
+)
+@click.option("--processes", type=click.IntRange(1), help="On this machine.  [default: 1, or one per GPU with a backend of several ranks]")
+@recipe_argument
+def command(recipe: str, overrides: tuple[str, ...], shards: int, shard: int, backend: str | None, processes: int | None):
+    """Run RECIPE's teacher once over its data, and keep what it says of the trained tokens, for every student and epoch to come.
+
+    The work is in units: whoever is killed loses the one that was being done, and the same command goes on, with any number of workers.
+    Ctrl-C (or SIGTERM, SIGUSR1) ends the running unit and leaves with 75.
+    """
+    overrides = (*overrides, f"backend={backend}") if backend else overrides
+    resolved = load_recipe(recipe, overrides)
+    ruling = load_backend(resolved.backend)
+    if "RANK" in os.environ:
+        check_capture(resolved, ruling, world_size(), shards, shard)
+        capture_here(resolved, ruling, shards, shard)
+        return
+    machines = Machines.from_environment(processes or _default_processes(resolved), dict(os.environ))
+    check_capture(resolved, ruling, machines.world_size, shards, shard)
+    if machines.world_size == 1:
+        capture_here(resolved, ruling, shards, shard)
+        return
+    prepared = _prepare(resolved).folder
+    argv = [sys.executable, str(shipped("launch", "capture.py")), recipe, *overrides, "--shards", str(shards), "--shard", str(shard)]
+    sys.exit(supervise(argv, machines, prepared, together=shares_teacher(ruling, machines.world_size)))
+
+
+def _default_processes(recipe: Recipe) -> int:
+    return 1 if recipe.teacher and recipe.teacher.device_map else default_processes(recipe)
+
+
+def check_capture(recipe: Recipe, backend: Backend, processes: int, shards: int, shard: int) -> None:
+    """Raises RecipeError for a recipe or options that leave nothing to capture, or no way to."""
+    if recipe.task != "distill":
+        raise RecipeError(f"task = {recipe.task}; it has no teacher to capture; set task: distill and teacher.name_or_path")
+    if recipe.teacher.source != "cache":
+        raise RecipeError(f"teacher.source = {recipe.teacher.source}; it is asked beside the student and never captured; set source: cache")
+    if shard >= shards:
+        raise RecipeError(f"--shard {shard}; with --shards {shards} it goes from 0 to {shards - 1}")
+    if recipe.teacher.device_map and processes > 1:
+        raise RecipeError(
+            f"teacher.device_map = {recipe.teacher.device_map}; one process takes all GPUs of its machine, and {processes} were asked "
+            "for; use --processes 1, or leave it out and use --backend zero3"
+        )
+    if backend.kind == "fsdp" and processes > 1:
+        raise RecipeError(
+            f"backend = {recipe.backend}; a teacher is shared out by zero3 alone; give --backend zero3, or --backend ddp for a whole "
+            "teacher in each process"
+        )
+
+
+def shares_teacher(backend: Backend, processes: int) -> bool:
+    """Whether the processes have one teacher together. One alone has it whole, unless the backend keeps part of it on the host."""
+    return backend.zero_stage == 3 and (processes > 1 or backend.offloads)
+
+
+def _prepare(recipe: Recipe):
+    """The data that the teacher is asked about, unpacked; from the parent's folder where there is a parent."""
+    from harness.data import prepare_recipe
+    from harness.data.report import render_report
+    from harness.data.store import load_prepared
+    from harness.model import load_tokenizer
+    from harness.tasks.templates import training_template
+
+    if PREPARED_VARIABLE in os.environ:
+        return load_prepared(os.environ[PREPARED_VARIABLE])
+    quieten()
+    prepared = prepare_recipe(recipe, load_tokenizer(recipe), packing=False, training_template=training_template)
+    click.echo(render_report(prepared.report))
+    return prepared
+
+
+# ---- this process
+
+
+def capture_here(recipe: Recipe, backend: Backend, shards: int, shard: int) -> None:
+    """Capture in this process: as one worker, or as a rank of a group that shares a teacher."""
+    signals = Signals()
+    signals.install()
+    quieten()
+    import torch
+
+    from harness import distributed
+    from harness.model import load_tokenizer
+    from harness.teacher.capture import Worker, capture
+
+    together = shares_teacher(backend, world_size())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.local_rank())
+    if together:
+        _join(recipe)
+        worker = Worker(shard, shards)
+    else:
+        worker = Worker(shard * world_size() + distributed.rank(), shards * world_size())
+        # From here on it is on its own, though it was started beside others.
+        os.environ["WORLD_SIZE"], os.environ["RANK"] = "1", "0"
+    label = f"[{worker.index}/{worker.count}] " if worker.count > 1 else ""
+
+    def tell(text: str) -> None:
+        if distributed.is_main():
+            click.echo("".join(f"{label}{line}\n" for line in text.splitlines()), nl=False)
+
+    try:
+        capture(
+            recipe,
+            load_tokenizer(recipe),
+            _prepare(recipe),
+            worker,
+            sharded_by=backend if together else None,
+            stop=lambda: signals.got and signals.got.name,
+            say=tell,
+        )
+    finally:
+        distributed.shutdown()
+
+
+def _join(recipe: Recipe) -> None:
+    import torch
+
+    from harness import distributed
+    from harness.launcher import rule_backend
+    from harness.operators import release_abandoned_locks
+    from harness.teacher.resident import teacher_recipe
+
+    ruled = rule_backend(teacher_recipe(recipe), os.environ, has_gpu=torch.cuda.is_available())
+    if distributed.local_rank() == 0:
+        release_abandoned_locks(offloads=ruled.backend.offloads, say=click.echo)
+    patience_s = max(recipe.train.ddp_timeout, recipe.watchdog.start_s)
+    distributed.start(recipe.train.ddp_timeout, decisions_s=patience_s, group_of_one=True)
+
+
+# ---- several on this machine
+
+
+def supervise(argv: list[str], machines: Machines, prepared: Path, *, together: bool) -> int:
+    """Run `argv` in so many processes, and hand signals on to them. Returns the exit code.
+
+    together: they share one teacher, so that all end when one fails. Otherwise the others do the work of one that failed.
+    """
+    address, port = (machines.address, machines.port) if machines.count > 1 else ("127.0.0.1", _free_port())
+    processes, asked_at = [], None
+    with noted_signals() as signals:
+        for local in range(machines.processes):
+            place = {
+                "RANK": machines.index * machines.processes + local,
+                "LOCAL_RANK": local,
+                "WORLD_SIZE": machines.world_size,
+                "LOCAL_WORLD_SIZE": machines.processes,
+                "MASTER_ADDR": address,
+                "MASTER_PORT": port,
+            }
+            environment = {**os.environ, **{key: str(value) for key, value in place.items()}, PREPARED_VARIABLE: str(prepared)}
+            processes.append(start_launcher(argv, environment, []))
+        while any(process.poll() is None for process in processes):
+            now = time.monotonic()
+            if signals and asked_at is None:
+                asked_at = now
+                say("stopping: each worker ends its unit and leaves; press Ctrl-C again to leave at once")
+                _signal(processes, signal.SIGTERM)
+            elif signals and now - asked_at > ONE_CAUSE_S:
+                _signal(processes, signal.SIGKILL)
+            signals.clear()
+            if together and any(process.returncode not in (None, 0, Stopped.exit_code) for process in processes):
+                _signal(processes, signal.SIGKILL)
+            time.sleep(LOOK_EVERY_S)
+    return exit_code_of([process.returncode for process in processes], together=together)
+
+
+def exit_code_of(codes: list[int], *, together: bool) -> int:
+    """0 when the cache is complete: one that ends with it has found every unit there. Else what went wrong, and 75 if nothing did."""
+    if 0 in codes and not together:
+        return 0
+    wrong = [code for code in codes if code not in (0, Stopped.exit_code)]
+    # Those that were killed for another's failure come after it.
+    return next((code for code in wrong if code > 0), 128 - wrong[0] if wrong else max(codes))
+
+
+def _signal(processes: list[subprocess.Popen], number: signal.Signals) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

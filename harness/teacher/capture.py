@@ -1,0 +1,211 @@
+"""Capture: the teacher is asked once about every sample of a data set, and what it says of the trained tokens is written down.
+
+The data is cut into units (samples.py). A worker does its own, those whose number is its own modulo the number of workers, and then
+whatever is not there yet, so that workers may come, go and be killed. A unit is whole or absent (writer.py), and who made it shows in no
+byte: doing one twice is harmless, and a kill costs the one that was being done. Nobody talks to anybody; the folder says what is left.
+
+Under ZeRO-3 a group of ranks is one worker that does as many units at once as it has ranks: each rank its own, in step with the others.
+
+When all units are there, what the cache lost is measured against the teacher and written beside it (fidelity.py).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from harness import distributed
+from harness.data.store import Prepared
+from harness.errors import Stopped, TeacherError
+from harness.recipe import Recipe
+from harness.recipe.backend import Backend
+from harness.teacher import format as cache_format
+from harness.teacher.fidelity import FIDELITY_FILE, measure_fidelity, render_fidelity, save_fidelity
+from harness.teacher.forecast import MIB, Done, Forecast, most_bytes, render_progress
+from harness.teacher.format import UNIT_FILE, CacheHeader, Settings, Targets
+from harness.teacher.head import keep, part_of, uniforms_of
+from harness.teacher.reader import open_cache
+from harness.teacher.resident import ResidentTeacher, load_teacher
+from harness.teacher.samples import Sample, Samples, cache_folder, settings_of, teacher_name
+from harness.teacher.vocabulary import true_vocabulary, vocabulary_digest
+from harness.teacher.writer import UnitWriter, save_header
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Which part of a capture is this process's, or this group's of ranks."""
+
+    index: int = 0
+    count: int = 1
+
+    def order(self, units: int) -> list[int]:
+        """All units: its own first, and then those of others in an order of its own, in which workers that help seldom meet."""
+        own = range(self.index, units, self.count)
+        rest = sorted(set(range(units)) - set(own))
+        random.Random(self.index).shuffle(rest)
+        return [*own, *rest]
+
+
+def capture(
+    recipe: Recipe,
+    tokenizer,
+    prepared: Prepared,
+    worker: Worker,
+    *,
+    sharded_by: Backend | None,
+    stop: Callable[[], str | None],
+    say: Callable[[str], None],
+) -> Path:
+    """Do units until all are there; returns the cache's folder. Every rank of a group calls it.
+
+    prepared: the recipe's data, unpacked. sharded_by: the ZeRO-3 backend of this group; None: this process has the whole teacher.
+    stop: asked between two units; a reason ends the capture. Raises Stopped then, TeacherError for what does not fit, ModelError.
+    """
+    samples = Samples(prepared, recipe.teacher.unit_tokens)
+    folder = cache_folder(recipe, tokenizer, samples.units.plan)
+    say(describe(samples, settings_of(recipe), true_vocabulary(tokenizer), folder))
+    if not missing_units(folder, samples.units.plan.units) and (folder / FIDELITY_FILE).is_file():
+        open_cache(folder)
+        say(f"complete: {folder}")
+        return folder
+    teacher = load_teacher(recipe, tokenizer, int(samples.units.lengths.max()), sharded_by=sharded_by)
+    header = header_of(recipe, tokenizer, samples, teacher)
+    save_header(folder, header)
+    # A unit that is torn, or of another cache, is told of before the teacher's hours are spent on the others.
+    open_cache(folder)
+    _Capture(recipe, samples, teacher, header, folder, say).run(worker, stop)
+    fidelity = measure_fidelity(teacher, samples, open_cache(folder))
+    if distributed.is_main():
+        save_fidelity(folder, fidelity)
+    say(render_fidelity(fidelity))
+    say(f"complete: {folder}")
+    return folder
+
+
+def describe(samples: Samples, settings: Settings, vocabulary: int, folder: Path) -> str:
+    """What is about to be done."""
+    units, positions = samples.units, samples.positions
+    most = most_bytes(positions, settings, max(1, (vocabulary - 1).bit_length()))
+    return (
+        f"capture: {units.plan.samples:,} distinct samples, {units.tokens:,} tokens, {positions:,} of them trained, in "
+        f"{units.plan.units:,} units; at most {most / MIB:,.1f} MiB in {folder}"
+    )
+
+
+def missing_units(folder: Path, units: int) -> set[int]:
+    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    return {unit for unit in range(units) if UNIT_FILE.format(unit) not in there}
+
+
+def header_of(recipe: Recipe, tokenizer, samples: Samples, teacher: ResidentTeacher) -> CacheHeader:
+    quantization = recipe.teacher.quantization
+    kind = quantization and " ".join(f"{key}={value}" for key, value in quantization if value is not None)
+    return CacheHeader(
+        teacher=cache_format.Teacher(teacher_name(recipe), recipe.teacher.revision, teacher.digest, teacher.dtype, kind),
+        tokenizer=vocabulary_digest(tokenizer),
+        vocabulary=true_vocabulary(tokenizer),
+        settings=settings_of(recipe),
+        plan=samples.units.plan,
+    )
+
+
+# ---- units
+
+
+@dataclass(frozen=True)
+class _Capture:
+    recipe: Recipe
+    samples: Samples
+    teacher: ResidentTeacher
+    header: CacheHeader
+    folder: Path
+    say: Callable[[str], None]
+
+    def run(self, worker: Worker, stop: Callable[[], str | None]) -> None:
+        """Round after round, a unit for each rank. Raises Stopped when it was told to stop before all units are there."""
+        units, ranks, rank = self.header.plan.units, distributed.world_size(), distributed.rank()
+        order, begun, found = worker.order(units), time.monotonic(), len(missing_units(self.folder, units))
+        is_first = True
+        while True:
+            # Rank 0 looks for all: two that look at a shared disk may not see the same.
+            missing, asked = distributed.broadcast_object(missing_units(self.folder, units)), distributed.gather_objects(stop())
+            if not missing:
+                return
+            if reason := next(filter(None, asked), None):
+                there = units - len(missing)
+                raise Stopped(
+                    f"stopped ({reason}): {there} of {units} units are there; the same command goes on, with any number of workers"
+                )
+            units_of_ranks = [unit for unit in order if unit in missing][:ranks]
+            mine = units_of_ranks[rank] if rank < len(units_of_ranks) else None
+            done = Done.together(distributed.gather_objects(self._do(mine)))
+            left = len(missing_units(self.folder, units))
+            if is_first:
+                self._look_ahead(done, left / units)
+                is_first = False
+            self.say(render_progress(units_of_ranks, done, units, left, (time.monotonic() - begun) / max(1, found - left)))
+
+    def _look_ahead(self, first: Done, share_left: float) -> None:
+        """Raises TeacherError when the disk will be full before the end."""
+        train, forecast = self.recipe.train, Forecast.of(first, self.samples.units.tokens)
+        self.say(forecast.render(first, None if train.max_steps else train.num_train_epochs or 1.0))
+        needed, free = int(forecast.disk_bytes * share_left), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise TeacherError(
+                f"{self.folder}: what is left needs about {needed / MIB:,.1f} MiB, and {free / MIB:,.1f} MiB are free; free some, give "
+                "teacher.cache another folder, or lower teacher.cap"
+            )
+
+    def _do(self, unit: int | None) -> Done:
+        """Ask about a unit and commit it; without one, keep the other ranks company."""
+        begun, asking_s = time.monotonic(), 0.0
+        batches = [] if unit is None else self.samples.batches(unit)
+        rounds = max(distributed.gather_objects(len(batches)))
+        batches += [[]] * (rounds - len(batches))
+        if unit is None:
+            for batch in batches:
+                self._ask(batch)
+            return Done()
+        with UnitWriter(self.folder, self.header, unit) as writer:
+            for batch in batches:
+                asked = time.monotonic()
+                targets = self._ask(batch)
+                asking_s += time.monotonic() - asked
+                for sample, of_sample in zip(batch, targets, strict=True):
+                    writer.add(sample.key, of_sample)
+            size = writer.commit().stat().st_size
+        every = [sample for batch in batches for sample in batch]
+        tokens, positions = sum(len(sample.input_ids) for sample in every), sum(len(sample.trained_at) for sample in every)
+        return Done(tokens, positions, size, asking_s, time.monotonic() - begun)
+
+    def _ask(self, batch: list[Sample]) -> list[Targets]:
+        """The targets of each sample. Every rank asks at the same time, also one without samples."""
+        settings = self.header.settings
+        ids = np.zeros((max(len(batch), 1), max((len(sample.input_ids) for sample in batch), default=8)), np.int64)
+        for row, sample in enumerate(batch):
+            ids[row, : len(sample.input_ids)] = sample.input_ids
+        # A token is predicted where the one before it stands.
+        places = [row * ids.shape[1] + sample.trained_at - 1 for row, sample in enumerate(batch)]
+        gold = [sample.input_ids[sample.trained_at] for sample in batch]
+        drawn = [uniforms_of(settings.seed, sample.key, len(sample.trained_at), settings.draws) for sample in batch]
+        places, gold, drawn = (
+            torch.from_numpy(np.concatenate([empty, *parts]))
+            for empty, parts in ((np.empty(0, np.int64), places), (np.empty(0, np.int64), gold), (np.empty((0, settings.draws)), drawn))
+        )
+
+        def question(hidden, head):
+            at = places.to(hidden.device)
+            chosen = hidden.flatten(0, 1).index_select(0, at)
+            return keep(chosen, head, gold.to(at.device), drawn.to(at.device), settings, self.header.vocabulary)
+
+        kept = self.teacher.ask(torch.from_numpy(ids), question).to_targets()
+        ends = np.cumsum([len(sample.trained_at) for sample in batch])
+        return [part_of(kept, slice(end - len(sample.trained_at), end)) for sample, end in zip(batch, ends.tolist(), strict=True)]
