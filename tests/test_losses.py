@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -451,11 +452,12 @@ def plain_of_logits(logits, targets, gold, tail, row_weights):
 
 
 class Watch(TorchDispatchMode):
-    """The largest tensor that any operation gave, and how many matrix products there were."""
+    """The largest tensor that any operation gave, what was alive at once of them all, and how many matrix products there were."""
 
     def __init__(self):
         super().__init__()
-        self.largest = self.products = 0
+        self.largest = self.products = self.peak_bytes = 0
+        self.alive = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
@@ -463,6 +465,11 @@ class Watch(TorchDispatchMode):
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.peak_bytes = max(self.peak_bytes, sum(self.alive.values()))
         return result
 
 
@@ -484,6 +491,23 @@ def test_no_tensor_of_tokens_times_vocabulary_exists_forward_or_backward():
         with Watch() as watch:
             loss(*for_gradients).loss.backward()
         assert 3000 <= watch.largest <= 10 * 3000
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("which", ["ghost", (0.0, 1.0), (0.0, 2.0), (0.5, 1.0), (0.5, 2.0), (1.0, 1.0), (1.0, 2.0)])
+def test_what_is_made_of_logits_fits_in_the_tile_bytes_and_fills_them(which, softcap):
+    hidden, student, targets, gold = big_problem(tokens=400, vocabulary=10_000)
+    both, tile_bytes = leaves(hidden, student._replace(softcap=softcap)), 10 * 100 * 10_000 * 4
+    with Watch() as watch:
+        if which == "ghost":
+            sparse_divergence(*both, targets, gold, tile_bytes=tile_bytes // 10, **MIX)
+            tile_bytes //= 10
+        else:
+            beta, temperature = which
+            dense_divergence(*both, hidden, student, gold, beta=beta, temperature=temperature, tile_bytes=tile_bytes, **MIX)
+    of_logits = watch.peak_bytes - both[1].weight.nbytes
+    # Full but for what keeps the chunks equal, and over it only by what has no vocabulary in its shape.
+    assert 0.75 * tile_bytes < of_logits < 1.03 * tile_bytes + 2**19
 
 
 def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():

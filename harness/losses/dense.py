@@ -42,7 +42,7 @@ def dense_divergence(
     teacher = Model(teacher_hidden, teacher_head, row_weights, vocabulary)
     gold = gold.masked_fill(student.is_masked, 0).long()
     objective = _Dense(teacher, gold, beta, temperature, cross_entropy_weight, divergence_weight)
-    return reduce(student, objective, 8 if temperature == 1 else 9, tile_bytes)
+    return reduce(student, objective, 6 + 2 * (0 < beta < 1) + (temperature != 1), tile_bytes)
 
 
 @dataclass(frozen=True)
