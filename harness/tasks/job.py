@@ -3,6 +3,7 @@
 `train_recipe` is the whole job; harness.rank calls it. Each step is a phase, whose name stands in the report of a rank that fails.
 """
 
+import functools
 import json
 import os
 import time
@@ -148,6 +149,13 @@ def _train(job: Job, resumed: Selected | None) -> None:
     if job.smoke:
         recipe, train_rows, eval_rows = _smoke(recipe, train_rows, world_size)
 
+    build = sft.build_trainer
+    if recipe.task == "distill":
+        from harness.tasks import distill
+
+        job.report.enter("loading teacher")
+        build = functools.partial(distill.build_trainer, teacher=distill.load_teacher(recipe, backend, tokenizer, prepared))
+
     # Before the model: under ZeRO-3 these make `from_pretrained` read weights straight into shards.
     arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=settled.has_gpu, bf16_hardware=settled.bf16_hardware)
     args = sft.build_arguments(recipe, arguments, flattens=settled.flattens)
@@ -161,7 +169,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
         resume.check_facts(resumed.manifest, facts, job.allowed)
 
     job.report.enter("building trainer")
-    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed)
+    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, build)
 
     exit_code = 1
     try:
@@ -333,14 +341,13 @@ def load_model(recipe: Recipe, backend: Backend, settled: Settled, source: str, 
 
 
 def build_trainer(
-    job: Job, recipe: Recipe, settled: Settled, args, model, tokenizer, train_rows, eval_rows, facts: dict, resumed: Selected | None
+    job: Job, recipe: Recipe, settled: Settled, args, model, tokenizer, train_rows, eval_rows, facts: dict, resumed: Selected | None, build
 ):
-    """(trainer, tracking), and a line that says what is about to be trained and how."""
+    """(trainer, tracking), and a line that says what is about to be trained and how. build: of the task."""
     from transformers import PrinterCallback
 
     from harness.data.order import EpochOrder
     from harness.model import check_4bit_is_sharded, describe_parameters, settle_adapter_dtype
-    from harness.tasks import sft
     from harness.tasks.trainer import pad_for_ranks, padding_share, with_filler
 
     world_size, quantization = distributed.world_size(), recipe.model.quantization
@@ -353,7 +360,7 @@ def build_trainer(
         train_rows = with_filler(train_rows, 1)
     history = distributed.broadcast_object(read_ledger(job.run.ledger) if distributed.is_main() else None)
     callbacks, tracking, throughput = build_callbacks(job, model, history, resumed)
-    trainer = sft.build_trainer(args, model, tokenizer, train_rows, eval_rows, callbacks)
+    trainer = build(args, model, tokenizer, train_rows, eval_rows, callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.configure(throughput=throughput, isolates=settled.flattens)
     trainer.live(build_lives(job, recipe, model, order, facts, history, resumed, tracking))

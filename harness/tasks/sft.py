@@ -29,10 +29,12 @@ def build_arguments(recipe, arguments: dict, *, flattens: bool) -> SFTConfig:
     )
 
 
-def build_trainer(args: SFTConfig, model, tokenizer, train_dataset, eval_dataset, callbacks: list) -> HarnessSFTTrainer:
+def build_trainer(
+    args: SFTConfig, model, tokenizer, train_dataset, eval_dataset, callbacks: list, kind: type[HarnessSFTTrainer] = HarnessSFTTrainer
+) -> HarnessSFTTrainer:
     with warnings.catch_warnings():
         # TRL prefers hub kernels to Liger; the recipe's author chose.
         warnings.filterwarnings("ignore", message=".*use_liger_kernel.*", category=FutureWarning)
-        return HarnessSFTTrainer(
+        return kind(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, callbacks=callbacks
         )

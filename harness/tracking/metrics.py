@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 # Keys that begin with one of these are ours already. TRL's own `rewards/chosen` is not, and becomes train/rewards/chosen.
-AREAS = ("train", "eval", "run", "speed", "memory", "tools")
+AREAS = ("train", "eval", "distill", "run", "speed", "memory", "tools")
 
 
 def metric_key(key: str) -> str:

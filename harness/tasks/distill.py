@@ -1,0 +1,252 @@
+"""Distillation by TRL's SFTTrainer with another loss: weight * divergence from a teacher + (1 - weight) * cross-entropy, per trained token.
+
+A lesson is what a micro-batch is to learn: a function of the student's hidden states at the trained tokens, its head and the gold tokens.
+The model's own forward calls it, where TRL's fused head is called for sft: inside of whatever wraps the model, so that DDP and DeepSpeed
+reduce its gradients, and with the head gathered where ZeRO-3 has cut it up. Sums over tokens are divided by the trained tokens of the whole
+step on all ranks, so that accumulation, ranks and uneven masks change nothing.
+
+Logged beside train/loss, per trained token: distill/kl (of the student from the teacher, at temperature 1), distill/cross_entropy,
+distill/top1_agreement, distill/overlap (mass that both give to the same tokens); on held-out rows eval/kl and so on.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import patch_environment
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from harness import distributed
+from harness.attention import check_isolation
+from harness.errors import HarnessError, ModelError
+from harness.losses import DivergenceLoss, Head, dense_divergence, sparse_divergence
+from harness.model.head import head_of
+from harness.recipe import Recipe
+from harness.recipe.backend import Backend
+from harness.recipe.schema import Distill
+from harness.tasks import sft
+from harness.tasks.sft import HarnessSFTTrainer
+from harness.teacher import resident
+from harness.teacher.probe import check_same_distribution, check_two_ways, find_cache
+from harness.teacher.reader import TeacherCache, open_cache
+from harness.teacher.resident import ResidentTeacher
+from harness.teacher.targets import UNTRAINED, TargetsCollator
+from harness.teacher.vocabulary import true_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from harness.data.store import Prepared
+
+Lesson = Callable[[Tensor, Head, Tensor], object]
+"""(hidden states [N, H], head, gold tokens [N]) -> DivergenceLoss, or whatever else is wanted of them. No library sees into it: what looks
+like a tensor is cast to the type of the weights by DeepSpeed's and FSDP's forwards."""
+
+
+def add_lessons(model: "PreTrainedModel") -> None:
+    """Let `model(..., labels=labels, lesson=lesson)` return lesson(hidden states at the trained tokens, head, gold); no logits are made."""
+    plain = model.forward
+
+    # PEFT and `generate` look at the signature.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, lesson: Lesson | None = None, labels: Tensor | None = None, **kwargs):
+        if lesson is None:
+            return plain(*args, **kwargs, **({} if labels is None else {"labels": labels}))
+        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
+        gold = labels[:, 1:]
+        trained = gold != UNTRAINED
+        head = head_of(self)
+        with maybe_gather_lm_head_ctx(head.weight, head.bias):
+            # Under FSDP2 a tensor of the head may be a shard that knows how to become whole.
+            whole = [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in head[:2]]
+            return lesson(hidden[trained], Head(*whole, *head[2:]), gold[trained])
+
+    model.forward = types.MethodType(forward, model)
+
+
+# ---- teachers
+
+
+class FromCache:
+    """What a teacher has said of these rows is read with them."""
+
+    def __init__(self, cache: TeacherCache, distill: Distill):
+        self.vocabulary, self._cache, self._distill = cache.header.vocabulary, cache, distill
+
+    def join(self, trainer: "HarnessDistillTrainer") -> None:
+        trainer.data_collator = TargetsCollator(trainer.data_collator, self._cache)
+
+    def lesson(self, inputs: dict) -> Lesson:
+        """For this micro-batch, whose targets are taken out of it."""
+        targets = inputs.pop("targets").sparse
+        return lambda hidden, head, gold: sparse_divergence(
+            hidden,
+            head,
+            targets,
+            gold,
+            tail=self._distill.tail,
+            cross_entropy_weight=1 - self._distill.weight,
+            divergence_weight=self._distill.weight,
+            vocabulary=self.vocabulary,
+        )
+
+    def check(self, inputs: dict, *, isolates: bool) -> None:
+        """Whether targets and rows fit was checked before the student was loaded (load_teacher)."""
+
+
+class Beside:
+    """A teacher that answers beside the student: a whole one on every rank, or shares of one where the backend is ZeRO-3."""
+
+    def __init__(self, teacher: ResidentTeacher, vocabulary: int, distill: Distill):
+        self.vocabulary, self._teacher, self._distill = vocabulary, teacher, distill
+        self._beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5 if distill.beta is None else distill.beta}[distill.divergence]
+
+    def join(self, trainer: "HarnessDistillTrainer") -> None:
+        pass
+
+    def lesson(self, inputs: dict) -> Lesson:
+        """For this micro-batch, about which the teacher is asked here, before the student."""
+        trained = inputs["labels"][:, 1:] != UNTRAINED
+        taught = self._ask(inputs, lambda hidden, head: hidden[:, :-1][trained])
+        taught_head = head_of(self._teacher.model)
+
+        def lesson(hidden: Tensor, head: Head, gold: Tensor) -> DivergenceLoss:
+            with maybe_gather_lm_head_ctx(taught_head.weight, taught_head.bias):
+                return dense_divergence(
+                    hidden,
+                    head,
+                    taught,
+                    taught_head,
+                    gold,
+                    beta=self._beta,
+                    cross_entropy_weight=1 - self._distill.weight,
+                    divergence_weight=self._distill.weight,
+                    temperature=self._distill.temperature,
+                    vocabulary=self.vocabulary,
+                )
+
+        return lesson
+
+    def _ask(self, inputs: dict, question):
+        # What tells apart the samples of a flattened batch; of a padded one its mask is not needed, for the padding is at the right.
+        return self._teacher.ask(inputs["input_ids"], question, **{key: inputs[key] for key in FLATTENED if key in inputs})
+
+    def check(self, inputs: dict, *, isolates: bool) -> None:
+        """Raises TeacherError when the teacher in the student's place is not found to be like itself, and when samples of a flattened batch
+        (isolates) see each other in it."""
+        gold, lesson = inputs["labels"][:, 1:], self.lesson(inputs)
+        trained = gold != UNTRAINED
+        losses = self._ask(inputs, lambda hidden, head: lesson(hidden[:, :-1][trained], head, gold[trained]))
+        check_same_distribution(losses, int(trained.sum()))
+        if isolates:
+            check_isolation(_AsModel(self._teacher), self.vocabulary, inputs["input_ids"].device)
+
+
+FLATTENED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class _AsModel:
+    """A teacher where a model is wanted that returns logits."""
+
+    training = False
+
+    def __init__(self, teacher: ResidentTeacher):
+        self._teacher = teacher
+        self.parameters = teacher.model.parameters
+
+    def __call__(self, *, input_ids: Tensor, use_cache: bool, **inputs):
+        return CausalLMOutput(logits=self._teacher.logits(input_ids, **inputs))
+
+    def eval(self) -> None:
+        pass
+
+    def train(self, mode: bool) -> None:
+        pass
+
+
+# ---- trainer
+
+
+class HarnessDistillTrainer(HarnessSFTTrainer):
+    """`teach` must follow construction."""
+
+    def teach(self, teacher: FromCache | Beside) -> None:
+        if self.aux_loss_enabled:
+            raise ModelError(
+                "model: a mixture of experts, whose router is trained by a loss of its own that distillation leaves out; "
+                "set router_aux_loss_coef: 0 in the student's config.json if it shall do without"
+            )
+        add_lessons(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
+        self._teacher, self._unchecked = teacher, True
+        teacher.join(self)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self._unchecked:
+            self._unchecked = False
+            self._teacher.check(dict(inputs), isolates=self._checks_isolation)
+            check_two_ways(model, self._teacher.vocabulary, self.args.device)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        lesson = self._teacher.lesson(inputs)
+        losses: DivergenceLoss = model(**inputs, lesson=lesson)
+        trained = (inputs["labels"][:, 1:] != UNTRAINED).sum()
+        self._note(losses, trained, inputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            return losses.loss / trained.clamp(min=1)
+        # Whatever wraps the model takes the mean over the ranks.
+        return losses.loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+
+    def _note(self, losses: DivergenceLoss, trained: Tensor, inputs: dict, num_items_in_batch) -> None:
+        """Keep what is logged: the mean of what a step's micro-batches leave here is the mean over the tokens of the step, of all ranks."""
+        read = inputs["attention_mask"].sum() if "attention_mask" in inputs else trained.new_tensor(inputs["input_ids"].numel())
+        logged = (losses.kl, losses.cross_entropy, losses.agreement, losses.overlap)
+        *sums, trained, read = distributed.all_reduce_sum(torch.stack([*(value.double() for value in (*logged, trained, read))]).tolist())
+        training = self.model.training
+        metrics = self._metrics["train" if training else "eval"]
+        share = trained if num_items_in_batch is None else float(num_items_in_batch) / self.current_gradient_accumulation_steps
+        for name, value in zip(("kl", "cross_entropy", "top1_agreement", "overlap"), sums, strict=True):
+            metrics[f"distill/{name}" if training else name].append(value / max(share, 1))
+        if training:
+            self._total_train_tokens += int(read)
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def build_trainer(*arguments, teacher: FromCache | Beside) -> HarnessDistillTrainer:
+    """arguments: those of sft.build_trainer."""
+    trainer = sft.build_trainer(*arguments, kind=HarnessDistillTrainer)
+    trainer.teach(teacher)
+    return trainer
+
+
+# ---- from the recipe
+
+
+def load_teacher(recipe: Recipe, backend: Backend, tokenizer, prepared: "Prepared") -> FromCache | Beside:
+    """The recipe's teacher, on every rank, before training's arguments are made: they say how all that is loaded after them is sharded.
+
+    Raises TeacherError, on every rank, when a cache lacks rows or is not of them, or a teacher does not fit; ModelError when it cannot be
+    loaded.
+    """
+    if recipe.teacher.source == "resident":
+        splits = [split for split in (prepared.report.train, prepared.report.eval) if split is not None]
+        longest = max(split.length_percentiles["max"] for split in splits)
+        # Under FSDP transformers reads weights on one rank alone, and leaves the others to whoever shards the model; this one stays whole.
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+            teacher = resident.load_teacher(recipe, tokenizer, longest, sharded_by=backend if backend.zero_stage == 3 else None)
+        return Beside(teacher, true_vocabulary(tokenizer), recipe.distill)
+    folder, problem = None, None
+    if distributed.is_main():
+        try:
+            folder = find_cache(recipe, tokenizer, prepared, functools.partial(print, flush=True))
+        except HarnessError as error:
+            problem = error
+    folder, problem = distributed.broadcast_object((folder, problem))
+    if problem:
+        raise problem
+    return FromCache(open_cache(folder), recipe.distill)
