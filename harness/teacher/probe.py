@@ -36,8 +36,8 @@ GOLD_SAMPLES = 64
 CODEC_NATS = 5e-3
 """By so much may two logarithms differ that were one: a head is made to sum to 1 again when it is read, the gold entry is not."""
 SAME_NATS = 1e-3
-ROUNDING_NATS = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Per token, between tiles and whole logits; HALVES_NATS for other types."""
+ROUNDING_NATS = {torch.float32: 1e-3}
+"""Of a token, between tiles and whole logits; HALVES_NATS where these are in halves."""
 HALVES_NATS = 0.1
 
 
