@@ -77,8 +77,9 @@ class FromCache:
     def __init__(self, cache: TeacherCache, distill: Distill):
         self.vocabulary, self._cache, self._distill = cache.header.vocabulary, cache, distill
 
-    def join(self, trainer: "HarnessDistillTrainer") -> None:
-        trainer.data_collator = TargetsCollator(trainer.data_collator, self._cache)
+    def collator(self, collate: Callable[[list[dict]], dict]) -> TargetsCollator:
+        """A trainer's own, with targets."""
+        return TargetsCollator(collate, self._cache)
 
     def lesson(self, inputs: dict) -> Lesson:
         """For this micro-batch, whose targets are taken out of it."""
@@ -105,8 +106,9 @@ class Beside:
         self.vocabulary, self._teacher, self._distill = vocabulary, teacher, distill
         self._beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5 if distill.beta is None else distill.beta}[distill.divergence]
 
-    def join(self, trainer: "HarnessDistillTrainer") -> None:
-        pass
+    def collator(self, collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
+        """A trainer's own: the rows are all that this teacher wants."""
+        return collate
 
     def lesson(self, inputs: dict) -> Lesson:
         """For this micro-batch, about which the teacher is asked here, before the student."""
@@ -182,7 +184,8 @@ class HarnessDistillTrainer(HarnessSFTTrainer):
             )
         add_lessons(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
         self._teacher, self._unchecked = teacher, True
-        teacher.join(self)
+        # TRL takes no other collator than its own for flattened batches.
+        self.data_collator = teacher.collator(self.data_collator)
 
     def training_step(self, model, inputs, *args, **kwargs):
         if self._unchecked:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 GOLD_SAMPLES = 64
 CODEC_NATS = 5e-3
 """By so much may two logarithms differ that were one: a head is made to sum to 1 again when it is read, the gold entry is not."""
-SAME_NATS = 1e-3
+SAME_NATS, SAME_TOKENS = 1e-3, 0.99
+"""A GPU may add in another order the second time, and turn a tie round."""
 ROUNDING_NATS = {torch.float32: 1e-3}
 """Of a token, between tiles and whole logits; HALVES_NATS where these are in halves."""
 HALVES_NATS = 0.1
@@ -177,7 +178,7 @@ def _cross_entropy(hidden: torch.Tensor, head: Head, gold: torch.Tensor, vocabul
 def check_same_distribution(losses: DivergenceLoss, tokens: int) -> None:
     """losses: sums over `tokens` trained tokens, of the teacher in the student's place. Raises TeacherError unless the two agree."""
     kl, agreement = float(losses.kl), float(losses.agreement)
-    if not (abs(kl) <= SAME_NATS * tokens and agreement == tokens):
+    if not (abs(kl) <= SAME_NATS * tokens and agreement >= SAME_TOKENS * tokens):
         raise TeacherError(
             f"teacher: in the student's place it differs from itself by {kl / max(tokens, 1):.3g} nats a token, and agrees on "
             f"{agreement:g} of {tokens} tokens; must be 0 and all. It does not give the same twice (dropout, a router with noise), or its "
