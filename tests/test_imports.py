@@ -43,6 +43,7 @@ OWNER_EXCEPTIONS = {
     ("data/templates.py", "jinja2"): "the error that a broken chat template raises inside transformers",
     ("checkpoint/zero.py", "deepspeed"): "the few classes that its shards may name when they are opened as data",
     ("tasks/trainer.py", "deepspeed"): "whole gradients for the check after the first backward, where the trainer holds the engine",
+    ("teacher/resident.py", "deepspeed"): "an engine that shards a teacher, and its head gathered inside the forward",
     ("rank.py", "torch.distributed"): "elastic's error file, which torchrun's summary reads; no collective",
 }
 

@@ -93,7 +93,7 @@ def capture(
 def describe(samples: Samples, settings: Settings, vocabulary: int, folder: Path) -> str:
     """What is about to be done."""
     units, positions = samples.units, samples.positions
-    most = most_bytes(positions, settings, max(1, (vocabulary - 1).bit_length()))
+    most = most_bytes(units.plan.samples, positions, settings, max(1, (vocabulary - 1).bit_length()))
     return (
         f"capture: {units.plan.samples:,} distinct samples, {units.tokens:,} tokens, {positions:,} of them trained, in "
         f"{units.plan.units:,} units; at most {most / MIB:,.1f} MiB in {folder}"

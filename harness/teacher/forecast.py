@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from harness.teacher.format import Settings, packed_bytes
+from harness.teacher.format import RECORD, Settings
 
 MIB = 2**20
 
@@ -68,9 +68,11 @@ class Forecast:
         return "\n".join(lines)
 
 
-def most_bytes(positions: int, settings: Settings, id_bits: int) -> int:
-    """On the disk, if every distribution were kept up to the cap."""
-    return positions * (7 + 2 * settings.cap) + packed_bytes(positions * (settings.cap + settings.draws), id_bits)
+def most_bytes(samples: int, positions: int, settings: Settings, id_bits: int) -> int:
+    """Of blocks and index, if every distribution were kept up to the cap."""
+    # Heads and draws of a sample are each filled up to a group of 8 ids.
+    ids = -(-positions * (settings.cap + settings.draws) * id_bits // 8)
+    return positions * (7 + 2 * settings.cap) + ids + samples * (RECORD.size + 2 * id_bits)
 
 
 def render_progress(units: list[int], done: Done, planned: int, left: int, pace_s: float) -> str:
