@@ -16,7 +16,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +24,17 @@ import torch
 
 from harness import distributed
 from harness.data.store import Prepared
+from harness.embedded import resolve
 from harness.errors import Stopped, TeacherError
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
 from harness.teacher import format as cache_format
 from harness.teacher.fidelity import FIDELITY_FILE, measure_fidelity, render_fidelity, save_fidelity
 from harness.teacher.forecast import MIB, Done, Forecast, most_bytes, render_progress
-from harness.teacher.format import UNIT_FILE, CacheHeader, Settings, Targets
+from harness.teacher.format import CACHE_FILE, UNIT_FILE, CacheHeader, Settings, Targets, check_same, load_header
 from harness.teacher.head import keep, part_of, uniforms_of
 from harness.teacher.reader import open_cache
-from harness.teacher.resident import ResidentTeacher, load_teacher
+from harness.teacher.resident import ResidentTeacher, load_teacher, weights_digest
 from harness.teacher.samples import Sample, Samples, cache_folder, settings_of, teacher_name
 from harness.teacher.vocabulary import true_vocabulary, vocabulary_digest
 from harness.teacher.writer import UnitWriter, save_header
@@ -72,15 +73,15 @@ def capture(
     samples = Samples(prepared, recipe.teacher.unit_tokens)
     folder = cache_folder(recipe, tokenizer, samples.units.plan)
     say(describe(samples, settings_of(recipe), true_vocabulary(tokenizer), folder))
-    if not missing_units(folder, samples.units.plan.units) and (folder / FIDELITY_FILE).is_file():
-        open_cache(folder)
+    if (folder / CACHE_FILE).is_file():
+        check_cache(folder, recipe, tokenizer, samples)
+    # Rank 0 looks for all: two that look at a shared disk may not see the same.
+    if distributed.broadcast_object((folder / FIDELITY_FILE).is_file() and not missing_units(folder, samples.units.plan.units)):
         say(f"complete: {folder}")
         return folder
     teacher = load_teacher(recipe, tokenizer, int(samples.units.lengths.max()), sharded_by=sharded_by)
-    header = header_of(recipe, tokenizer, samples, teacher)
+    header = header_of(recipe, tokenizer, samples, teacher.digest, teacher.dtype)
     save_header(folder, header)
-    # A unit that is torn, or of another cache, is told of before the teacher's hours are spent on the others.
-    open_cache(folder)
     _Capture(recipe, samples, teacher, header, folder, say).run(worker, stop)
     fidelity = measure_fidelity(teacher, samples, open_cache(folder))
     if distributed.is_main():
@@ -105,11 +106,24 @@ def missing_units(folder: Path, units: int) -> set[int]:
     return {unit for unit in range(units) if UNIT_FILE.format(unit) not in there}
 
 
-def header_of(recipe: Recipe, tokenizer, samples: Samples, teacher: ResidentTeacher) -> CacheHeader:
+def check_cache(folder: Path, recipe: Recipe, tokenizer, samples: Samples) -> None:
+    """Raises TeacherError unless the cache that is there is this recipe's, with whole units: before a teacher is loaded, or hours are
+    spent on the units that are missing."""
+    there, asked = load_header(folder), recipe.teacher
+    source = Path(resolve(asked.name_or_path))
+    # A folder may have been trained anew; on the hub the revision says what it is.
+    digest = weights_digest(source) if source.is_dir() else there.teacher.digest
+    dtype = there.teacher.dtype if asked.dtype == "auto" else asked.dtype
+    check_same(folder, asdict(header_of(recipe, tokenizer, samples, digest, dtype)), asdict(there))
+    open_cache(folder)
+
+
+def header_of(recipe: Recipe, tokenizer, samples: Samples, digest: str, dtype: str) -> CacheHeader:
+    """digest: of the teacher's weights."""
     quantization = recipe.teacher.quantization
     kind = quantization and " ".join(f"{key}={value}" for key, value in quantization if value is not None)
     return CacheHeader(
-        teacher=cache_format.Teacher(teacher_name(recipe), recipe.teacher.revision, teacher.digest, teacher.dtype, kind),
+        teacher=cache_format.Teacher(teacher_name(recipe), recipe.teacher.revision, digest, dtype, kind),
         tokenizer=vocabulary_digest(tokenizer),
         vocabulary=true_vocabulary(tokenizer),
         settings=settings_of(recipe),
@@ -135,7 +149,6 @@ class _Capture:
         order, begun, found = worker.order(units), time.monotonic(), len(missing_units(self.folder, units))
         is_first = True
         while True:
-            # Rank 0 looks for all: two that look at a shared disk may not see the same.
             missing, asked = distributed.broadcast_object(missing_units(self.folder, units)), distributed.gather_objects(stop())
             if not missing:
                 return

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.data import prepare_recipe
 from harness.errors import ModelError, Stopped, TeacherError
+from harness.launcher import Machines
 from harness.losses import Head
 from harness.model import load_tokenizer
 from harness.recipe import load
@@ -421,16 +424,31 @@ def changed_teacher(folder: Path, change) -> Path:
     return folder
 
 
-def test_a_teacher_whose_weights_have_changed_does_not_go_on_with_the_old_ones_cache(tmp_path):
+def test_a_teacher_whose_weights_have_changed_is_not_taken_for_the_one_of_a_complete_cache(tmp_path):
     teacher = changed_teacher(tmp_path / "teacher", lambda weights: None)
-    captured, asked = Captured(tmp_path, f"teacher.name_or_path={teacher}"), itertools.count(1)
-    with pytest.raises(Stopped):
-        captured.run(stop=lambda: "enough" if next(asked) > 1 else None)
+    captured = Captured(tmp_path, f"teacher.name_or_path={teacher}")
+    captured.run()
     (teacher / "model.safetensors").unlink()
     weights = load_file(STORIES / "model.safetensors")
     save_file({name: weight * 1.001 for name, weight in weights.items()}, teacher / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TeacherError, match="teacher: digest is .* belongs to another cache"):
         captured.run()
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("teacher.top_p=0.9", "settings: p is 0.9, and the cache is of 0.99"),
+        ("teacher.dtype=bfloat16", "teacher: dtype is 'bfloat16', and the cache is of 'float32'"),
+        ("data.train.0.max_rows=59", "plan: .* belongs to another cache: use another folder"),
+    ],
+)
+def test_a_folder_with_the_complete_cache_of_another_recipe_is_refused(reference, override, words):
+    other = reference.at(reference.folder)
+    other.recipe = load(reference.file, [f"teacher.cache={reference.folder}", override])
+    other.prepared = prepare_recipe(other.recipe, other.tokenizer, packing=False, say=lambda text: None)
+    with pytest.raises(TeacherError, match=words):
+        other.run()
 
 
 def test_a_unit_that_is_torn_is_told_of_before_the_others_are_done(reference, tmp_path):
@@ -635,3 +653,27 @@ def test_one_process_shares_its_teacher_with_nobody_unless_the_host_holds_a_part
 
     shared = {(name, count): shares_teacher(load_backend(name), count) for name in ("ddp", "zero3", "zero3-offload") for count in (1, 2)}
     assert {key for key, together in shared.items() if together} == {("zero3", 2), ("zero3-offload", 1), ("zero3-offload", 2)}
+
+
+FAIL_OR_WAIT = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '0' else time.sleep(float(sys.argv[1]))"
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+
+
+def test_a_process_that_fails_ends_those_that_share_its_teacher_and_no_others(tmp_path):
+    from harness.cli.capture import supervise
+
+    two = Machines(2)
+    begun = time.monotonic()
+    assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "60"], two, tmp_path, together=True) == 3
+    assert time.monotonic() - begun < 30
+    assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "0.5"], two, tmp_path, together=False) == 0
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    from harness.cli import capture as command
+
+    for after_s in (3.0, 3.0 + command.ONE_CAUSE_S + 1.0):
+        threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.monotonic()
+    assert command.supervise([sys.executable, "-c", DEAF], Machines(1), tmp_path, together=False) == 128 + signal.SIGKILL
+    assert time.monotonic() - begun < 30
