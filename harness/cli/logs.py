@@ -73,7 +73,7 @@ def explain_absence(run: RunDir, rank: int, attempt: int | None, job: bool) -> s
     if job and status.job is None:
         return f"{run.path}: was never sent to Slurm, so no job has a log; leave --job out"
     if job:
-        earlier = [str(file) for number in jobs_of(run) if (file := job_log(run, number))]
+        earlier = [str(file) for number in jobs_of(run)[:-1] if (file := job_log(run, number))]
         there = f"; of earlier jobs there are {', '.join(earlier)}" if earlier else ""
         return f"{run.path}: job {status.job} has written no log ({status.text}){there}{waits}"
     if not attempts:

@@ -58,7 +58,7 @@ def render_block(status: RunStatus) -> str:
         "loss": "" if status.loss is None else f"{status.loss:.4g}",
         "left": status.left_s is not None and f"{format_left(status.left_s)} of training, {status.step_s:.3g} s a step",
         "starts": status.starts and f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(status.starts))}, as Slurm expects now",
-        "lives": f"{status.lives}" + (f", {status.requeues} times requeued" if status.requeues else ""),
+        "lives": f"{status.lives}" + (f" ({status.requeues} requeue{'s' * (status.requeues > 1)})" if status.requeues else ""),
         "commit": "none yet" if status.commit is None else f"checkpoint-{status.commit}, {_ago(status)} ago",
         "nodes": ", ".join(status.hosts),
         "job": status.job,

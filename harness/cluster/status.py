@@ -154,6 +154,9 @@ def _judge(run: RunDir, job_id: str | None, job: SlurmJob | None, life: Path | N
         return RunStatus(run.path, "failed", outcome["reason"])
     if job_id is None:
         return RunStatus(run.path, "new", "no life has begun")
+    if job is None and _job_began(events) is None:
+        # Cancelled while it waited, or because what it waited for failed; of an array's element Slurm forgets that at once.
+        return RunStatus(run.path, "cancelled", f"Slurm no longer knows job {job_id}, which never began")
     if job is None:
         return RunStatus(run.path, "lost", f"Slurm no longer knows job {job_id}, and nothing says how it ended")
     ended = f"job {job.id} ended: {job.state}" + (f", {job.reason}" if job.reason else "")
@@ -200,10 +203,16 @@ def life_of(run: RunDir, job_id: str | None, events: list[dict]) -> Path | None:
     """The folder of the last life, if that belongs to the run's present job; None while that has begun none."""
     last = run.attempts()[-1:]
     if job_id is not None and last:
-        begun = next((event for event in reversed(events) if event["event"] in ("job_began", "submitted")), None)
-        if begun is None or begun["event"] == "submitted" or last[0] <= (begun["attempt"] or 0):
+        begun = _job_began(events)
+        if begun is None or last[0] <= (begun["attempt"] or 0):
             return None
     return run.attempt(last[0]) if last else None
+
+
+def _job_began(events: list[dict]) -> dict | None:
+    """The last begin of the run's job since it was submitted."""
+    last = next((event for event in reversed(events) if event["event"] in ("job_began", "submitted")), None)
+    return last if last and last["event"] == "job_began" else None
 
 
 def _requeues(events: list[dict]) -> int:
