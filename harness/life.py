@@ -193,9 +193,7 @@ def rank_recipe(recipe: Recipe, run: RunDir, machines: Machines) -> Iterator[Pat
 
 
 def rank_environment(machines: Machines, attempt: Path | None, launch: str) -> dict[str, str]:
-    environment = dict(os.environ)
-    package_parent = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
+    environment = own_environment()
     environment[ATTEMPT_VARIABLE] = str(attempt or "")
     environment[LAUNCH_VARIABLE] = launch
     # Accelerate would give each rank one thread; on a CPU the ranks share the cores.
@@ -207,6 +205,12 @@ def rank_environment(machines: Machines, attempt: Path | None, launch: str) -> d
         # asleep they cost a quarter at the tiniest sizes and nothing at others.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
+
+
+def own_environment() -> dict[str, str]:
+    """This process's, in which another finds this very harness, installed or not."""
+    root = str(Path(__file__).resolve().parents[1])
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
 def has_nvidia_gpu() -> bool:

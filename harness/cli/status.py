@@ -7,6 +7,7 @@ import click
 
 from harness.cli.checkpoints import format_age
 from harness.cli.tables import print_table
+from harness.cluster.pipeline import PIPELINE, draw_pipeline
 from harness.cluster.status import RunStatus, find_runs, format_left, read_statuses
 
 
@@ -19,6 +20,10 @@ def command(run: str, root: Path, as_json: bool):
 
     RUN is a run folder, a folder of runs (an array, a pipeline), the id of a Slurm job, or `all`. Works without Slurm, too.
     """
+    folder = Path(run).expanduser()
+    if (folder / PIPELINE).is_file() and not as_json:
+        click.echo(draw_pipeline(folder))
+        return
     statuses = read_statuses(find_runs(run, root))
     if as_json:
         click.echo(json.dumps([as_object(status) for status in statuses], indent=2))

@@ -85,10 +85,8 @@ def render(submission: Submission) -> str:
 def submit(submission: Submission) -> str:
     """Check, make the run folder, send the script. Returns the job's id."""
     check_submission(submission)
-    run = save_submission(submission)
-    job_id = slurm.submit_script(run.path / SCRIPT, f"--chdir={os.getcwd()}", *dependency_flags(submission.after))
-    note_job(run, job_id, "submitted")
-    return job_id
+    save_submission(submission)
+    return send_submission(submission)
 
 
 # ---- what can be wrong
@@ -164,7 +162,7 @@ def check_inputs(recipe: Recipe, awaited: tuple[str, ...] = ()) -> None:
 # ---- what is written and sent
 
 
-def save_submission(submission: Submission) -> RunDir:
+def save_submission(submission: Submission) -> None:
     """Make the run folder, with everything that its job reads."""
     run = RunDir.create(submission.recipe, fresh=submission.fresh)
     diff = code_changes()
@@ -186,7 +184,14 @@ def save_submission(submission: Submission) -> RunDir:
         write_text_atomically(run.path / DIFF, diff)
     write_job(run, content)
     Ledger(run.ledger, None).append("submitted", last_attempt=(run.attempts() or [0])[-1])
-    return run
+
+
+def send_submission(submission: Submission) -> str:
+    """Send what `save_submission` has made. Returns the job's id."""
+    run = submission.run
+    job_id = slurm.submit_script(run.path / SCRIPT, f"--chdir={os.getcwd()}", *dependency_flags(submission.after))
+    note_job(run, job_id, "submitted")
+    return job_id
 
 
 def dependency_flags(after: Iterable[str]) -> list[str]:
