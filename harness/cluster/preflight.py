@@ -15,6 +15,7 @@ everywhere (a recipe, a full disk, a folder that is not shared) is nobody's.
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -42,7 +43,7 @@ from harness.cluster.space import check_space, gib
 from harness.life import noted_signals
 from harness.recipe import Recipe, load
 from harness.resources import cache_root
-from harness.run import LIBRARIES, git_commit, write_text_atomically
+from harness.run import LIBRARIES, write_text_atomically
 from harness.watchdog import follow_parent
 
 __all__ = ["DEADLINE_S", "Finding", "check_node", "judge", "render_findings"]
@@ -107,7 +108,7 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
 
 def versions() -> dict[str, str]:
     """Of everything that must be the same on all nodes."""
-    found = {"python": platform.python_version(), "harness": harness.__version__, "code": git_commit() or "installed"}
+    found = {"python": platform.python_version(), "harness": f"{harness.__version__} (files {source_digest()})"}
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -115,6 +116,14 @@ def versions() -> dict[str, str]:
             found[name] = "missing"
     found["CUDA driver"] = cuda_driver()
     return found
+
+
+def source_digest() -> str:
+    """Of the code that runs here: a commit would not tell of what was changed since, nor of a node without git."""
+    digest, package = hashlib.sha256(), Path(harness.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def cuda_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str:
@@ -234,9 +243,9 @@ def judge(folder: Path, hosts: tuple[str, ...], cluster: Cluster) -> list[Findin
 def find_missing(hosts: tuple[str, ...], reports: list[dict]) -> list[Finding]:
     """Nodes that died, hang, or cannot reach the run folder. When none has reported, the cause is no node's."""
     reported = {report["host"] for report in reports}
-    remedy = "its power, its network, its disks or its Python: what srun said of it stands above"
+    what = "wrote no report: it died, it hangs, or it does not see the run folder"
     return [
-        Finding(host, "fail", f"wrote no report within {DEADLINE_S:.0f} s", remedy, blames_node=bool(reports))
+        Finding(host, "fail", what, "srun may have said more, above", blames_node=bool(reports))
         for host in hosts
         if host not in reported
     ]
