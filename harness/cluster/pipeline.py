@@ -109,9 +109,9 @@ def find_pipeline(name_or_path: str) -> Path | None:
     """The pipeline file that is meant: a YAML file with `stages` at its top, or the one of a pipeline's folder. None for anything else."""
     inside = Path(name_or_path).expanduser() / PIPELINE
     if inside.is_file():
-        return inside
+        return inside.resolve()
     file = find_config(name_or_path)
-    return file if file and "stages" in read_yaml(file) else None
+    return file.resolve() if file and "stages" in read_yaml(file) else None
 
 
 def load_pipeline(file: Path, overrides: Iterable[str] = ()) -> Pipeline:
