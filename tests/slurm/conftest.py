@@ -1,4 +1,5 @@
-"""The clusters of these tests: `slurm_cluster` (proctrack/cgroup, as in production), `slurm_cluster_linuxproc`, and `each_tracking` for both.
+"""The clusters of these tests: `slurm_cluster` (proctrack/cgroup, as in production), `slurm_cluster_linuxproc`, or `each_tracking`, both.
+
 The whole session starts at most one of each. A test gets it empty, with the environment of its commands in this process too.
 """
 
