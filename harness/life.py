@@ -96,8 +96,9 @@ def live(
             hang = watchdog.look(attempt, now)
     if hang:
         record_hang(hang, watchdog, run, attempt, first_machine=machines.index == 0)
-    # A launcher that is killed, here or from outside, leaves its ranks behind.
-    unended = end_processes(launch) if code is None or code < 0 else set()
+    # A launcher that is killed, here or from outside, leaves its ranks behind; a rank that is killed its data workers, whose copies of its
+    # connections keep the other ranks waiting for it.
+    unended = end_processes(launch) if code != 0 else set()
     if code is None:
         code = -signal.SIGKILL if unended else process.wait()
     return Life(attempt or attempt_of(run, launch, ranks), code, count_oom_kills() - kills, ended_for, hang, unended)

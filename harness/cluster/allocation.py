@@ -26,10 +26,11 @@ import time
 import zlib
 from pathlib import Path
 
+import harness
 from harness.checkpoint.ledger import Ledger, read_ledger
 from harness.cluster import node, preflight, slurm
 from harness.cluster.array import element_id
-from harness.cluster.decision import FRUITLESS_LIVES, Decision, Taken, decide, fruitless_lives
+from harness.cluster.decision import FROM_SLURM, FRUITLESS_LIVES, Decision, Taken, decide, fruitless_lives, is_asked_to_leave
 from harness.cluster.dependency import hand_on_waiting
 from harness.cluster.render import node_command, srun_command
 from harness.cluster.schema import load_cluster
@@ -46,15 +47,14 @@ LOOK_AT_JOB_EVERY_S = 30.0
 COMMENT_EVERY_S = 30.0
 LOCK_WITHIN_S = 150.0
 """An NFS server takes the lock of a machine that is gone away after a lease of about 90 seconds."""
-LEAVE_BEFORE_S = 4.0
-"""So long before its deadline a step that the shims have not ended is left behind, because the job must be requeued before Slurm ends it."""
-ENDS_WITHIN_S = 10.0
+LEAVE_BEFORE_S = 5.0
+"""So long before its deadline a step that the shims have not ended is ended, because the job must be requeued before Slurm ends it."""
+ENDS_WITHIN_S = 2.0
+"""srun has a step killed at once when it is told to end (measured: within a second)."""
 KILL_WAIT_S = 30.0
 """Slurm's default, where scontrol may not be asked."""
-REQUEUED_WITHIN_S = 120.0
-"""Slurm ends a job that it has requeued at once; more than this and it has not understood."""
-FROM_SLURM = "slurm: "
-"""With this begins the reason of a STOP file that no person has written."""
+ENDING = slurm.ENDED | {"COMPLETING", "PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+"""What Slurm says of a job whose processes it ends. (SIGNALING, SUSPENDED and others say nothing of that.)"""
 SLURMS_SLACK_S = 90.0
 """Slurm may send the signal before a time limit up to a minute early, and looks at its jobs every half."""
 FIRST_PORT, PORTS = 20000, 12000
@@ -66,9 +66,7 @@ class Allocation:
 
     def __init__(self, run: RunDir, environment: dict[str, str]):
         if "SLURM_JOB_ID" not in environment:
-            raise ClusterError(
-                "harness allocation: SLURM_JOB_ID is not set; the script that `harness submit` makes starts this in a job, a person does not"
-            )
+            raise ClusterError("harness allocation: SLURM_JOB_ID is not set; a job of `harness submit` starts this, a person does not")
         self.run, self.job_id = run, element_id(environment)
         self.restart = int(environment.get("SLURM_RESTART_COUNT", 0))
         self.recipe, self.cluster = load(run.recipe), load_cluster(str(run.path / "cluster.yaml"))
@@ -81,7 +79,7 @@ class Allocation:
         self.deadline: float | None = None
         """When Slurm ends what is still there, in unix seconds."""
         self._signals: list[signal.Signals] = []
-        self._looked = self._commented = float("-inf")
+        self._looked = self._commented = self._looked_at_owner = float("-inf")
         self._comment = ""
 
     def main(self) -> int:
@@ -117,7 +115,9 @@ class Allocation:
 
     def may_begin(self) -> Decision | None:
         """Asked here as well as after each life, because a job that Slurm requeued for a lost node could decide nothing."""
-        self.look_at_job()
+        self.watch()
+        if self.taken:
+            return self.leave()
         fruitless, jobs, _ = self.history()
         if fruitless >= FRUITLESS_LIVES:
             return Decision("stop", f"{fruitless} lives in a row ended without a newer checkpoint", 1)
@@ -173,18 +173,20 @@ class Allocation:
         self.lives += 1
         say(f"{attempt.name} begins on {', '.join(self.hosts)}")
         self.step(len(self.hosts), ["node", str(self.run.path)], attempt)
-        outcome, failure = read_outcome(attempt), None
+        outcome, failure, reports = read_outcome(attempt), None, node.node_reports(attempt)
         if outcome is None:
-            reports = node.node_reports(attempt)
             code = next((report["code"] for report in reports if report["code"]), 0)
             failure = explain_failure(attempt, code, sum(report["oom_kills"] for report in reports))
         self.look_at_job()
-        if outcome and outcome["outcome"] == "stopped" and outcome["reason"].startswith(FROM_SLURM):
+        if outcome and outcome["outcome"] == "stopped" and is_asked_to_leave(outcome["reason"]):
             self.taken = self.taken or Taken(outcome["reason"])
         if not self.taken:
             self.withdraw_stop()
         fruitless, jobs, _ = self.history()
         decision = decide(outcome, failure, self.taken, self.cluster.restarts, lives_here=self.lives, jobs=jobs, fruitless=fruitless)
+        stuck = [report["host"] for report in reports if report["unended"]]
+        if decision.action == "again" and stuck:
+            decision = Decision("requeue", f"{decision.why}; there are processes on {', '.join(stuck)} that cannot be killed")
         self.ledger().append(
             "life_ended", life=attempt.name, outcome=outcome and outcome["outcome"], then=decision.action, why=decision.why
         )
@@ -215,8 +217,8 @@ class Allocation:
     # ---- a step, and what may come to the job meanwhile
 
     def step(self, nodes: int, arguments: list[str], folder: Path, most_s: float = float("inf")) -> int:
-        """Have srun start `harness ARGUMENTS` once on so many nodes, and watch over the job until that has ended. Returns srun's code, which
-        says nothing of a life."""
+        """Have srun start `harness ARGUMENTS` once on so many nodes, and watch over the job until that has ended. Returns srun's code,
+        which says nothing of a life."""
         port = free_port(f"{self.owner}.{folder.name}")
         environment = os.environ | {
             node.ADDRESS: slurm.node_address(self.hosts[0]),
@@ -227,18 +229,28 @@ class Allocation:
             node.GRACE: str(self.grace_s()),
             "PYTHONUNBUFFERED": "1",
         }
-        command = node_command(self.cluster, environment["PYTHONPATH"], sys.executable, arguments, self.run.path)
-        argv = srun_command(self.cluster, nodes, command)
+        code_root = str(Path(harness.__file__).resolve().parents[1])
+        argv = srun_command(
+            self.cluster,
+            nodes,
+            node_command(self.cluster, code_root, sys.executable, arguments, self.run.path),
+            environment=["PYTHONPATH", *self.cluster.environment],
+            folders=[code_root, self.run.path],
+            workdir=Path.cwd(),
+        )
         say(f"$ {shlex.join(argv)}")
         begun = time.monotonic()
         process = subprocess.Popen(argv, env=environment)
-        while (code := ended_within(process, 1.0)) is None:
-            self.watch()
-            too_late = self.deadline is not None and time.time() > self.deadline - LEAVE_BEFORE_S
-            if too_late or time.monotonic() - begun > most_s:
-                end_step(process)
-                return process.returncode
-        return code
+        try:
+            while ended_within(process, 1.0) is None:
+                self.watch()
+                too_late = self.deadline is not None and time.time() > self.deadline - LEAVE_BEFORE_S
+                if too_late or time.monotonic() - begun > most_s:
+                    break
+        finally:
+            end_step(process)
+        self.check_owner()
+        return process.returncode
 
     def watch(self) -> None:
         while self._signals:
@@ -246,8 +258,17 @@ class Allocation:
             self.look_at_job(number)
         if time.monotonic() - self._looked > LOOK_AT_JOB_EVERY_S:
             self.look_at_job()
+        if time.monotonic() - self._looked_at_owner > node.LOOK_AT_OWNER_EVERY_S:
+            self.check_owner()
         if time.monotonic() - self._commented > COMMENT_EVERY_S:
             self.comment()
+
+    def check_owner(self) -> None:
+        """Raises ClusterError when another job has the run: Slurm has written this one off, though it still runs here."""
+        self._looked_at_owner = time.monotonic()
+        owner = node.read_owner(self.run)
+        if owner != self.owner:
+            raise ClusterError(f"{self.run.path}: the run goes on elsewhere (job {owner}), so this job ({self.owner}) leaves it alone")
 
     def look_at_job(self, number: signal.Signals | None = None) -> None:
         """Ask Slurm whether it takes this job's nodes away; `number` is a signal that says so. The first answer counts."""
@@ -262,7 +283,9 @@ class Allocation:
         lead_s, now = self.cluster.signal_lead_s, time.time()
         left_s = job.ends - now if job and job.ends else float("inf")
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now + left_s)) if left_s < float("inf") else ""
-        if job and job.state not in ("RUNNING", "CONFIGURING"):
+        if job and job.state in ENDING and job.ends is None:
+            self.take(Taken("the job was requeued", is_requeued=True), now + self.grace_s())
+        elif job and job.state in ENDING:
             self.take(Taken(f"Slurm ends this job (its state is {job.state})", cancelled=True), now + self.grace_s())
         elif job and job.preempted:
             self.take(Taken(f"preempted: the nodes go to another job at {at}"), now + left_s)
@@ -314,17 +337,16 @@ class Allocation:
         return decision.exit_code
 
     def requeue(self, decision: Decision) -> int:
-        """By scontrol, which ends this process; by a successor where that is forbidden, or when a node is to be left out."""
+        """By scontrol; by a successor where that is forbidden, or when a node is to be left out. Then to leave at once lets Slurm have the
+        nodes, and count the time until the job may begin again, KillWait sooner."""
         by = self.cluster.restarts.by
         self.ledger().append("requeued", job=self.job_id, why=decision.why, exclude=list(decision.exclude))
         say(f"requeued: {decision.why}; {place(last_commit(self.run))}")
+        if self.taken and self.taken.is_requeued:
+            return Stopped.exit_code
         if by != "successor" and not decision.exclude:
             try:
                 slurm.requeue_job(self.job_id)
-                time.sleep(REQUEUED_WITHIN_S)
-                say(
-                    f"stopped: Slurm has taken the requeue of job {self.job_id} and not ended it; submit it again: harness submit {self.run.path}"
-                )
                 return Stopped.exit_code
             except ClusterError as error:
                 if by == "scontrol":
@@ -365,7 +387,7 @@ def free_port(seed: str) -> int:
 
 
 def end_step(srun: subprocess.Popen) -> None:
-    """srun ends its step when it is told to end."""
+    """Nothing where the step has ended."""
     srun.terminate()
     if ended_within(srun, ENDS_WITHIN_S) is None:
         srun.kill()

@@ -10,6 +10,7 @@ recipe, the data or the code stops at once, and so does a run that gets nowhere:
 jobs. A life that was told to leave, and left, does not count as one without a commit: that is the cluster's doing.
 """
 
+import signal
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -19,14 +20,19 @@ from harness.errors import Stopped
 from harness.failures import Failure
 
 FRUITLESS_LIVES = 3
+FROM_SLURM = "slurm: "
+"""With this begins the reason of a STOP file that no person has written."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Slurm takes the nodes away (time limit, preemption, a signal of unknown cause), or a person the job (`cancelled`)."""
+    """Slurm takes the nodes away: time limit, preemption, somebody's SIGUSR1."""
 
     why: str
     cancelled: bool = False
+    """The job is not to go on."""
+    is_requeued: bool = False
+    """Slurm has put the job into the queue again by itself."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def decide(
         return Decision("done", "the run is complete")
     if taken and taken.cancelled:
         return Decision("stop", taken.why, Stopped.exit_code)
-    if name == "stopped" and not taken:
+    if name == "stopped" and not is_slurms(outcome["reason"]):
         return Decision("stop", f"stopped at step {outcome['step']}: {outcome['reason']}", Stopped.exit_code)
     if failure and not failure.may_pass:
         return Decision("stop", failure.summary, failure.exit_code)
@@ -61,6 +67,19 @@ def decide(
         text = f"{why}; the job was requeued {jobs - 1} times, and restarts.max_restarts is {restarts.max_restarts}"
         return Decision("stop", text, Stopped.exit_code if taken else 1)
     return Decision("requeue", why)
+
+
+def is_slurms(reason: str) -> bool:
+    """Whether a life stopped not for a person's STOP but for Slurm's, or for a signal that came to a rank itself (proctrack/linuxproc).
+
+    Where Slurm takes nothing away, that was the SIGTERM by which srun ends a step, and its life is to be begun again.
+    """
+    return reason.startswith(FROM_SLURM) or reason in signal.Signals.__members__
+
+
+def is_asked_to_leave(reason: str) -> bool:
+    """Whether it is such a signal as somebody sends who wants the nodes."""
+    return is_slurms(reason) and ("SIGUSR1" in reason or "SIGUSR2" in reason)
 
 
 def _end(outcome: dict | None, failure: Failure | None) -> str:

@@ -5,7 +5,8 @@ step, become the run's STOP file, with a deadline; the ranks agree on a step, sa
 the job has time left to requeue itself. It listens to the ranks' hearts and ends a life that stands still, and one that has been replaced:
 after the loss of a node Slurm begins the job elsewhere, though this node may only have lost its slurmd.
 
-    logs/attempt-K/node-I.json   {"host", "code", "oom_kills", "ended_for", "time"}: how the ranks of node I ended
+    logs/attempt-K/node-I.json   {"index", "host", "code", "oom_kills", "ended_for", "unended", "failed", "time"}: how the ranks of node I
+                                 ended; what `failed` is not to go on with
 
 The allocation (harness.cluster.allocation) says by the environment which attempt this is and where rank 0 is met.
 """
@@ -18,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.cluster import preflight
+from harness.cluster.decision import FROM_SLURM
 from harness.cluster.schema import load_cluster
 from harness.cluster.submission import read_job
 from harness.errors import ClusterError
 from harness.launcher import Machines
 from harness.life import Life, live, noted_signals, say
 from harness.recipe import load
-from harness.run import RunDir, StopRequest, read_outcome, write_text_atomically
+from harness.run import RunDir, StopRequest, rank_reports, read_outcome, write_text_atomically
 
 ADDRESS, PORT, ATTEMPT, OWNER = "HARNESS_NODE_ADDRESS", "HARNESS_NODE_PORT", "HARNESS_NODE_ATTEMPT", "HARNESS_NODE_OWNER"
 """Set by the allocation for its step."""
@@ -35,6 +37,10 @@ KILL_BEFORE_S = 10.0
 LOOK_AT_OWNER_EVERY_S = 5.0
 PEER_FAILED_S = 5.0
 """When the ranks of another node have failed, these get so long to say what they know."""
+PEERS_END_WITHIN_S = 10.0
+"""srun kills the other shims as soon as one has failed: so long that one waits for their reports, which may hold the cause."""
+LAUNCHER_LEAVES_WITHIN_S = 10.0
+"""torch elastic waits for the launchers of the other nodes, up to five minutes, also for one that is dead."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Step:
 
 
 def live_on_node(run: RunDir) -> int:
-    """This node's part of one life. Returns 0 when its ranks have ended as they should, so that srun lets the other nodes finish, else 1."""
+    """This node's part of one life. Returns 0 when its ranks have ended as they should, so that srun lets the others finish, else 1."""
     step = Step.from_environment(dict(os.environ))
     with noted_signals() as signals:
         # Children of the shim are no shims.
@@ -77,9 +83,12 @@ def live_on_node(run: RunDir) -> int:
             os.environ.pop(name)
         arguments = [part for key in read_job(run)["allowed_changes"] for part in ("--allow-change", key)]
         life = live(load(run.recipe), run, step.machines, arguments, Watch(run, step, signals), attempt=step.attempt)
-    write_node_report(step, life)
-    in_order = life.ended_for is None and life.hang is None and (life.code == 0 or read_outcome(step.attempt) is not None)
-    return 0 if in_order else 1
+        failed = life.hang is not None or (life.code != 0 and read_outcome(step.attempt) is None)
+        write_node_report(step, life, failed=failed)
+        deadline = time.monotonic() + PEERS_END_WITHIN_S
+        while failed and len(node_reports(step.attempt)) < step.machines.count and time.monotonic() < deadline:
+            time.sleep(0.2)
+    return int(failed)
 
 
 def check_this_node(run: RunDir) -> int:
@@ -99,13 +108,14 @@ def check_this_node(run: RunDir) -> int:
 
 
 class Watch:
-    """Turns `signals` into the STOP file, and says when the ranks must be ended: at its deadline, when another node has failed, or when this
-    life is not the run's any more."""
+    """Turns `signals` into the STOP file, and says when what runs here must be ended: at its deadline, when another node has failed, when
+    this life is not the run's any more, and when only the launcher is left of it."""
 
     def __init__(self, run: RunDir, step: Step, signals: list[signal.Signals]):
         self._run, self._step, self._signals = run, step, signals
         self._looked = time.monotonic()
         self._peer_failed_at: float | None = None
+        self._left_at: float | None = None
 
     def __call__(self, now: float) -> str | None:
         if self._peer_failed_at is None and self._peers_failed():
@@ -117,6 +127,10 @@ class Watch:
                 self._ask_to_stop(number)
         if self._peer_failed_at is not None and now - self._peer_failed_at > PEER_FAILED_S:
             return "the ranks of another node have failed"
+        if self._left_at is None and self._ranks_have_left():
+            self._left_at = now
+        if self._left_at is not None and now - self._left_at > LAUNCHER_LEAVES_WITHIN_S:
+            return "its ranks have left, and their launcher has not"
         request = StopRequest.read(self._run.stop)
         if request and request.deadline and time.time() > request.deadline - KILL_BEFORE_S:
             return f"the deadline of a stop ({request.reason}) has come, and they had not saved"
@@ -130,10 +144,18 @@ class Watch:
     def _ask_to_stop(self, number: signal.Signals) -> None:
         host, deadline = os.uname().nodename, time.time() + self._step.grace_s
         try:
-            StopRequest(f"slurm: {number.name} on {host}", deadline).write(self._run.stop)
+            StopRequest(f"{FROM_SLURM}{number.name} on {host}", deadline).write(self._run.stop)
             say(f"{number.name}: the run is asked to save and leave")
         except OSError as error:
             say(f"{self._run.stop}: cannot be written ({error.strerror}); the last checkpoint stands")
+
+    def _ranks_have_left(self) -> bool:
+        if read_outcome(self._step.attempt) is None:
+            return False
+        machines = self._step.machines
+        first = machines.index * machines.processes
+        reports = rank_reports(self._step.attempt, "alive", range(first, first + machines.processes))
+        return all(report["phase"] in ("stopped", "finished") for report in reports)
 
     def _peers_failed(self) -> bool:
         return any(report["index"] != self._step.machines.index and report["failed"] for report in node_reports(self._step.attempt))
@@ -142,15 +164,15 @@ class Watch:
 # ---- what is written
 
 
-def write_node_report(step: Step, life: Life) -> None:
-    outcome = read_outcome(step.attempt)
+def write_node_report(step: Step, life: Life, *, failed: bool) -> None:
     content = {
         "index": step.machines.index,
         "host": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
         "code": life.code,
         "oom_kills": life.oom_kills,
         "ended_for": life.ended_for,
-        "failed": life.ended_for is not None or (outcome is None and life.code != 0),
+        "unended": len(life.unended),
+        "failed": failed,
         "time": time.time(),
     }
     write_text_atomically(step.attempt / f"node-{step.machines.index}.json", json.dumps(content) + "\n")

@@ -10,10 +10,10 @@ import time
 import pytest
 
 from harness.cluster import node
-from harness.cluster.node import KILL_BEFORE_S, PEER_FAILED_S, Step, Watch, node_reports, write_owner
+from harness.cluster.node import KILL_BEFORE_S, LAUNCHER_LEAVES_WITHIN_S, PEER_FAILED_S, Step, Watch, node_reports, write_owner
 from harness.errors import ClusterError
 from harness.launcher import Machines
-from harness.run import RunDir, StopRequest, write_text_atomically
+from harness.run import RankReport, RunDir, StopRequest, write_outcome, write_text_atomically
 
 
 @pytest.fixture
@@ -74,6 +74,18 @@ def test_a_run_that_goes_on_elsewhere_is_left_within_seconds(run):
     write_owner(run, "7.1")
     assert watch(now + 7) is None  # a shared disk is not asked every second
     assert watch(now + 12) == "the run goes on elsewhere (job 7.1)"
+
+
+def test_a_launcher_that_waits_for_a_dead_one_does_not_wait_for_long(run):
+    report, watch, now = RankReport(0, run.attempt(1)), watch_of(run), time.monotonic()
+    report.enter("finished")
+    assert watch(now) is None and watch(now + 100) is None  # the run has not said how it ended
+    write_outcome(run.attempt(1), "stopped", step=5, checkpoint=5, reason="slurm: time limit")
+    report.enter("leaving")
+    assert watch(now) is None and watch(now + 100) is None
+    report.stopped("asked")
+    assert watch(now) is None and watch(now + LAUNCHER_LEAVES_WITHIN_S - 1) is None
+    assert watch(now + LAUNCHER_LEAVES_WITHIN_S + 1) == "its ranks have left, and their launcher has not"
 
 
 def test_a_full_disk_keeps_the_shim_from_nothing_else(run, monkeypatch, capsys):
