@@ -129,6 +129,13 @@ def test_what_does_not_come_about_is_an_error_with_slurms_own_words(slurm_cluste
         slurm_cluster.run("scontrol", "show", "job", "nonsense")
 
 
+def test_a_process_that_a_job_orphans_does_not_stay_as_a_zombie(slurm_cluster):
+    job = slurm_cluster.submit("setsid sleep 1 & echo $!\nsleep 0.5")
+    slurm_cluster.wait_for_state(job, "COMPLETED")
+    orphan = Path("/proc") / slurm_cluster.log(job).strip()
+    slurm_cluster.wait_for(lambda: not orphan.exists(), f"the end of {orphan}", timeout_s=5)
+
+
 STUBBORN = (
     "srun bash -c 'trap : TERM HUP INT; setsid bash -c \"trap : TERM HUP INT; echo ready; while :; do sleep 1; done\" & wait; sleep 600'"
 )
