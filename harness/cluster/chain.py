@@ -22,6 +22,7 @@ from harness.cluster.submission import (
     check_are_free,
     check_can_begin,
     live_jobs,
+    read_job,
     save_submission,
     send_submission,
 )
@@ -91,6 +92,8 @@ def _check_kept(link: Link, living: set[RunDir]) -> None:
             raise LaunchError(
                 f"{where} with another recipe than this; `harness cancel {run.path} --save` ends it, and without --save at once"
             )
+        if run in living and index in plan.merged and not read_job(run)["merge"]:
+            raise LaunchError(f"{where} and will not merge its adapter, as it must for the stages that are new; wait for its end")
         if run not in living and not plan.is_done(index):
             raise LaunchError(
                 f"{where}, and {run.path.name} has failed; wait for the others, or end them with `harness cancel {run.path.parent}`"

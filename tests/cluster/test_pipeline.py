@@ -314,6 +314,27 @@ def test_a_stage_that_lives_otherwise_than_it_is_asked_for_is_refused(chain, slu
     assert len(slurm.sent) == 4
 
 
+def test_a_stage_that_lives_does_not_learn_that_it_is_to_be_merged(chain, slurm, tmp_path):
+    alone = {name: CHAIN[name] for name in ("base", "adapt")}
+    ask(submit, chain(alone), "--cluster", "cpu")
+    finish(stage(tmp_path, "base"), weights="b")
+    slurm.lives("101")
+    with pytest.raises(LaunchError, match="job 101 of it lives and will not merge its adapter"):
+        ask(submit, chain(), "--cluster", "cpu")
+    slurm.lives()
+    finish(stage(tmp_path, "adapt"), base=digest_of("b"))
+    # It is sent again, for the merge alone.
+    assert "adapt: job 102" in ask(submit, chain(), "--cluster", "cpu")
+
+
+def test_a_stage_can_be_sent_again_alone_and_is_what_it_was(chain, slurm, tmp_path):
+    ask(submit, chain(), "--cluster", "cpu")
+    finish(stage(tmp_path, "base"))
+    assert "job 104" in ask(submit, stage(tmp_path, "adapt"))
+    facts = read_job(RunDir(stage(tmp_path, "adapt")))
+    assert facts["merge"] and [job["id"] for job in facts["jobs"]] == ["101", "104"]
+
+
 def test_when_one_stage_is_refused_those_before_it_are_cancelled(chain, tmp_path, monkeypatch):
     slurm = CountingSlurm(tmp_path / "bin", monkeypatch, refused=102)
     with pytest.raises(ClusterError, match="partition"):
