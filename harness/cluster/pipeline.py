@@ -6,7 +6,7 @@
       sweep: {recipe: tiny/sft-lora, model: {from: base}, array: {train.learning_rate: [1e-3, 1e-2]}, at_once: 2}
       last:  {recipe: tiny/sft-lora, model: {from: adapt}, needs: [sweep], nodes: 2, time: "1:00:00"}
 
-    load_pipeline("pipelines/tiny", ["adapt.train.max_steps=3"]) -> Pipeline; plan_stages(pipeline) -> its stages with resolved recipes
+    load_pipeline(find_pipeline("pipelines/tiny"), ["adapt.train.max_steps=3"]) -> Pipeline; plan_stages(pipeline) -> [StagePlan]
 
 The file is as strict as a recipe, and the same on one machine (`harness run`) and on a cluster (`harness submit`, harness.cluster.chain).
 
