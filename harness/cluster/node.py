@@ -5,8 +5,8 @@ step, become the run's STOP file, with a deadline; the ranks agree on a step, sa
 the job has time left to requeue itself. It listens to the ranks' hearts and ends a life that stands still, and one that has been replaced:
 after the loss of a node Slurm begins the job elsewhere, though this node may only have lost its slurmd.
 
-    logs/attempt-K/node-I.json   {"index", "host", "code", "oom_kills", "ended_for", "unended", "failed", "time"}: how the ranks of node I
-                                 ended; what `failed` is not to go on with
+    logs/attempt-K/node-I.json   {"index", "host", "began", "code", "oom_kills", "ended_for", "unended", "failed", "time"}: when the
+                                 ranks of node I were started and how they ended
 
 The allocation (harness.cluster.allocation) says by the environment which attempt this is and where rank 0 is met.
 """
@@ -82,9 +82,10 @@ def live_on_node(run: RunDir) -> int:
         for name in (ADDRESS, PORT, ATTEMPT, OWNER, PROCESSES, GRACE):
             os.environ.pop(name)
         arguments = [part for key in read_job(run)["allowed_changes"] for part in ("--allow-change", key)]
+        began = time.time()
         life = live(load(run.recipe), run, step.machines, arguments, Watch(run, step, signals), attempt=step.attempt)
         failed = life.hang is not None or (life.code != 0 and read_outcome(step.attempt) is None)
-        write_node_report(step, life, failed=failed)
+        write_node_report(step, life, began=began, failed=failed)
         deadline = time.monotonic() + PEERS_END_WITHIN_S
         while failed and len(node_reports(step.attempt)) < step.machines.count and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -164,10 +165,11 @@ class Watch:
 # ---- what is written
 
 
-def write_node_report(step: Step, life: Life, *, failed: bool) -> None:
+def write_node_report(step: Step, life: Life, *, began: float, failed: bool) -> None:
     content = {
         "index": step.machines.index,
         "host": os.environ.get("SLURMD_NODENAME") or os.uname().nodename,
+        "began": began,
         "code": life.code,
         "oom_kills": life.oom_kills,
         "ended_for": life.ended_for,

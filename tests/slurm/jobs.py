@@ -8,8 +8,11 @@
     run.check_same(whole(tmp_path, "train.max_steps=24"))
 
 The recipe, what is recorded of each step and what is compared are those of tests/faults (lives.py, rig.py); so are the builders of
-`inject`, which every rank executes before it trains. A step takes `pace_s` longer than it needs, so that a test can meet it; `pace(0)` lets the rest
-go by. `measure_restart` says where the time between a death and the next step has gone, from the files that every run leaves.
+`inject`, which every rank executes before it trains. A step
+takes `pace_s` longer than it needs, so that a test can meet it; `pace(0)` lets the rest go by.
+
+`SketchedRun` is the same with ranks of a few lines, which live within a second: for what the job's own processes decide. `measure_restart`
+says where the time between a death and the next step has gone, from the files that every run leaves.
 """
 
 import contextlib
@@ -27,6 +30,8 @@ import lives  # noqa: E402
 from conftest import harness  # noqa: E402
 from rig import record_samples, record_steps  # noqa: E402
 
+from harness.checkpoint.ledger import read_ledger  # noqa: E402
+from harness.cluster.node import node_reports  # noqa: E402
 from harness.cluster.submission import read_job  # noqa: E402
 from harness.run import RunDir, rank_reports  # noqa: E402
 from slurm.rig import Rig, processes_with  # noqa: E402
@@ -53,8 +58,15 @@ if "RANK" in os.environ and any(part.endswith("launch/train.py") for part in sys
         return training
 
     rig.wrap("harness.tasks.job:train_recipe", around)
+
+elif os.path.exists({sketch!r}) and sys.orig_argv[-2:-1] in (["node"], ["allocation"]):
+    import harness.cluster.allocation
+    import harness.life
+
+    harness.life.plan_launch = lambda recipe, machines, arguments: [sys.executable, {sketch!r}, str(machines.index)]
+    harness.cluster.allocation.Allocation.prepare_data = lambda allocation: None
 """
-"""sitecustomize.py of every Python in the job; ranks alone take note."""
+"""sitecustomize.py of every Python in the job. Ranks take note of it, and where ranks are sketched the shim and the job's own process."""
 HELD = """
 def around(training_step):
     def stepping(*arguments, **options):
@@ -84,7 +96,8 @@ class JobRun(lives.Run):
         }
         self._cluster.write_text(json.dumps(settings | cluster))
         (folder / "inside").mkdir()
-        (folder / "inside" / "sitecustomize.py").write_text(INSIDE.format(faults=str(FAULTS), folder=str(folder)))
+        inside = INSIDE.format(faults=str(FAULTS), folder=str(folder), sketch=str(folder / "sketch.py"))
+        (folder / "inside" / "sitecustomize.py").write_text(inside)
         (folder / "records").mkdir()
         self.hurt(inject)
         self.pace(pace_s)
@@ -110,6 +123,10 @@ class JobRun(lives.Run):
         one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         return harness(*arguments, cwd=self._folder, PYTHONPATH=inside, HARNESS_TEST="1", **one_thread)
 
+    def tell(self, name: str) -> None:
+        """A signal to the job's own process, as Slurm sends its warnings."""
+        self.rig.run("scancel", "--batch", f"--signal={name}", self.job)
+
     @property
     def job(self) -> str:
         return read_job(self.run)["jobs"][-1]["id"]
@@ -132,15 +149,18 @@ class JobRun(lives.Run):
         """Until rank 0 of this life is at that step."""
         self.wait_for(lambda: self._at(life, "step", -1) >= step, f"step {step} of life {life}")
 
-    def wait_for_phase(self, phase: str, life: int = 1, rank: int = 0) -> None:
-        self.wait_for(lambda: self._at(life, "phase", "", rank).startswith(phase), f"life {life} to be {phase}")
+    def wait_for_phase(self, phase: str, life: int = 1, timeout_s: float = 90) -> None:
+        self.wait_for(lambda: self._at(life, "phase", "").startswith(phase), f"life {life} to be {phase}", timeout_s)
 
     def wait_for_life(self, life: int, timeout_s: float = 90) -> None:
         """Until that life trains."""
         self.wait_for(lambda: self._at(life, "phase", "").startswith("training"), f"life {life} to train", timeout_s)
 
-    def _at(self, life: int, key: str, default, rank: int = 0):
-        reports = rank_reports(self.run.attempt(life), "alive", [rank])
+    def wait_for_said(self, text: str, timeout_s: float = 60) -> None:
+        self.wait_for(lambda: text in self.said(), repr(text), timeout_s)
+
+    def _at(self, life: int, key: str, default):
+        reports = rank_reports(self.run.attempt(life), "alive", [0])
         return (reports[0][key] if reports else None) or default
 
     def said(self) -> str:
@@ -212,6 +232,77 @@ class JobRun(lives.Run):
             assert events[end]["resumed_from"] == (stopped[0] if stopped else last) == last, events
 
 
+# What a life does is the K-th word of LIVES, for a node `1:word`.
+SKETCH = """
+import os, signal, sys, time
+from pathlib import Path
+from harness.checkpoint.ledger import Ledger
+from harness.errors import DataError
+from harness.run import RankReport, RunDir, write_outcome
+attempt, rank, lives = Path(os.environ["HARNESS_ATTEMPT"]), int(sys.argv[1]), {lives!r}
+run, number = RunDir(attempt.parents[1]), int(attempt.name.removeprefix("attempt-"))
+does = lives[min(number, len(lives)) - 1].split("+")
+report = RankReport(rank, attempt)
+report.enter("training")
+report.beat(number)
+ledger = Ledger(run.ledger, number)
+if rank == 0:
+    ledger.append("life_began", resumed_from=None)
+if rank == 0 and "commits" in does:
+    ledger.append("committed", step=10 * number)
+if "dies" in does and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if "fails" in does and rank == 1:
+    report.failed(KeyError("labels"))
+    sys.exit(1)
+if "bad-data" in does and rank == 1:
+    report.failed(DataError("rows.jsonl:7: is no row"))
+    sys.exit(2)
+if "ignores" in does:
+    for number in range(1, 32):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_IGN)
+    while True:
+        report.beat()
+        time.sleep(0.2)
+if "goes" in does:
+    while not run.stop.exists() and not (attempt / "STOP").exists():
+        report.beat()
+        time.sleep(0.1)
+    reason = (run.stop if run.stop.exists() else attempt / "STOP").read_text().splitlines()[0]
+    time.sleep(0.5)
+    if rank == 0:
+        run.stop.rename(attempt / "STOP")
+        ledger.append("committed", step=10 * number)
+        ledger.append("stopped", step=10 * number, reason=reason)
+        write_outcome(attempt, "stopped", step=10 * number, checkpoint=10 * number, reason=reason)
+    report.stopped(reason)
+    sys.exit(75)
+if "done" in does:
+    if rank == 0:
+        write_outcome(attempt, "done", step=5, checkpoint=5, reason="")
+    report.enter("finished")
+else:
+    time.sleep(600)
+"""
+
+
+class SketchedRun(JobRun):
+    """Its ranks only write what real ones would. What life K does is the K-th of `does`, the last of all later ones:
+
+    `commits`; then rank 1 `dies` (by SIGKILL), `fails` (with a KeyError) or finds `bad-data`, while rank 0 stands still; or both do what
+    they are asked to by STOP (`goes`), or ignore every signal and the file (`ignores`), or are `done`.
+    """
+
+    def __init__(self, rig: Rig, folder: Path, *does: str, **cluster):
+        super().__init__(rig, folder, **cluster)
+        (folder / "sketch.py").write_text(SKETCH.format(lives=does))
+
+    def ends(self) -> list[str]:
+        """What was decided at the end of each life."""
+        return [event["then"] for event in self.events("life_ended")]
+
+
 def whole(folder: Path, *overrides: str) -> lives.Run:
     """The same run on one machine, without Slurm and without an interruption."""
     run = lives.Run(folder / "whole", *overrides)
@@ -221,3 +312,34 @@ def whole(folder: Path, *overrides: str) -> lives.Run:
 
 def _records(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
+
+
+def measure_restart(run: Path, life: int) -> dict[str, float]:
+    """Seconds from the death of a rank in this life to the first step that the next one logs (with train.logging_steps=1 the first that
+    it makes), and their parts; for a run of Slurm whose next life has ended.
+
+    noticed       from the last sign of life of the first rank to fall silent until its node has reported
+    step ended    the other nodes' reports, and srun's end
+    srun          starting the shims, their imports included, until they start their launchers
+    ranks         the launchers, and Python in the ranks, until the last rank says its first word
+    imports       joining, the libraries, the tokeniser and the data, until the data are found
+    loading       the checkpoint, the model and the trainer
+    first step    until it is logged
+    """
+    folder, events = RunDir(run), read_ledger(RunDir(run).ledger)
+    dead, next_life = folder.attempt(life), folder.attempt(life + 1)
+    began = next(event["time"] for event in events if event["event"] == "life_began" and event["attempt"] == life + 1)
+    points = map(json.loads, folder.metrics.read_text().splitlines())
+    marks = {
+        "noticed": min(report["time"] for report in node_reports(dead)),
+        "step ended": next(event["time"] for event in events if event["event"] == "life_ended" and event["life"] == dead.name),
+        "srun": max(report["began"] for report in node_reports(next_life)),
+        # A file for each rank is made there, and then written over in place.
+        "ranks": (next_life / "alive").stat().st_mtime,
+        "imports": max(file.stat().st_mtime for file in next_life.glob("prepared-*.json")),
+        "loading": began,
+        "first step": next(point["time"] for point in points if point["time"] > began and "train/loss" in point),
+    }
+    died = min(report["time"] for report in rank_reports(dead, "alive"))
+    spans = {name: end - start for (name, end), start in zip(marks.items(), [died, *marks.values()], strict=False)}
+    return spans | {"total": marks["first step"] - died}

@@ -43,5 +43,6 @@ def test_a_killed_allocation_takes_its_ranks_along_and_the_run_can_be_submitted_
     run.submit()
     assert run.job != first and [job["why"] for job in json.loads((run.path / "job.json").read_text())["jobs"]] == ["submitted"] * 2
     assert run.wait() == "COMPLETED", run.said()
-    run.check_lives(False)
+    # Slurm ends the job's steps by SIGTERM, after which there is a while to save.
+    run.check_lives(None)
     run.check_same(whole(tmp_path, *overrides), repeats=True)

@@ -1,22 +1,23 @@
-"""What Slurm takes away is saved first and goes on later, with no step lost: a time limit, and a preemption with and without a user signal."""
+"""What Slurm takes away is saved first and goes on later, no step lost: a time limit, a preemption with and without a user signal."""
 
 import pytest
 
 from slurm.jobs import JobRun, whole
 
 pytestmark = pytest.mark.slow
-OVERRIDES = ["train.max_steps=60", "train.dataloader_num_workers=2"]
+OVERRIDES = ["train.max_steps=120", "train.dataloader_num_workers=2"]
 
 
 def test_a_time_limit_and_preemptions_lose_no_step(each_tracking, tmp_path):
     rig = each_tracking
-    run = JobRun(rig, tmp_path, *OVERRIDES)
+    # Slurm looks at time limits every half minute.
+    run = JobRun(rig, tmp_path, *OVERRIDES, pace_s=0.6)
     run.submit()
     run.wait_for_step(8)
     rig.end_in(run.job, 55)
     for life, user_signal in ((2, True), (3, False)):
         run.wait_for_life(life, 120)
-        run.wait_for_step(run.begins()[-1] + 5, life)
+        run.wait_for_step(run.begins()[-1] + 2, life)
         rig.set_user_signal(user_signal)
         urgent = rig.submit("sleep 2", "--exclusive", "-N2", "--partition=high")
         rig.wait_for_state(urgent, "COMPLETED")
