@@ -28,6 +28,7 @@ sys.path.append(str(FAULTS))
 
 import lives  # noqa: E402
 from conftest import harness  # noqa: E402
+from lives import at_step  # noqa: E402, F401 - for the tests here
 from rig import record_samples, record_steps  # noqa: E402
 
 from harness.checkpoint.ledger import read_ledger  # noqa: E402

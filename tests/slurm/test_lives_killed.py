@@ -6,14 +6,14 @@ import signal
 
 import pytest
 
-from slurm.jobs import JobRun, whole
+from slurm.jobs import JobRun, measure_restart, whole
 
 pytestmark = pytest.mark.slow
 WORKERS = "train.dataloader_num_workers=2"
 
 
 def test_a_killed_rank_launcher_or_shim_is_replaced_in_the_same_job(each_tracking, tmp_path):
-    overrides = ["train.max_steps=40", WORKERS]
+    overrides = ["train.max_steps=40", "train.logging_steps=1", WORKERS]
     run = JobRun(each_tracking, tmp_path, *overrides)
     run.submit()
     for life, (what, node) in enumerate([("rank", 1), ("launcher", 0), ("shim", 1)], start=1):
@@ -28,6 +28,8 @@ def test_a_killed_rank_launcher_or_shim_is_replaced_in_the_same_job(each_trackin
     run.check_lives(False, False, None)
     run.check_same(whole(tmp_path, *overrides), repeats=True)
     run.check_nothing_left()
+    *parts, total = measure_restart(run.path, life=1).values()
+    assert len(parts) == 7 and min(parts) > 0 and sum(parts) == pytest.approx(total) and total < 120
 
 
 def test_a_killed_allocation_takes_its_ranks_along_and_the_run_can_be_submitted_again(each_tracking, tmp_path):

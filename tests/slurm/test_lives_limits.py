@@ -2,23 +2,23 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
-from slurm.jobs import JobRun, SketchedRun
+from slurm.jobs import JobRun, SketchedRun, at_step
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_rank_that_raises_stops_the_run_at_once_with_its_own_error_last(slurm_cluster, tmp_path):
-    raises = 'if RANK == 1: wrap("harness.tasks.trainer:HarnessTrainer.training_step", lambda _: {}["labels"])\n'
-    run = JobRun(slurm_cluster, tmp_path, inject=raises, pace_s=0)
+    run = JobRun(slurm_cluster, tmp_path, inject=at_step(2, '{}["labels"]', rank=1), pace_s=0)
     run.submit()
     assert run.wait() == "FAILED" and slurm_cluster.show(run.job)["ExitCode"] == "1:0" and slurm_cluster.show(run.job)["Restarts"] == "0"
     assert run.run.attempts() == [1] and [event["then"] for event in run.events("life_ended")] == ["stop"]
     *_, error, logs, stopped, place = run.said().strip().splitlines()
     assert error == "KeyError: 'labels'" and logs.startswith("(logs:") and stopped.startswith("stopped: rank 1 on ")
-    assert stopped.endswith("failed while joining the other ranks: KeyError: 'labels'") and "harness submit" in place
+    assert stopped.endswith("failed while training: KeyError: 'labels'") and "harness submit" in place
 
 
 def test_a_bad_row_that_only_the_job_sees_stops_it_before_any_rank(slurm_cluster, tmp_path):
@@ -66,39 +66,47 @@ def test_without_restarts_in_the_allocation_the_first_death_is_requeued(slurm_cl
     assert run.wait() == "COMPLETED" and run.ends() == ["requeue", "done"]
 
 
-SUCCESSORS = {
-    "asked for": {"restarts": {"by": "successor"}},
-    "scontrol is forbidden": {"setup": ["export PATH={folder}/forbidding:$PATH"]},
-}
+def forbid_scontrol(folder: Path) -> list[str]:
+    """The setup of a site whose compute nodes may not change jobs."""
+    (folder / "forbids").mkdir()
+    (folder / "forbids" / "scontrol").write_text("#!/bin/sh\necho 'slurm_requeue error: Access/permission denied' >&2\nexit 1\n")
+    (folder / "forbids" / "scontrol").chmod(0o755)
+    return [f"export PATH={folder}/forbids:$PATH"]
 
 
-@pytest.mark.parametrize("why", SUCCESSORS)
-def test_a_successor_takes_the_run_over_and_whoever_waited_for_the_first_waits_for_it(slurm_cluster, tmp_path, why):
+def test_a_successor_takes_the_run_over_and_whoever_waited_for_the_first_waits_for_it(slurm_cluster, tmp_path):
     rig = slurm_cluster
-    forbidding = tmp_path / "forbidding"
-    forbidding.mkdir()
-    (forbidding / "scontrol").write_text("#!/bin/sh\necho 'slurm_requeue error: Access/permission denied' >&2\nexit 1\n")
-    (forbidding / "scontrol").chmod(0o755)
-    cluster = json.loads(json.dumps(SUCCESSORS[why]).replace("{folder}", str(tmp_path)))
-    run = SketchedRun(rig, tmp_path, "goes", "done", **cluster)
+    run = SketchedRun(rig, tmp_path, "goes", "done", restarts={"by": "successor"})
     run.submit()
     first = run.job
     waiting = rig.submit("true", f"--dependency=afterok:{first}")
     run.wait_for_phase("training")
     run.tell("USR1")
     rig.wait_for(lambda: run.job != first, "a successor")
-    assert rig.show(waiting)["Dependency"].startswith(f"afterok:{run.job}(")
+    rig.wait_for_state(first, "FAILED")
+    assert rig.show(first)["Restarts"] == "0" and rig.show(waiting)["Dependency"].startswith(f"afterok:{run.job}(")
     assert run.wait() == "COMPLETED", run.said()
-    assert rig.wait_for_state(waiting, "COMPLETED") and rig.state(first) == "FAILED" and rig.show(first)["Restarts"] == "0"
+    rig.wait_for_state(waiting, "COMPLETED")
     jobs = json.loads((run.path / "job.json").read_text())["jobs"]
     assert [(job["id"], job["why"]) for job in jobs] == [(first, "submitted"), (run.job, "SIGUSR1 to the job")]
-    assert f"job {run.job} takes the run over" in run.said() and (why == "asked for" or "permission denied" in run.said())
+    assert f"job {run.job} takes the run over" in run.said()
+
+
+def test_where_scontrol_is_forbidden_a_successor_takes_over_and_that_nobody_can_wait_for_it_is_said(slurm_cluster, tmp_path):
+    run = SketchedRun(slurm_cluster, tmp_path, "goes", "done", setup=forbid_scontrol(tmp_path))
+    run.submit()
+    first = run.job
+    slurm_cluster.submit("true", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
+    run.wait_for_phase("training")
+    run.tell("USR1")
+    slurm_cluster.wait_for(lambda: run.job != first, "a successor")
+    assert run.wait() == "COMPLETED", run.said()
+    assert "warning: scontrol: slurm_requeue error: Access/permission denied" in run.said()
+    assert f"jobs that wait for {first} cannot be made to wait for {run.job}" in run.said()
 
 
 def test_where_only_scontrol_may_be_used_and_it_is_refused_the_run_stops_and_says_what_to_change(slurm_cluster, tmp_path):
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 'slurm_requeue error: Access/permission denied' >&2\nexit 1\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    run = SketchedRun(slurm_cluster, tmp_path, "goes", setup=[f"export PATH={tmp_path}:$PATH"], restarts={"by": "scontrol"})
+    run = SketchedRun(slurm_cluster, tmp_path, "goes", setup=forbid_scontrol(tmp_path), restarts={"by": "scontrol"})
     run.submit()
     run.wait_for_phase("training")
     run.tell("USR1")
