@@ -53,7 +53,7 @@ ENDS_WITHIN_S = 2.0
 """srun has a step killed at once when it is told to end (measured: within a second)."""
 KILL_WAIT_S = 30.0
 """Slurm's default, where scontrol may not be asked."""
-ENDING = slurm.ENDED | {"COMPLETING", "PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+ENDING = slurm.ENDED | {"COMPLETING", "PENDING"}
 """What Slurm says of a job whose processes it ends. (SIGNALING, SUSPENDED and others say nothing of that.)"""
 SLURMS_SLACK_S = 90.0
 """Slurm may send the signal before a time limit up to a minute early, and looks at its jobs every half."""
@@ -283,7 +283,7 @@ class Allocation:
         lead_s, now = self.cluster.signal_lead_s, time.time()
         left_s = job.ends - now if job and job.ends else float("inf")
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now + left_s)) if left_s < float("inf") else ""
-        if job and job.state in ENDING and job.ends is None:
+        if job and job.restarts > self.restart:
             self.take(Taken("the job was requeued", is_requeued=True), now + self.grace_s())
         elif job and job.state in ENDING:
             self.take(Taken(f"Slurm ends this job (its state is {job.state})", cancelled=True), now + self.grace_s())

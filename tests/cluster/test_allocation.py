@@ -69,8 +69,10 @@ def test_outside_a_job_it_says_who_starts_it(tmp_path):
         ({"ends": 20, "preempted": -1}, signal.SIGUSR1, "preempted: the nodes go to another job at", 20, ()),
         ({"ends": 0, "state": "COMPLETING"}, signal.SIGTERM, "Slurm ends this job (its state is COMPLETING)", 40, ("cancelled",)),
         ({"ends": 0, "state": "CANCELLED"}, None, "Slurm ends this job (its state is CANCELLED)", 40, ("cancelled",)),
-        ({"state": "COMPLETING"}, signal.SIGTERM, "the job was requeued", 40, ("is_requeued",)),
-        ({"state": "PENDING"}, None, "the job was requeued", 40, ("is_requeued",)),
+        # As Slurm 22.05 says it: the new time limit already counts.
+        ({"ends": 1800, "state": "COMPLETING", "restarts": 1}, signal.SIGTERM, "the job was requeued", 40, ("is_requeued",)),
+        # It runs elsewhere by now, and only this node's slurmd was lost.
+        ({"ends": 1800, "state": "RUNNING", "restarts": 1}, None, "the job was requeued", 40, ("is_requeued",)),
     ],
 )
 def test_what_slurm_says_of_the_job_becomes_a_reason_and_a_deadline(begin, fields, number, why, within_s, flags):

@@ -68,6 +68,8 @@ elif os.path.exists({sketch!r}) and sys.orig_argv[-2:-1] in (["node"], ["allocat
     harness.cluster.allocation.Allocation.prepare_data = lambda allocation: None
 """
 """sitecustomize.py of every Python in the job. Ranks take note of it, and where ranks are sketched the shim and the job's own process."""
+PATIENCE_S = 240
+"""On two cores that others use as well a life has taken a minute to begin."""
 HELD = """
 def around(training_step):
     def stepping(*arguments, **options):
@@ -132,11 +134,11 @@ class JobRun(lives.Run):
     def job(self) -> str:
         return read_job(self.run)["jobs"][-1]["id"]
 
-    def wait(self, timeout_s: float = 120) -> str:
+    def wait(self, timeout_s: float = PATIENCE_S) -> str:
         """Until the job has ended for good, however often it is requeued before; returns its state."""
         return self.rig.wait_for_state(self.job, *ENDED, timeout_s=timeout_s)
 
-    def wait_for(self, predicate, what: str, timeout_s: float = 90):
+    def wait_for(self, predicate, what: str, timeout_s: float = PATIENCE_S):
         """As the rig's, but it does not wait for what cannot come any more."""
 
         def value():
@@ -150,15 +152,18 @@ class JobRun(lives.Run):
         """Until rank 0 of this life is at that step."""
         self.wait_for(lambda: self._at(life, "step", -1) >= step, f"step {step} of life {life}")
 
-    def wait_for_phase(self, phase: str, life: int = 1, timeout_s: float = 90) -> None:
-        self.wait_for(lambda: self._at(life, "phase", "").startswith(phase), f"life {life} to be {phase}", timeout_s)
+    def wait_for_phase(self, phase: str, life: int = 1) -> None:
+        self.wait_for(lambda: self._at(life, "phase", "").startswith(phase), f"life {life} to be {phase}")
 
-    def wait_for_life(self, life: int, timeout_s: float = 90) -> None:
+    def wait_for_life(self, life: int) -> None:
         """Until that life trains."""
-        self.wait_for(lambda: self._at(life, "phase", "").startswith("training"), f"life {life} to train", timeout_s)
+        self.wait_for(lambda: self._at(life, "phase", "").startswith("training"), f"life {life} to train")
 
-    def wait_for_said(self, text: str, timeout_s: float = 60) -> None:
-        self.wait_for(lambda: text in self.said(), repr(text), timeout_s)
+    def wait_for_said(
+        self,
+        text: str,
+    ) -> None:
+        self.wait_for(lambda: text in self.said(), repr(text))
 
     def _at(self, life: int, key: str, default):
         reports = rank_reports(self.run.attempt(life), "alive", [0])

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from slurm.jobs import JobRun, whole
+from slurm.jobs import PATIENCE_S, JobRun, whole
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ def test_a_lost_node_is_left_for_another_and_its_ranks_end_by_themselves(slurm_c
     run.wait_for_step(12)
     name = rig.hosts(run.job)[lost]
     rig.kill_node(name)
-    rig.wait_for(lambda: len(run.events("job_began")) == 2, "the job to begin again", 120)
+    rig.wait_for(lambda: len(run.events("job_began")) == 2, "the job to begin again", PATIENCE_S)
     assert name not in run.events("job_began")[1]["hosts"]
     run.wait_for_life(run.run.attempts()[-1] + 1)
     assert not any(run.left_running(life) for life in run.run.attempts()[:-1])
@@ -35,7 +35,7 @@ def test_a_job_of_one_node_that_has_only_lost_its_slurmd_is_not_continued_by_two
     run.wait_for_step(12)
     (name,) = rig.hosts(run.job)
     rig.kill_node(name)
-    run.wait_for_life(2, 180)
+    run.wait_for_life(2)
     assert name not in run.events("job_began")[1]["hosts"] and not run.left_running(1)
     run.pace(0)
     assert run.wait() == "COMPLETED", run.said()
