@@ -84,6 +84,8 @@ def live_on_node(run: RunDir) -> int:
         arguments = [part for key in read_job(run)["allowed_changes"] for part in ("--allow-change", key)]
         began = time.time()
         life = live(load(run.recipe), run, step.machines, arguments, Watch(run, step, signals), attempt=step.attempt)
+        if life.ended_for:
+            say(f"{os.uname().nodename}: its processes were ended: {life.ended_for}")
         failed = life.hang is not None or (life.code != 0 and read_outcome(step.attempt) is None)
         write_node_report(step, life, began=began, failed=failed)
         deadline = time.monotonic() + PEERS_END_WITHIN_S
