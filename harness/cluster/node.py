@@ -27,6 +27,7 @@ from harness.launcher import Machines
 from harness.life import Life, live, noted_signals, say
 from harness.recipe import load
 from harness.run import RunDir, StopRequest, rank_reports, read_outcome, write_text_atomically
+from harness.watchdog import process_state
 
 ADDRESS, PORT, ATTEMPT, OWNER = "HARNESS_NODE_ADDRESS", "HARNESS_NODE_PORT", "HARNESS_NODE_ATTEMPT", "HARNESS_NODE_OWNER"
 """Set by the allocation for its step."""
@@ -158,7 +159,7 @@ class Watch:
         machines = self._step.machines
         first = machines.index * machines.processes
         reports = rank_reports(self._step.attempt, "alive", range(first, first + machines.processes))
-        return all(report["phase"] in ("stopped", "finished") for report in reports)
+        return all(process_state(report["pid"]) in (None, "Z", "X") for report in reports)
 
     def _peers_failed(self) -> bool:
         return any(report["index"] != self._step.machines.index and report["failed"] for report in node_reports(self._step.attempt))

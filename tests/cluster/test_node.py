@@ -13,7 +13,7 @@ from harness.cluster import node
 from harness.cluster.node import KILL_BEFORE_S, LAUNCHER_LEAVES_WITHIN_S, PEER_FAILED_S, Step, Watch, node_reports, write_owner
 from harness.errors import ClusterError
 from harness.launcher import Machines
-from harness.run import RankReport, RunDir, StopRequest, write_outcome, write_text_atomically
+from harness.run import RunDir, StopRequest, write_outcome, write_text_atomically
 
 
 @pytest.fixture
@@ -77,15 +77,24 @@ def test_a_run_that_goes_on_elsewhere_is_left_within_seconds(run):
 
 
 def test_a_launcher_that_waits_for_a_dead_one_does_not_wait_for_long(run):
-    report, watch, now = RankReport(0, run.attempt(1)), watch_of(run), time.monotonic()
-    report.enter("finished")
-    assert watch(now) is None and watch(now + 100) is None  # the run has not said how it ended
+    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (run.attempt(1) / "alive").mkdir()
+    (run.attempt(1) / "alive" / "rank-0.json").write_text(json.dumps({"rank": 0, "pid": rank.pid, "time": 0}))
+    watch, now = watch_of(run), time.monotonic()
     write_outcome(run.attempt(1), "stopped", step=5, checkpoint=5, reason="slurm: time limit")
-    report.enter("leaving")
+    # It may still have to send what W&B has gathered.
     assert watch(now) is None and watch(now + 100) is None
-    report.stopped("asked")
+    rank.kill()
+    rank.wait()
     assert watch(now) is None and watch(now + LAUNCHER_LEAVES_WITHIN_S - 1) is None
     assert watch(now + LAUNCHER_LEAVES_WITHIN_S + 1) == "its ranks have left, and their launcher has not"
+
+
+def test_ranks_that_are_gone_before_the_run_has_said_how_it_ended_are_their_launchers_matter(run):
+    (run.attempt(1) / "alive").mkdir()
+    (run.attempt(1) / "alive" / "rank-0.json").write_text(json.dumps({"rank": 0, "pid": 2**22 + 1, "time": 0}))
+    watch, now = watch_of(run), time.monotonic()
+    assert watch(now) is None and watch(now + 100) is None
 
 
 def test_a_full_disk_keeps_the_shim_from_nothing_else(run, monkeypatch, capsys):

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1], ids=["the batch node", "the other node"])
 def test_a_lost_node_is_left_for_another_and_its_ranks_end_by_themselves(slurm_cluster, tmp_path, lost):
     rig = slurm_cluster
-    run = JobRun(rig, tmp_path, "train.max_steps=30")
+    run = JobRun(rig, tmp_path, "train.max_steps=100", pace_s=0.6)
     run.submit()
-    run.wait_for_step(12)
+    run.wait_for_step(7)
     name = rig.hosts(run.job)[lost]
     rig.kill_node(name)
     rig.wait_for(lambda: len(run.events("job_began")) == 2, "the job to begin again", PATIENCE_S)
@@ -24,7 +24,7 @@ def test_a_lost_node_is_left_for_another_and_its_ranks_end_by_themselves(slurm_c
     assert not any(run.left_running(life) for life in run.run.attempts()[:-1])
     run.pace(0)
     assert run.wait() == "COMPLETED", run.said()
-    run.check_same(whole(tmp_path, "train.max_steps=30"), repeats=True)
+    run.check_same(whole(tmp_path, "train.max_steps=100"), repeats=True)
     rig.revive_node(name)
 
 
