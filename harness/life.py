@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,20 @@ def live(
     end_for: Callable[[float], Any],
     *,
     attempt: Path | None = None,
+    holding: Iterable[int] = (),
 ) -> Life:
     """Start this machine's ranks and watch over them until they have ended, or until `end_for(now)` gives a reason to end them.
 
     attempt: the folder that a supervisor of all machines has opened. Left out: the first machine opens it, the others find it.
+    holding: descriptors of locks that are to be held as long as the launcher lives.
     """
     launch = uuid.uuid4().hex
-    inherited, recipe_file = [], contextlib.nullcontext(run.recipe)
+    inherited, recipe_file = [*holding], contextlib.nullcontext(run.recipe)
     if attempt is None:
         recipe_file = rank_recipe(recipe, run, machines)
         if machines.index == 0:
-            attempt, inherited = run.open_attempt(), [run.lock]
+            attempt = run.open_attempt()
+            inherited.append(run.lock)
     ranks = range(machines.index * machines.processes, (machines.index + 1) * machines.processes)
     ended_for = hang = None
     with recipe_file as file:

@@ -111,7 +111,19 @@ class Allocation:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(1)
+        self.wait_for_nodes()
         self.withdraw_stop()
+
+    def wait_for_nodes(self) -> None:
+        """Until no process of an earlier life can write any more: srun returns when a node has failed, though ranks may run on there."""
+        deadline = time.monotonic() + LOCK_WITHIN_S
+        while not node.are_nodes_free(self.run):
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{self.run.path}: processes of an earlier life still run on some node, and hold logs/nodes.lock; when they are gone: "
+                    f"harness submit {self.run.path}"
+                )
+            time.sleep(0.2)
 
     def may_begin(self) -> Decision | None:
         """Asked here as well as after each life, because a job that Slurm requeued for a lost node could decide nothing."""
@@ -169,6 +181,7 @@ class Allocation:
         return decision
 
     def live_once(self) -> Decision:
+        self.wait_for_nodes()
         attempt = self.run.open_attempt()
         self.lives += 1
         say(f"{attempt.name} begins on {', '.join(self.hosts)}")

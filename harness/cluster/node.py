@@ -7,16 +7,19 @@ after the loss of a node Slurm begins the job elsewhere, though this node may on
 
     logs/attempt-K/node-I.json   {"index", "host", "began", "code", "oom_kills", "ended_for", "unended", "failed", "time"}: when the
                                  ranks of node I were started and how they ended
+    logs/nodes.lock              held by every shim and every launcher: a life begins when it is free on all nodes
 
 The allocation (harness.cluster.allocation) says by the environment which attempt this is and where rank 0 is met.
 """
 
+import fcntl
 import json
 import os
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from harness.cluster import preflight
 from harness.cluster.decision import FROM_SLURM
@@ -78,13 +81,18 @@ class Step:
 def live_on_node(run: RunDir) -> int:
     """This node's part of one life. Returns 0 when its ranks have ended as they should, so that srun lets the others finish, else 1."""
     step = Step.from_environment(dict(os.environ))
-    with noted_signals() as signals:
-        # Children of the shim are no shims.
-        for name in (ADDRESS, PORT, ATTEMPT, OWNER, PROCESSES, GRACE):
-            os.environ.pop(name)
+    # Children of the shim are no shims.
+    for name in (ADDRESS, PORT, ATTEMPT, OWNER, PROCESSES, GRACE):
+        os.environ.pop(name)
+    with noted_signals() as signals, open_lock(run) as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if read_owner(run) != step.owner:
+            say(f"the run goes on elsewhere (job {read_owner(run)}), so nothing is started here")
+            return 1
         arguments = [part for key in read_job(run)["allowed_changes"] for part in ("--allow-change", key)]
         began = time.time()
-        life = live(load(run.recipe), run, step.machines, arguments, Watch(run, step, signals), attempt=step.attempt)
+        watch, holding = Watch(run, step, signals), [lock.fileno()]
+        life = live(load(run.recipe), run, step.machines, arguments, watch, attempt=step.attempt, holding=holding)
         if life.ended_for:
             say(f"{os.uname().nodename}: its processes were ended: {life.ended_for}")
         failed = life.hang is not None or (life.code != 0 and read_outcome(step.attempt) is None)
@@ -166,6 +174,20 @@ class Watch:
 
 
 # ---- what is written
+
+
+def open_lock(run: RunDir) -> TextIO:
+    return open(run.path / "logs" / "nodes.lock", "a+")
+
+
+def are_nodes_free(run: RunDir) -> bool:
+    """Whether no shim and no launcher of any life is left, on any node."""
+    with open_lock(run) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def write_node_report(step: Step, life: Life, *, began: float, failed: bool) -> None:

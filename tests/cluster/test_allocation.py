@@ -1,6 +1,7 @@
 """A job's own process without Slurm: what it makes of what Slurm says of its job, of the pre-flight and of what an earlier life has left.
 How it fares in a real job is in tests/slurm/test_lives_*.py."""
 
+import fcntl
 import json
 import os
 import signal
@@ -143,6 +144,17 @@ def test_a_folder_that_another_process_holds_is_waited_for_and_then_refused(begi
     begun.claim()
     holder.wait()
     holder.stdout.close()
+
+
+def test_no_life_begins_while_a_process_of_an_earlier_one_is_left_on_any_node(begin, monkeypatch):
+    begun = begin()
+    monkeypatch.setattr(allocation, "LOCK_WITHIN_S", 0.5)
+    with node.open_lock(begun.run) as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with pytest.raises(ClusterError, match="processes of an earlier life still run on some node, and hold logs/nodes.lock"):
+            begun.live_once()
+        assert begun.run.attempts() == []
+    begun.wait_for_nodes()
 
 
 def test_a_job_whose_run_has_another_owner_stops_before_it_writes_anything(begin):

@@ -106,6 +106,26 @@ def test_a_full_disk_keeps_the_shim_from_nothing_else(run, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
+STEP = {
+    node.ADDRESS: "r1",
+    node.PORT: "20001",
+    node.OWNER: "7.0",
+    node.PROCESSES: "4",
+    node.GRACE: "30",
+    "SLURM_NODEID": "1",
+    "SLURM_NNODES": "2",
+}
+
+
+def test_a_shim_that_comes_too_late_starts_nothing(run, monkeypatch, capsys):
+    for name, value in (STEP | {node.ATTEMPT: str(run.attempt(1))}).items():
+        monkeypatch.setenv(name, value)
+    write_owner(run, "7.1")
+    assert node.live_on_node(run) == 1
+    assert "the run goes on elsewhere (job 7.1), so nothing is started here" in capsys.readouterr().err
+    assert node.are_nodes_free(run)
+
+
 def test_outside_a_step_the_shim_says_who_starts_it():
     with pytest.raises(ClusterError, match="HARNESS_NODE_ADDRESS is not set; a job of `harness submit`"):
         Step.from_environment({})
@@ -118,16 +138,7 @@ def test_reports_come_in_the_order_in_which_nodes_ended(run):
 
 
 def test_a_step_knows_its_place_from_slurm_and_the_allocation(tmp_path):
-    environment = {
-        node.ADDRESS: "r1",
-        node.PORT: "20001",
-        node.ATTEMPT: str(tmp_path),
-        node.OWNER: "7.0",
-        node.PROCESSES: "4",
-        node.GRACE: "30",
-        "SLURM_NODEID": "1",
-        "SLURM_NNODES": "2",
-    }
+    environment = STEP | {node.ATTEMPT: str(tmp_path)}
     step = Step.from_environment(environment)
     assert step.machines == Machines(4, 2, 1, "r1", 20001) and step.machines.world_size == 8
     # One machine's launcher chooses its port.

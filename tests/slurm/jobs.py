@@ -134,11 +134,11 @@ class JobRun(lives.Run):
     def job(self) -> str:
         return read_job(self.run)["jobs"][-1]["id"]
 
-    def wait(self, timeout_s: float = PATIENCE_S) -> str:
+    def wait(self) -> str:
         """Until the job has ended for good, however often it is requeued before; returns its state."""
-        return self.rig.wait_for_state(self.job, *ENDED, timeout_s=timeout_s)
+        return self.rig.wait_for_state(self.job, *ENDED, timeout_s=PATIENCE_S)
 
-    def wait_for(self, predicate, what: str, timeout_s: float = PATIENCE_S):
+    def wait_for(self, predicate, what: str):
         """As the rig's, but it does not wait for what cannot come any more."""
 
         def value():
@@ -146,7 +146,7 @@ class JobRun(lives.Run):
             assert found or self.rig.state(self.job) not in ENDED, f"the job ended before {what}:\n{self.said()}"
             return found
 
-        return self.rig.wait_for(value, what, timeout_s)
+        return self.rig.wait_for(value, what, PATIENCE_S)
 
     def wait_for_step(self, step: int, life: int = 1) -> None:
         """Until rank 0 of this life is at that step."""
