@@ -127,6 +127,7 @@ def test_a_machine_without_slurm_is_told_what_is_missing(bench, monkeypatch, tmp
 
 @pytest.mark.slurm
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # three minutes on two cores that nobody else uses
 def test_a_trial_measures_everything_and_writes_both_results(bench, tmp_path, monkeypatch):
     for name in ("HARNESS_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # main sets them; restored after the test
