@@ -25,6 +25,7 @@ from harness.errors import HarnessError
 from harness.failures import count_oom_kills
 from harness.launcher import Machines, plan_launch
 from harness.recipe import Recipe, render_recipe
+from harness.resources import code_root
 from harness.run import ATTEMPT_VARIABLE, LAUNCH_VARIABLE, RunDir, rank_reports, read_outcome, write_outcome
 from harness.watchdog import LOOK_EVERY_S, Hang, Watchdog, end_processes, follow_parent
 
@@ -213,8 +214,8 @@ def rank_environment(machines: Machines, attempt: Path | None, launch: str) -> d
 
 def own_environment() -> dict[str, str]:
     """This process's, in which another finds this very harness, installed or not."""
-    root = str(Path(__file__).resolve().parents[1])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    paths = [path for path in (code_root(), os.environ.get("PYTHONPATH")) if path]
+    return os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 
 def has_nvidia_gpu() -> bool:

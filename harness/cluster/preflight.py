@@ -3,6 +3,7 @@
 Each node tries itself (`check_node`) and writes what it found. The job's first process puts that together (`judge`), because whose version
 is the odd one, and who kept the others waiting, no node can know alone.
 
+    FOLDER/begun-I         node I has begun: its minute counts from when all have
     FOLDER/node-I.json     of node I: its versions, its findings, how far its processes came and how fast they summed, what it saw of the
                            folders that all must share
     FOLDER/probe-R.log     what the process of rank R said (harness.cluster.probe)
@@ -46,10 +47,12 @@ from harness.resources import cache_root
 from harness.run import LIBRARIES, write_text_atomically
 from harness.watchdog import follow_parent
 
-__all__ = ["DEADLINE_S", "Finding", "check_node", "judge", "render_findings"]
+__all__ = ["DEADLINE_S", "START_S", "Finding", "check_node", "judge", "render_findings"]
 
+START_S = 600.0
+"""A prolog, the pull of an image and a cold disk come before the first line of ours; nodes wait so long for one another."""
 DEADLINE_S = 60.0
-"""For all nodes, from srun's start to its end."""
+"""For all nodes, from when all have begun."""
 PROBES_S, JOIN_S, FOLDERS_S = 40.0, 25.0, 8.0
 """Within that: a node's processes; one's wait for the others; the folders."""
 POLL_S = 0.05
@@ -65,7 +68,6 @@ GPU_SHARE_IN_USE = 0.15
 def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: int, address: str, port: int, processes: int) -> int:
     """Try this node, number `index` of `count` with `processes` ranks each, and write FOLDER/node-INDEX.json. Rank 0 is met at
     address:port. Returns 0 whatever was found: at anything else srun would end the checks of the other nodes."""
-    begun = time.monotonic()
     host, recipe = os.environ.get("SLURMD_NODENAME") or platform.node(), load(run / "recipe.yaml")
     shared = shared_folders(run, recipe, cluster, folder)
     on_gpu = cluster.gpus_per_node > 0
@@ -83,6 +85,8 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
         for local in range(local_ranks)
     ]
     with noted_signals() as signals:
+        wait_for_all(folder, index, count, signals)
+        begun = time.monotonic()
         planted = within(FOLDERS_S, {each.path: each.plant_token for each in shared}) if index == 0 else {}
         with probing(plans) as probes:
             facts = versions()
@@ -104,6 +108,14 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
     }
     write_text_atomically(folder / f"node-{index}.json", json.dumps(report) + "\n")
     return 0
+
+
+def wait_for_all(folder: Path, index: int, count: int, signals: list) -> None:
+    """Until every node has begun, or has had START_S for it."""
+    write_text_atomically(folder / f"begun-{index}", "")
+    deadline = time.monotonic() + START_S
+    while sum(1 for _ in folder.glob("begun-*")) < count and not signals and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def versions() -> dict[str, str]:

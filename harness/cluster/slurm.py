@@ -23,7 +23,7 @@ from harness.errors import ClusterError
 
 COMMAND_S = 60.0
 """Slurm's own patience with a controller that does not answer is 10 s, and 100 s on some large sites."""
-IGNORED_VARIABLES = ("SQUEUE_", "SINFO_", "SBATCH_", "SCANCEL_")
+IGNORED_VARIABLES = ("SQUEUE_", "SINFO_", "SBATCH_", "SCANCEL_", "SLURM_CLUSTERS")
 ENDED = {
     "BOOT_FAIL",
     "CANCELLED",

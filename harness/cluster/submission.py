@@ -30,6 +30,7 @@ from harness.launcher import Machines, check_device, plan_launch
 from harness.model.export import MANIFEST
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
+from harness.resources import code_root
 from harness.run import RunDir, git_commit, is_complete, write_text_atomically
 
 SCRIPT, CLUSTER, JOB, DIFF = "job.sbatch", "cluster.yaml", "job.json", "code.diff"
@@ -70,7 +71,7 @@ class Submission:
             nodes=self.nodes,
             time=self.cluster.time,
             python=self.cluster.python or sys.executable,
-            package_root=str(Path(harness.__file__).resolve().parents[1]),
+            package_root=code_root(),
             recipe=self.source,
             exported=tuple(name for name in self.cluster.environment if name in os.environ),
         )

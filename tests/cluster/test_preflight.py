@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -47,6 +48,8 @@ class Job:
         self.folder.mkdir(parents=True)
         self.shared.mkdir()
         (self.run / "recipe.yaml").write_text(render_recipe(recipe_of(self.run)))
+        for index in range(len(HOSTS)):
+            (self.folder / f"begun-{index}").touch()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -83,6 +86,27 @@ def job(tmp_path):
 
 
 # ---- nodes that are processes
+
+
+def test_the_minute_counts_from_when_all_have_begun(tmp_path, monkeypatch):
+    began = []
+
+    def begin(index):
+        preflight.wait_for_all(tmp_path, index, 3, [])
+        began.append(index)
+
+    nodes = [threading.Thread(target=begin, args=[index]) for index in range(3)]
+    nodes[0].start()
+    nodes[1].start()
+    time.sleep(0.3)  # an image is pulled on the third
+    assert began == []
+    nodes[2].start()
+    for node in nodes:
+        node.join(10)
+    assert len(began) == 3
+    monkeypatch.setattr(preflight, "START_S", 0.1)
+    preflight.wait_for_all(tmp_path, 0, 4, [])  # one that never comes is not waited for without end
+    preflight.wait_for_all(tmp_path, 0, 4, [signal.SIGTERM])
 
 
 def test_nodes_that_are_well_have_a_line_each_with_the_bandwidth(job):
