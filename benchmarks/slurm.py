@@ -162,7 +162,7 @@ class WatchedRun:
         self.rig, self.run = rig, RunDir(folder / "run")
         (folder / "cluster.yaml").write_text(json.dumps(CLUSTER | cluster))  # JSON is YAML
         submit = [sys.executable, "-m", "harness", "submit", "tiny/sft-lora", "--cluster", str(folder / "cluster.yaml"), "--nodes", "2"]
-        rig.run(*submit, f"output_dir={self.run.path}", *OVERRIDES, *overrides)
+        rig.run(*submit, f"output_dir={self.run.path}", *OVERRIDES, *overrides, cwd=HERE.parent)
         self.wait_for(lambda: list(self.run.path.glob("logs/slurm-*.log")), "the job's log")
         self.watch = Watch(self.run)
         self.watch.start()
