@@ -52,9 +52,10 @@ def test_a_rank_that_is_stopped_is_named_and_a_new_life_begins_in_the_job(slurm_
     os.kill(pid, signal.SIGSTOP)
     run.wait_for_life(2)
     assert not run.left_running(1)
-    (hang,) = run.events("hang")
-    assert (hang["rank"], hang["attempt"]) == (1, 1)
-    assert f"(pid {pid})" in run.said() and "its process is stopped (SIGSTOP)" in run.said()
+    ended = run.events("life_ended")[0]
+    assert (ended["outcome"], ended["then"]) == ("hang", "again")
+    assert ended["why"].startswith("hang: no sign of life from rank 1 on ") and f"(pid {pid})" in ended["why"]
+    assert "its process is stopped (SIGSTOP)" in ended["why"] and ended["why"] in run.said()
     assert (run.path / "logs" / "attempt-1" / "hang.txt").is_file()
     run.pace(0)
     assert run.wait() == "COMPLETED", run.said()
