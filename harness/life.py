@@ -30,6 +30,8 @@ from harness.run import ATTEMPT_VARIABLE, LAUNCH_VARIABLE, RunDir, rank_reports,
 from harness.watchdog import LOOK_EVERY_S, Hang, Watchdog, end_processes, follow_parent
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FRUITLESS_LIVES = 3
+"""So many lives in a row may end without a newer checkpoint."""
 IGNORED_BY_LAUNCHERS = (signal.SIGUSR1, signal.SIGUSR2)
 """Under Slurm's proctrack/linuxproc a signal for the job reaches all its processes, and torch elastic dies of these. Ranks hear them."""
 

@@ -14,14 +14,12 @@ from harness.cluster.submission import check_inputs
 from harness.errors import RecipeError, Stopped
 from harness.failures import explain_failure
 from harness.launcher import Machines, check_device, plan_launch
-from harness.life import Life, has_nvidia_gpu, last_commit, live, noted_signals, own_environment, place, say
+from harness.life import FRUITLESS_LIVES, Life, has_nvidia_gpu, last_commit, live, noted_signals, own_environment, place, say
 from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 from harness.run import RunDir, StopRequest, is_complete, smoke_recipe
 
-FRUITLESS_LIVES = 3
-"""So many lives in a row may end in a hang or a rollback without a newer checkpoint."""
 ONE_CAUSE_S = 1.0
 """A terminal that closes, and a wrapper that hands Ctrl-C on, signal twice for one cause."""
 

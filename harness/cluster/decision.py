@@ -5,7 +5,8 @@
     requeue   give the nodes back and wait for others
     stop      leave it to a person
 
-A death, a hang, a rollback and a lost node are tried again, in the allocation first; what Slurm takes away is requeued; an error of the
+A death, a hang, a rollback and a lost node are tried again, in the allocation first, and on other nodes when that brought nothing; what
+Slurm takes away is requeued; an error of the
 recipe, the data or the code stops at once, and so does a run that gets nowhere: so many lives in a row without a newer commit, or too many
 jobs. A life that was told to leave, and left, does not count as one without a commit: that is the cluster's doing.
 """
@@ -18,8 +19,10 @@ from typing import Literal
 from harness.cluster.schema import Restarts
 from harness.errors import Stopped
 from harness.failures import Failure
+from harness.life import FRUITLESS_LIVES
 
-FRUITLESS_LIVES = 3
+FRUITLESS_HERE = 2
+"""So many lives in a row of one job may get nowhere; what keeps them may be the node, which a next job's pre-flight sees."""
 FROM_SLURM = "slurm: "
 """With this begins the reason of a STOP file that no person has written."""
 
@@ -60,9 +63,13 @@ def decide(
         return Decision("stop", failure.summary, failure.exit_code)
     if fruitless >= FRUITLESS_LIVES:
         return Decision("stop", f"{fruitless} lives in a row ended without a newer checkpoint; the last: {_end(outcome, failure)}", 1)
-    if not taken and lives_here <= restarts.in_allocation:
+    stuck = min(fruitless, lives_here) >= FRUITLESS_HERE
+    if not taken and not stuck and lives_here <= restarts.in_allocation:
         return Decision("again", _end(outcome, failure))
-    why = taken.why if taken else f"{_end(outcome, failure)}; it was begun again {restarts.in_allocation} times in this job"
+    tried = (
+        f"{FRUITLESS_HERE} lives in a row got nowhere on these nodes" if stuck else f"it was begun again {lives_here - 1} times in this job"
+    )
+    why = taken.why if taken else f"{_end(outcome, failure)}; {tried}"
     if jobs > restarts.max_restarts:
         text = f"{why}; the job was requeued {jobs - 1} times, and restarts.max_restarts is {restarts.max_restarts}"
         return Decision("stop", text, Stopped.exit_code if taken else 1)

@@ -16,6 +16,8 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +36,9 @@ from harness.watchdog import process_state
 
 ADDRESS, PORT, ATTEMPT, OWNER = "HARNESS_NODE_ADDRESS", "HARNESS_NODE_PORT", "HARNESS_NODE_ATTEMPT", "HARNESS_NODE_OWNER"
 """Set by the allocation for its step."""
-PROCESSES, GRACE = "HARNESS_NODE_PROCESSES", "HARNESS_NODE_GRACE_S"
-"""Ranks of each node; and the seconds between a signal to the step and the kill."""
+PROCESSES, GRACE, LEAD = "HARNESS_NODE_PROCESSES", "HARNESS_NODE_GRACE_S", "HARNESS_NODE_LEAD_S"
+"""Ranks of each node; the seconds between SIGTERM to the step and its end; and those between a user's signal and the kill."""
+VARIABLES = (ADDRESS, PORT, ATTEMPT, OWNER, PROCESSES, GRACE, LEAD)
 KILL_BEFORE_S = 10.0
 """So long before the deadline ranks that are still there are ended."""
 LOOK_AT_OWNER_EVERY_S = 5.0
@@ -55,13 +58,12 @@ class Step:
     attempt: Path
     owner: str
     grace_s: float
+    lead_s: float
 
     @classmethod
     def from_environment(cls, environment: dict[str, str]) -> "Step":
         """Raises ClusterError outside a step of an allocation."""
-        missing = [
-            name for name in (ADDRESS, PORT, ATTEMPT, OWNER, PROCESSES, GRACE, "SLURM_NODEID", "SLURM_NNODES") if name not in environment
-        ]
+        missing = [name for name in (*VARIABLES, "SLURM_NODEID", "SLURM_NNODES") if name not in environment]
         if missing:
             raise ClusterError(
                 f"harness node: {missing[0]} is not set; a job of `harness submit` starts this on its nodes, a person does not"
@@ -75,14 +77,14 @@ class Step:
             # One machine's launcher finds a free port by itself.
             port=int(environment[PORT]) if count > 1 else 0,
         )
-        return cls(machines, Path(environment[ATTEMPT]), environment[OWNER], float(environment[GRACE]))
+        return cls(machines, Path(environment[ATTEMPT]), environment[OWNER], float(environment[GRACE]), float(environment[LEAD]))
 
 
 def live_on_node(run: RunDir) -> int:
     """This node's part of one life. Returns 0 when its ranks have ended as they should, so that srun lets the others finish, else 1."""
     step = Step.from_environment(dict(os.environ))
     # Children of the shim are no shims.
-    for name in (ADDRESS, PORT, ATTEMPT, OWNER, PROCESSES, GRACE):
+    for name in VARIABLES:
         os.environ.pop(name)
     with noted_signals() as signals, open_lock(run) as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -101,6 +103,14 @@ def live_on_node(run: RunDir) -> int:
         while failed and len(node_reports(step.attempt)) < step.machines.count and time.monotonic() < deadline:
             time.sleep(0.2)
     return int(failed)
+
+
+def run_on_node(arguments: list[str]) -> int:
+    """`harness ARGUMENTS` in a process of its own, and its exit code in the step's folder: srun's says nothing of a node that was lost."""
+    folder, verb = Path(os.environ[ATTEMPT]), arguments[0]
+    code = subprocess.call([sys.executable, "-m", "harness", *arguments])
+    write_text_atomically(folder / f"{verb}.json", json.dumps({"code": code}) + "\n")
+    return 0
 
 
 def check_this_node(run: RunDir) -> int:
@@ -154,7 +164,8 @@ class Watch:
         return None
 
     def _ask_to_stop(self, number: signal.Signals) -> None:
-        host, deadline = os.uname().nodename, time.time() + self._step.grace_s
+        host = os.uname().nodename
+        deadline = time.time() + (self._step.grace_s if number == signal.SIGTERM else self._step.lead_s)
         try:
             StopRequest(f"{FROM_SLURM}{number.name} on {host}", deadline).write(self._run.stop)
             say(f"{number.name}: the run is asked to save and leave")

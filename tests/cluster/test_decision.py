@@ -45,6 +45,8 @@ def ended(outcome, step=7, reason="why"):
         (None, BAD_RECIPE, None, {}, "stop", 2, "rows.jsonl:7"),
         (None, KILLED, None, {"fruitless": 3}, "stop", 1, "3 lives in a row ended without a newer checkpoint"),
         (None, KILLED, None, {"fruitless": 2}, "again", 0, ""),
+        # What keeps it may be this node.
+        (None, KILLED, None, {"fruitless": 2, "lives_here": 2}, "requeue", 0, "2 lives in a row got nowhere on these nodes"),
         (ended("stopped", reason="slurm: why"), None, LIMIT, {"jobs": 5}, "requeue", 0, "time limit"),
         (ended("stopped", reason="slurm: why"), None, LIMIT, {"jobs": 6}, "stop", 75, "requeued 5 times, and restarts.max_restarts is 5"),
         (None, KILLED, None, {"jobs": 6, "lives_here": 3}, "stop", 1, "max_restarts is 5"),
