@@ -38,10 +38,13 @@ def command(run: str, rank: int | None, attempt: int | None, job: bool, lines: i
     file = find()
     if file is None and not (follow and read_statuses([folder])[0].is_there):
         raise LaunchError(explain_absence(folder, rank or 0, attempt, job))
-    if follow:
-        follow_log(folder, find, lines)
-    else:
-        show(last_lines(file, lines)[0])
+    try:
+        if follow:
+            follow_log(folder, find, lines)
+        else:
+            show(last_lines(file, lines)[0])
+    except FileNotFoundError as error:
+        raise LaunchError(f"{error.filename}: was removed while it was read") from None
 
 
 def one_run(asked: str, root: Path) -> RunDir:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,7 @@ def run_recipe(
     run = RunDir.of(recipe)
     # Whatever can be wrong is found before a folder is made or a GPU taken.
     plan_launch(recipe, machines, [])
+    check_no_job_lives(run)
     check_device(recipe, load_backend(recipe.backend), has_gpu=has_nvidia_gpu())
     if not fresh:
         if is_complete(run, recipe):
@@ -173,6 +175,18 @@ def prepare(recipe: Recipe) -> None:
     prepared = prepare_recipe(recipe, load_tokenizer(recipe), packing=recipe.data.packing is True, training_template=training_template)
     click.echo(render_report(prepared.report))
     click.echo(f"prepared in {prepared.folder}")
+
+
+def check_no_job_lives(run: RunDir) -> None:
+    """Raises LaunchError while Slurm has a job of this run, also one that still waits."""
+    from harness.cluster.slurm import NoAnswer
+    from harness.cluster.submission import JOB, check_are_free
+
+    if (run.path / JOB).is_file() and shutil.which("squeue"):
+        try:
+            check_are_free([run])
+        except NoAnswer as error:
+            click.echo(f"warning: whether a job of this run lives is not known: {error}", err=True)
 
 
 # ---- lives

@@ -1,4 +1,5 @@
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def submit_array(recipe: str, asked: Asked, axes: tuple[str, ...], at_once: int 
     job_id = arrays.submit(array)
     of = "" if sent == len(array.elements) else f" of {len(array.elements)}"
     click.echo(f"job {job_id}: {array.folder}, {sent}{of} runs of {_ranks(array.elements[0])}")
-    _tell(array.folder)
+    _tell(array.folder, array.elements[0].run.path)
 
 
 def submit_pipeline(file: Path, asked: Asked) -> None:
@@ -172,7 +173,7 @@ def submit_pipeline(file: Path, asked: Asked) -> None:
         else:
             needs = link.plan.stage.all_needs
             click.echo(f"{name}: job {sent[name]}" + (f", after {', '.join(needs)}" if needs else ""))
-    _tell(pipeline.folder)
+    _tell(pipeline.folder, pipeline.folder / pipeline.order[0])
 
 
 def _ranks(one: Submission) -> str:
@@ -180,5 +181,7 @@ def _ranks(one: Submission) -> str:
     return f"{ranks} rank{'s' if ranks > 1 else ''} on {one.nodes} node{'s' if one.nodes > 1 else ''}"
 
 
-def _tell(folder: Path) -> None:
-    click.echo(f"  watch   harness status {folder}\n  read    harness logs {folder} -f\n  end     harness cancel {folder} --save")
+def _tell(folder: Path, one: Path | None = None) -> None:
+    """The commands for a folder of runs; logs are read of `one` of them, which is the folder itself when left out."""
+    name, read = shlex.quote(str(folder)), shlex.quote(str(one or folder))
+    click.echo(f"  watch   harness status {name}\n  read    harness logs {read} -f\n  end     harness cancel {name} --save")

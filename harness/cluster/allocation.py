@@ -11,7 +11,7 @@ requeues itself, because Slurm requeues nobody who left in time. Where `scontrol
     logs/owner            whose run this is, JOB.RESTART: written before the folder's lock is taken, so that a life that Slurm has
                           written off, and that may still run on a lost node, ends by itself
     logs/preflight-JOB.R/ what each node found (harness.cluster.preflight)
-    ledger.jsonl          job_began, life_ended, requeued, replaced: this process writes between lives, rank 0 within them
+    ledger.jsonl          job_began, life_ended, requeued, gave_up: this process writes between lives, rank 0 within them
 """
 
 import contextlib
@@ -140,7 +140,7 @@ class Allocation:
             if self.taken:
                 return False
             if time.monotonic() > deadline:
-                raise ClusterError(f"{held_by}; when that has ended: harness submit {self.run.path}")
+                raise ClusterError(f"{held_by}; when that has ended: {self.to_go_on}")
             time.sleep(0.2)
         return True
 
@@ -441,7 +441,8 @@ class Allocation:
             return self.requeue(decision)
         self.comment(f"{decision.action}: {decision.why}")
         if decision.action == "stop":
-            say(f"stopped: {decision.why}\n{place(last_commit(self.run))}; when the cause is gone: harness submit {self.run.path}")
+            self.ledger().append("gave_up", job=self.job_id, why=decision.why, exit_code=decision.exit_code)
+            say(f"stopped: {decision.why}\n{place(last_commit(self.run))}; when the cause is gone: {self.to_go_on}")
         else:
             say(decision.why)
         return decision.exit_code
@@ -463,7 +464,7 @@ class Allocation:
                     # Slurm obeyed, and could not say so.
                     return Stopped.exit_code
                 if by == "scontrol":
-                    say(f"stopped: {error}\nrestarts.by: successor needs no scontrol; to go on: harness submit {self.run.path}")
+                    say(f"stopped: {error}\nrestarts.by: successor needs no scontrol; to go on: {self.to_go_on}")
                     return Stopped.exit_code
                 say(f"warning: {error}")
         return self.succeed(decision)
@@ -481,12 +482,16 @@ class Allocation:
         try:
             job_id = self.patiently(lambda: slurm.submit_script(self.run.path / "job.sbatch", *flags))
         except ClusterError as error:
-            say(f"stopped: no successor could be sent: {error}\nto go on, from where sbatch works: harness submit {self.run.path}")
+            say(f"stopped: no successor could be sent: {error}\nto go on, from where sbatch works: {self.to_go_on}")
             return Stopped.exit_code
         note_job(self.run, job_id, decision.why)
         hand_on_waiting(self.job_id, job_id)
         say(f"job {job_id} takes the run over" + (f", without {', '.join(decision.exclude)}" if decision.exclude else ""))
         return Stopped.exit_code
+
+    @property
+    def to_go_on(self) -> str:
+        return f"harness submit {shlex.quote(str(self.run.path))}"
 
     def ledger(self) -> Ledger:
         return Ledger(self.run.ledger, (self.run.attempts() or [None])[-1])

@@ -7,8 +7,8 @@
 
 A death, a hang, a rollback and a lost node are tried again, in the allocation first, and on other nodes when that brought nothing; what
 Slurm takes away is requeued; an error of the
-recipe, the data or the code stops at once, and so does a run that gets nowhere: so many lives in a row without a newer commit, or too many
-jobs. A life that was told to leave, and left, does not count as one without a commit: that is the cluster's doing.
+recipe, the data or the code stops at once, and so does a run that gets nowhere: so many lives in a row without a newer commit, whoever
+ended them (a time limit that is shorter than the loading would go on for ever), or too many jobs.
 """
 
 import signal
@@ -94,20 +94,18 @@ def _end(outcome: dict | None, failure: Failure | None) -> str:
 
 
 def fruitless_lives(attempts: Iterable[int], events: Iterable[dict]) -> int:
-    """How many of the run's last lives ended, other than by being told to, without a commit of a newer step.
+    """How many of the run's last lives ended without a commit of a newer step.
 
     attempts: the numbers of all lives that have ended. events: the ledger's.
     """
-    newest, fruitful, left = -1, set(), set()
+    newest, fruitful = 0, set()
     for event in events:
         if event["event"] == "committed" and event["step"] > newest:
             newest = event["step"]
             fruitful.add(event["attempt"])
-        elif event["event"] == "stopped":
-            left.add(event["attempt"])
     count = 0
     for number in sorted(attempts, reverse=True):
         if number in fruitful:
             break
-        count += number not in left
+        count += 1
     return count

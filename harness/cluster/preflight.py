@@ -257,9 +257,7 @@ def find_missing(hosts: tuple[str, ...], reports: list[dict]) -> list[Finding]:
     reported = {report["host"] for report in reports}
     what = "wrote no report: it died, it hangs, or it does not see the run folder"
     return [
-        Finding(host, "fail", what, "srun may have said more, above", blames_node=bool(reports))
-        for host in hosts
-        if host not in reported
+        Finding(host, "fail", what, "srun may have said more, above", blames_node=bool(reports)) for host in hosts if host not in reported
     ]
 
 

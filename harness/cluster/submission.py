@@ -11,6 +11,7 @@ The promise: one job at a time works in a run folder. A second submit while one 
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -105,9 +106,10 @@ def check_submission(submission: Submission) -> None:
 def check_are_free(runs: Iterable[RunDir]) -> None:
     """Raises LaunchError while a job of one of these runs lives in Slurm."""
     for run, job in live_jobs(runs):
+        name = shlex.quote(str(run.path))
         raise LaunchError(
-            f"{run.path}: job {job.id} of this run lives ({job.state}); watch it with `harness status {run.path}`, "
-            f"or end it with `harness cancel {run.path} --save`, or choose another output_dir"
+            f"{run.path}: job {job.id} of this run lives ({job.state}); watch it with `harness status {name}`, "
+            f"or end it with `harness cancel {name} --save`, or choose another output_dir"
         )
 
 

@@ -44,6 +44,7 @@ def ended(outcome, step=7, reason="why"):
         (None, BUG, LIMIT, {}, "stop", 1, "KeyError: 'labels'"),
         (None, BAD_RECIPE, None, {}, "stop", 2, "rows.jsonl:7"),
         (None, KILLED, None, {"fruitless": 3}, "stop", 1, "3 lives in a row ended without a newer checkpoint"),
+        (ended("stopped", step=0, reason="slurm: why"), None, LIMIT, {"fruitless": 3}, "stop", 1, "3 lives in a row"),
         (None, KILLED, None, {"fruitless": 2}, "again", 0, ""),
         # What keeps it may be this node.
         (None, KILLED, None, {"fruitless": 2, "lives_here": 2}, "requeue", 0, "2 lives in a row got nowhere on these nodes"),
@@ -78,5 +79,5 @@ def test_lives_in_a_row_without_a_newer_commit_are_counted_from_the_ledger():
     assert fruitless_lives([1, 2, 3], [committed(1, 5), committed(3, 6)]) == 0
     # After a rollback the same steps are committed again: that brings nobody on.
     assert fruitless_lives([1, 2, 3], [committed(1, 5), committed(1, 9), committed(2, 7), committed(3, 9)]) == 2
-    # Who was told to leave, and left, had no chance.
-    assert fruitless_lives([1, 2, 3], [committed(1, 5), {"event": "stopped", "attempt": 2, "step": 5}]) == 1
+    # A time limit that is shorter than the loading would go on for ever.
+    assert fruitless_lives([1, 2, 3], [committed(1, 5), {"event": "stopped", "attempt": 2, "step": 5}]) == 2

@@ -124,7 +124,7 @@ def test_nodes_that_are_well_have_a_line_each_with_the_bandwidth(job):
 
 
 def test_a_node_that_dies_is_named_and_those_that_waited_for_it_are_not(job):
-    waiting = [job.start(0, join_s=3), job.start(2, join_s=3)]
+    waiting = [job.start(0, join_s=8), job.start(2, join_s=8)]
     killed = job.start(1)
     killed.kill()
     assert [node.wait(50) for node in waiting] == [0, 0]
@@ -154,7 +154,7 @@ def test_nodes_that_are_told_to_end_because_another_died_report_at_once_and_are_
 def test_a_node_on_which_torch_does_not_load_kept_the_others_waiting(job, tmp_path, torch_there, said):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "torch.py").write_text(torch_there)
-    nodes = [job.start(0, join_s=3), job.start(1, join_s=3), job.start(2, join_s=3, PYTHONPATH=str(tmp_path / "there"))]
+    nodes = [job.start(0, join_s=8), job.start(1, join_s=8), job.start(2, join_s=8, PYTHONPATH=str(tmp_path / "there"))]
     assert [node.wait(50) for node in nodes] == [0, 0, 0]
     ((host, blamed, what),) = job.failures()
     assert (host, blamed) == ("r3", True)
@@ -176,7 +176,7 @@ def test_a_port_that_is_taken_is_no_nodes_fault(job):
     with socket.socket() as taken:
         taken.bind(("", job.port))
         taken.listen()
-        assert [node.wait(50) for node in [job.start(index, join_s=3) for index in range(3)]] == [0, 0, 0]
+        assert [node.wait(50) for node in [job.start(index, join_s=8) for index in range(3)]] == [0, 0, 0]
     failures = job.failures()
     assert {blamed for _, blamed, _ in failures} == {False}
     assert "address already in use" in dict((host, what) for host, _, what in failures)["r1"].lower()
