@@ -9,17 +9,19 @@ from pathlib import Path
 from harness.errors import Stopped
 from harness.run import rank_reports
 
-# What a rank says when another one is gone: true, but never the reason.
+# What a rank says when another one is gone, or never came: true, but never the reason.
 _ECHO = re.compile(
-    r"(?i)connection (was )?(closed|reset|refused)|socket ?timeout|broken pipe|connectFullMesh failed|remote process exited|watchdog"
+    r"(?i)connection (was )?(likely )?(closed|reset|refused)|socket ?(has )?time(out|d out)|timed out (after|waiting)|wait timeout"
+    r"|failed to (recv|connect)|broken pipe|connectFullMesh failed|remote process exited|watchdog|Dist(Network|Store)Error"
 )
 
 
 # What another try may not meet again: a card, a link, a disk or a node, and not the recipe, the data or the code.
 _MACHINE = re.compile(
-    r"(?i)nccl(System|Remote|Internal)Error|NCCL error|uncorrectable ECC|unspecified launch failure|CUDA error: (unknown error|the launch "
-    r"timed out|all CUDA-capable devices are busy)|CUDA driver initialization failed|Stale file handle|Transport endpoint is not connected"
-    r"|Input/output error|Address already in use|EADDRINUSE|fell off the bus"
+    r"(?i)nccl(System|Remote|Internal)Error|NCCL error|uncorrectable ECC|unspecified launch failure|illegal memory access"
+    r"|CUDA error: (unknown error|the launch timed out)|CUDA-capable device(s are|\(s\) is/are) busy|No CUDA GPUs are available"
+    r"|CUDA driver initialization failed|fell off the bus|DataLoader worker .* killed by signal"
+    r"|Stale file handle|Transport endpoint is not connected|Input/output error|Address already in use|EADDRINUSE"
 )
 
 
@@ -74,7 +76,7 @@ def _who(report: dict) -> str:
 
 
 def _is_echo(report: dict) -> bool:
-    return report["traceback"] != "" and bool(_ECHO.search(report["message"]))
+    return report["traceback"] != "" and bool(_ECHO.search(f"{report['type']}: {report['message']}"))
 
 
 def _end_text(launcher_code: int, oom_kills: int) -> str:
@@ -90,16 +92,27 @@ def _end_text(launcher_code: int, oom_kills: int) -> str:
 
 
 def count_oom_kills() -> int:
-    """How many processes the kernel has ever killed for memory in this cgroup; 0 where that cannot be read."""
-    for path in (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")):
-        if path.is_file():
-            counts = dict(line.split()[:2] for line in path.read_text().splitlines() if len(line.split()) >= 2)
-            return int(counts.get("oom_kill", 0))
+    """How many processes the kernel has ever killed for memory in this process's cgroup (a container's, a Slurm step's); 0 where that
+    cannot be read."""
+    for path in _cgroup_files("memory.events", "memory.oom_control"):
+        counts = dict(line.split()[:2] for line in path.read_text().splitlines() if len(line.split()) >= 2)
+        return int(counts.get("oom_kill", 0))
     return 0
 
 
+def _cgroup_files(v2: str, v1: str) -> list[Path]:
+    """Those that there are of the files of this process's own cgroup, and of the one at the root of what it sees."""
+    try:
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        lines = []
+    own = [Path(f"/sys/fs/cgroup{path}") / v2 for _, controllers, path in lines if controllers == ""]
+    own += [Path(f"/sys/fs/cgroup/memory{path}") / v1 for _, controllers, path in lines if "memory" in controllers.split(",")]
+    return [path for path in (*own, Path("/sys/fs/cgroup") / v2, Path("/sys/fs/cgroup/memory") / v1) if path.is_file()]
+
+
 def _memory_limit() -> str:
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if path.is_file() and path.read_text().strip().isdigit():
+    for path in _cgroup_files("memory.max", "memory.limit_in_bytes"):
+        if path.read_text().strip().isdigit():
             return f"{int(path.read_text()) / 2**30:.1f} GiB"
     return ""

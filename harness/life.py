@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,13 @@ from harness.errors import HarnessError
 from harness.failures import count_oom_kills
 from harness.launcher import Machines, plan_launch
 from harness.recipe import Recipe, render_recipe
+from harness.resources import code_root
 from harness.run import ATTEMPT_VARIABLE, LAUNCH_VARIABLE, RunDir, rank_reports, read_outcome, write_outcome
 from harness.watchdog import LOOK_EVERY_S, Hang, Watchdog, end_processes, follow_parent
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FRUITLESS_LIVES = 3
+"""So many lives in a row may end without a newer checkpoint."""
 IGNORED_BY_LAUNCHERS = (signal.SIGUSR1, signal.SIGUSR2)
 """Under Slurm's proctrack/linuxproc a signal for the job reaches all its processes, and torch elastic dies of these. Ranks hear them."""
 
@@ -67,17 +70,20 @@ def live(
     end_for: Callable[[float], Any],
     *,
     attempt: Path | None = None,
+    holding: Iterable[int] = (),
 ) -> Life:
     """Start this machine's ranks and watch over them until they have ended, or until `end_for(now)` gives a reason to end them.
 
     attempt: the folder that a supervisor of all machines has opened. Left out: the first machine opens it, the others find it.
+    holding: descriptors of locks that are to be held as long as the launcher lives.
     """
     launch = uuid.uuid4().hex
-    inherited, recipe_file = [], contextlib.nullcontext(run.recipe)
+    inherited, recipe_file = [*holding], contextlib.nullcontext(run.recipe)
     if attempt is None:
         recipe_file = rank_recipe(recipe, run, machines)
         if machines.index == 0:
-            attempt, inherited = run.open_attempt(), [run.lock]
+            attempt = run.open_attempt()
+            inherited.append(run.lock)
     ranks = range(machines.index * machines.processes, (machines.index + 1) * machines.processes)
     ended_for = hang = None
     with recipe_file as file:
@@ -96,8 +102,9 @@ def live(
             hang = watchdog.look(attempt, now)
     if hang:
         record_hang(hang, watchdog, run, attempt, first_machine=machines.index == 0)
-    # A launcher that is killed, here or from outside, leaves its ranks behind.
-    unended = end_processes(launch) if code is None or code < 0 else set()
+    # A launcher that is killed, here or from outside, leaves its ranks behind; a rank that is killed its data workers, whose copies of its
+    # connections keep the other ranks waiting for it.
+    unended = end_processes(launch) if code != 0 else set()
     if code is None:
         code = -signal.SIGKILL if unended else process.wait()
     return Life(attempt or attempt_of(run, launch, ranks), code, count_oom_kills() - kills, ended_for, hang, unended)
@@ -193,9 +200,7 @@ def rank_recipe(recipe: Recipe, run: RunDir, machines: Machines) -> Iterator[Pat
 
 
 def rank_environment(machines: Machines, attempt: Path | None, launch: str) -> dict[str, str]:
-    environment = dict(os.environ)
-    package_parent = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_parent, environment.get("PYTHONPATH")]))
+    environment = own_environment()
     environment[ATTEMPT_VARIABLE] = str(attempt or "")
     environment[LAUNCH_VARIABLE] = launch
     # Accelerate would give each rank one thread; on a CPU the ranks share the cores.
@@ -207,6 +212,12 @@ def rank_environment(machines: Machines, attempt: Path | None, launch: str) -> d
         # asleep they cost a quarter at the tiniest sizes and nothing at others.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
+
+
+def own_environment() -> dict[str, str]:
+    """This process's, in which another finds this very harness, installed or not."""
+    paths = [path for path in (code_root(), os.environ.get("PYTHONPATH")) if path]
+    return os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 
 def has_nvidia_gpu() -> bool:

@@ -17,6 +17,12 @@ def shipped(*parts: str) -> Path:
     return root.joinpath(*parts)
 
 
+def code_root() -> str:
+    """The folder in which another Python must search to find this very harness; empty for an installed copy, which it finds by itself, and
+    whose folder would put other libraries before its own."""
+    return "" if (_PACKAGE / "shipped").is_dir() else str(_PACKAGE.parent)
+
+
 def shipped_names(folder: str) -> list[str]:
     """The names by which the YAML files below `configs/<folder>` can be asked for, sorted."""
     root = shipped("configs", folder)

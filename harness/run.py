@@ -18,6 +18,7 @@ runs/<name>/
   final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
   merged/                `harness export --merge`
   .lock                  held by the process that runs in the folder
+  job.sbatch, job.json, cluster.yaml, code.diff     of a run that was submitted to Slurm (harness.cluster.submission)
 
 The prepared data alone lies elsewhere, in the cache, from where it can be made again.
 """
@@ -46,7 +47,7 @@ from harness.recipe import Recipe, load, recipe_digest, render_recipe
 LOCK = ".lock"
 OURS = re.compile(
     r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|init|checkpoint-\d+|(final|merged)(\.incomplete|\.old)?"
-    r"|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+"
+    r"|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+|job\.sbatch|job\.json|cluster\.yaml|code\.diff"
 )
 """The names of what a run leaves in its folder, `.NAME.PID` being a file that was about to be renamed."""
 _HELD: dict = {}

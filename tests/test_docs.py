@@ -34,7 +34,6 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, Finished, run_command
 from pydantic import BaseModel
-
 from slurm.conftest import shared_rig
 from slurm.rig import why_not
 

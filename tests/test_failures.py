@@ -34,7 +34,17 @@ def test_of_several_errors_the_first_in_time_is_told(ranks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "echo", ["[enforce fail] Connection closed by peer [127.0.0.1]:2134", "Connection reset by peer", "Watchdog caught collective timeout"]
+    "echo",
+    [
+        "[enforce fail] Connection closed by peer [127.0.0.1]:2134",
+        "Connection reset by peer",
+        "Watchdog caught collective timeout",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+        "The client socket has timed out after 60000ms while trying to connect to (10.0.0.1, 20001).",
+        "Timed out after 61 seconds waiting for clients. 1/2 clients joined.",
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
+        "wait timeout after 300000ms, keys: /default_pg/0//cpu//0/rank_1",
+    ],
 )
 def test_a_rank_that_only_lost_its_peer_is_not_told_as_the_cause(ranks, tmp_path, echo):
     fail(ranks[0], RuntimeError(echo))
@@ -107,6 +117,10 @@ def test_another_try_is_worth_it_after_a_death_or_a_machines_failure_and_not_aft
     assert failure(3, (0, RuntimeError("Connection closed by peer")), (1, None)).may_pass
     assert failure(4, (0, RuntimeError("CUDA error: uncorrectable ECC error encountered"))).may_pass
     assert failure(5, (0, OSError(116, "Stale file handle"))).may_pass
+    machines = ["No CUDA GPUs are available", "DataLoader worker (pid 7) is killed by signal: Bus error. "]
+    machines += ["CUDA error: an illegal memory access was encountered"]
+    for number, message in enumerate(machines, start=11):
+        assert failure(number, (0, RuntimeError(message)), (1, RuntimeError("Connection closed by peer"))).may_pass
     for number, error in enumerate((DataError("Input/output error"), ZeroDivisionError("division by zero"), KeyError("labels")), start=6):
         assert not failure(number, (1, error), (0, RuntimeError("Connection closed by peer"))).may_pass
     assert failure(9, (0, RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"))).summary.endswith("Tried to allocate 2.00 GiB")

@@ -25,7 +25,8 @@ LAYERS = [
     {"data", "model"},
     {"teacher", "checkpoint", "tracking", "evaluate"},
     {"tasks", "life"},
-    {"rank", "cluster", "cli"},
+    {"rank", "cluster"},
+    {"cli"},
     {"__main__"},
 ]
 

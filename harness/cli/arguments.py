@@ -18,8 +18,13 @@ def recipe_argument(function):
 
 def load_recipe(recipe: str, overrides: tuple[str, ...]) -> Recipe:
     """The recipe with the overrides of the command line. Raises RecipeError, also for an option that the verb does not have."""
+    return load(recipe, read_overrides(overrides))
+
+
+def read_overrides(overrides: tuple[str, ...]) -> list[str]:
+    """Those of the command line, all as `key.path=value`. Raises RecipeError, also for an option that the verb does not have."""
     _check_options(overrides)
-    return load(recipe, dashed_overrides(list(overrides)))
+    return dashed_overrides(list(overrides))
 
 
 def _check_options(overrides: tuple[str, ...]) -> None:

@@ -38,10 +38,13 @@ def command(run: str, rank: int | None, attempt: int | None, job: bool, lines: i
     file = find()
     if file is None and not (follow and read_statuses([folder])[0].is_there):
         raise LaunchError(explain_absence(folder, rank or 0, attempt, job))
-    if follow:
-        follow_log(folder, find, lines)
-    else:
-        show(last_lines(file, lines)[0])
+    try:
+        if follow:
+            follow_log(folder, find, lines)
+        else:
+            show(last_lines(file, lines)[0])
+    except FileNotFoundError as error:
+        raise LaunchError(f"{error.filename}: was removed while it was read") from None
 
 
 def one_run(asked: str, root: Path) -> RunDir:
@@ -73,7 +76,7 @@ def explain_absence(run: RunDir, rank: int, attempt: int | None, job: bool) -> s
     if job and status.job is None:
         return f"{run.path}: was never sent to Slurm, so no job has a log; leave --job out"
     if job:
-        earlier = [str(file) for number in jobs_of(run) if (file := job_log(run, number))]
+        earlier = [str(file) for number in jobs_of(run)[:-1] if (file := job_log(run, number))]
         there = f"; of earlier jobs there are {', '.join(earlier)}" if earlier else ""
         return f"{run.path}: job {status.job} has written no log ({status.text}){there}{waits}"
     if not attempts:

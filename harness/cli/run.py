@@ -1,23 +1,26 @@
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import click
 
-from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.checkpoint.resume import check_continuation
+from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, read_overrides, recipe_argument
+from harness.cluster.pipeline import check_order, enter_directory, find_pipeline, load_pipeline, plan_stages, save_pipeline
+from harness.cluster.submission import check_inputs
 from harness.errors import RecipeError, Stopped
 from harness.failures import explain_failure
 from harness.launcher import Machines, check_device, plan_launch
-from harness.life import Life, has_nvidia_gpu, last_commit, live, noted_signals, place, say
+from harness.life import FRUITLESS_LIVES, Life, has_nvidia_gpu, last_commit, live, noted_signals, own_environment, place, say
 from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 from harness.run import RunDir, StopRequest, is_complete, smoke_recipe
 
-FRUITLESS_LIVES = 3
-"""So many lives in a row may end in a hang or a rollback without a newer checkpoint."""
 ONE_CAUSE_S = 1.0
 """A terminal that closes, and a wrapper that hands Ctrl-C on, signal twice for one cause."""
 
@@ -50,7 +53,7 @@ def command(
     fresh: bool,
     allowed: tuple[str, ...],
 ):
-    """Train RECIPE on this machine, or continue the run that lies in its folder.
+    """Train RECIPE on this machine, or continue the run that lies in its folder. Of a pipeline: its stages, one after the other.
 
     On several machines: with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set (launch/multi-node.sh).
     Ctrl-C (or SIGTERM, SIGUSR1) saves and leaves with 75; the same command then continues.
@@ -63,6 +66,11 @@ def command(
         raise RecipeError(
             f"--resume and --{'fresh' if fresh else 'smoke'}: the one continues a run, the other begins one; give one of them"
         )
+    if pipeline := find_pipeline(recipe):
+        for option, value in (("backend", backend), ("smoke", smoke), ("resume", resume), ("allow-change", allowed)):
+            if value:
+                raise RecipeError(f"--{option}: {recipe} is a pipeline; give it for one of its stages' recipes, or set STAGE.key=value")
+        sys.exit(run_pipeline(pipeline, read_overrides(overrides), processes, fresh=fresh))
     more = [f"backend={backend}"] if backend else []
     resolved = load_recipe(recipe, (*overrides, *more))
     if smoke:
@@ -72,6 +80,55 @@ def command(
     exit_code = run_recipe(resolved, machines, smoke=smoke, resume=resume, fresh=fresh, allowed=allowed)
     if exit_code:
         sys.exit(exit_code)
+
+
+def run_pipeline(file: Path, settings: list[str], processes: int | None, *, fresh: bool) -> int:
+    """Run the stages that are not done, an array's runs one after the other, until one ends otherwise. Returns the exit code."""
+    if int(os.environ.get("NNODES") or 1) > 1:
+        raise RecipeError(f"{file}: with NNODES set; a pipeline runs on one machine, or on a cluster by `harness submit`")
+    enter_directory(file)
+    pipeline = load_pipeline(file, settings)
+    plans = plan_stages(pipeline)
+    done = set() if fresh else {plan.name for plan in plans if plan.all_done}
+    jobs = [(plan, index, recipe) for plan in plans for index, recipe in enumerate(plan.recipes)]
+    # What is wrong with the last stage is no reason to have trained the first.
+    for plan, index, recipe in jobs:
+        backend = load_backend(recipe.backend)
+        plan_launch(recipe, Machines(processes or default_processes(recipe)), [])
+        check_device(recipe, backend, has_gpu=has_nvidia_gpu())
+        check_inputs(recipe, plan.awaited)
+        if not fresh:
+            check_continuation(plan.runs[index], recipe, backend, ())
+    if not fresh:
+        check_order(plans, done, live=set())
+    save_pipeline(pipeline)
+    for at, (plan, index, recipe) in enumerate(jobs):
+        run = plan.runs[index]
+        name = f"{plan.name}/{run.path.name}" if plan.stage.array else plan.name
+        if not fresh and plan.is_done(index):
+            click.echo(f"{name}: complete")
+            continue
+        click.secho(f"\n{name}", bold=True)
+        code: int | None = None
+        try:
+            code = run_recipe(recipe, Machines(processes or default_processes(recipe)), fresh=fresh)
+            if code == 0 and index in plan.merged:
+                code = merge(run)
+        finally:
+            # Also when an error with a name ends it, which says what was wrong.
+            if code != 0:
+                left = ", ".join(dict.fromkeys(plan.name for plan, _, _ in jobs[at + 1 :]))
+                say(f"{name} did not come to its end" + (f"; not run: {left}" if left else "") + "; the same command goes on from here")
+        if code:
+            return code
+    return 0
+
+
+def merge(run: RunDir) -> int:
+    """In a process of its own: this one stays small."""
+    return subprocess.run(
+        [sys.executable, "-m", "harness", "export", str(run.path), "--merge", "--force"], env=own_environment()
+    ).returncode
 
 
 def default_processes(recipe: Recipe) -> int:
@@ -92,13 +149,12 @@ def run_recipe(
     run = RunDir.of(recipe)
     # Whatever can be wrong is found before a folder is made or a GPU taken.
     plan_launch(recipe, machines, [])
+    check_no_job_lives(run)
     check_device(recipe, load_backend(recipe.backend), has_gpu=has_nvidia_gpu())
     if not fresh:
         if is_complete(run, recipe):
             click.echo(f"this run is complete: {run.final}; begin again with --fresh")
             return 0
-        from harness.checkpoint.resume import check_continuation
-
         check_continuation(run, recipe, load_backend(recipe.backend), allowed, must_exist=resume)
     prepare(recipe)
     if machines.index == 0:
@@ -119,6 +175,18 @@ def prepare(recipe: Recipe) -> None:
     prepared = prepare_recipe(recipe, load_tokenizer(recipe), packing=recipe.data.packing is True, training_template=training_template)
     click.echo(render_report(prepared.report))
     click.echo(f"prepared in {prepared.folder}")
+
+
+def check_no_job_lives(run: RunDir) -> None:
+    """Raises LaunchError while Slurm has a job of this run, also one that still waits."""
+    from harness.cluster.slurm import NoAnswer
+    from harness.cluster.submission import JOB, check_are_free
+
+    if (run.path / JOB).is_file() and shutil.which("squeue"):
+        try:
+            check_are_free([run])
+        except NoAnswer as error:
+            click.echo(f"warning: whether a job of this run lives is not known: {error}", err=True)
 
 
 # ---- lives

@@ -7,6 +7,7 @@ import click
 
 from harness.cli.checkpoints import format_age
 from harness.cli.tables import print_table
+from harness.cluster.pipeline import PIPELINE, draw_pipeline
 from harness.cluster.status import RunStatus, find_runs, format_left, read_statuses
 
 
@@ -19,6 +20,10 @@ def command(run: str, root: Path, as_json: bool):
 
     RUN is a run folder, a folder of runs (an array, a pipeline), the id of a Slurm job, or `all`. Works without Slurm, too.
     """
+    folder = Path(run).expanduser()
+    if (folder / PIPELINE).is_file() and not as_json:
+        click.echo(draw_pipeline(folder))
+        return
     statuses = read_statuses(find_runs(run, root))
     if as_json:
         click.echo(json.dumps([as_object(status) for status in statuses], indent=2))
@@ -58,7 +63,7 @@ def render_block(status: RunStatus) -> str:
         "loss": "" if status.loss is None else f"{status.loss:.4g}",
         "left": status.left_s is not None and f"{format_left(status.left_s)} of training, {status.step_s:.3g} s a step",
         "starts": status.starts and f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(status.starts))}, as Slurm expects now",
-        "lives": f"{status.lives}" + (f", {status.requeues} times requeued" if status.requeues else ""),
+        "lives": f"{status.lives}" + (f" ({status.requeues} requeue{'s' * (status.requeues > 1)})" if status.requeues else ""),
         "commit": "none yet" if status.commit is None else f"checkpoint-{status.commit}, {_ago(status)} ago",
         "nodes": ", ".join(status.hosts),
         "job": status.job,

@@ -11,11 +11,12 @@ requeues itself, because Slurm requeues nobody who left in time. Where `scontrol
     logs/owner            whose run this is, JOB.RESTART: written before the folder's lock is taken, so that a life that Slurm has
                           written off, and that may still run on a lost node, ends by itself
     logs/preflight-JOB.R/ what each node found (harness.cluster.preflight)
-    ledger.jsonl          job_began, life_ended, requeued, replaced: this process writes between lives, rank 0 within them
+    ledger.jsonl          job_began, life_ended, requeued, gave_up: this process writes between lives, rank 0 within them
 """
 
 import contextlib
 import functools
+import json
 import os
 import shlex
 import signal
@@ -24,12 +25,22 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from harness.checkpoint.ledger import Ledger, read_ledger
 from harness.cluster import node, preflight, slurm
 from harness.cluster.array import element_id
-from harness.cluster.decision import FRUITLESS_LIVES, Decision, Taken, decide, fruitless_lives
+from harness.cluster.decision import (
+    FROM_SLURM,
+    Decision,
+    Taken,
+    decide,
+    fruitless_lives,
+    is_asked_to_leave,
+    is_slurms,
+)
 from harness.cluster.dependency import hand_on_waiting
 from harness.cluster.render import node_command, srun_command
 from harness.cluster.schema import load_cluster
@@ -38,23 +49,27 @@ from harness.cluster.status import progress_line
 from harness.cluster.submission import is_merged, note_job, read_job
 from harness.errors import ClusterError, LaunchError, Stopped
 from harness.failures import explain_failure
-from harness.life import ended_within, last_commit, noted_signals, place, say
+from harness.life import FRUITLESS_LIVES, ended_within, last_commit, noted_signals, place, say
 from harness.recipe import load
+from harness.resources import cache_root, code_root
 from harness.run import RunDir, StopRequest, is_complete, read_outcome
 
 LOOK_AT_JOB_EVERY_S = 30.0
-COMMENT_EVERY_S = 30.0
+COMMENT_EVERY_S = 60.0
 LOCK_WITHIN_S = 150.0
 """An NFS server takes the lock of a machine that is gone away after a lease of about 90 seconds."""
-LEAVE_BEFORE_S = 4.0
-"""So long before its deadline a step that the shims have not ended is left behind, because the job must be requeued before Slurm ends it."""
-ENDS_WITHIN_S = 10.0
+LEAVE_BEFORE_S = 5.0
+"""So long before its deadline a step that the shims have not ended is ended, because the job must be requeued before Slurm ends it."""
+ENDS_WITHIN_S = 2.0
+"""srun has a step killed at once when it is told to end (measured: within a second)."""
 KILL_WAIT_S = 30.0
 """Slurm's default, where scontrol may not be asked."""
-REQUEUED_WITHIN_S = 120.0
-"""Slurm ends a job that it has requeued at once; more than this and it has not understood."""
-FROM_SLURM = "slurm: "
-"""With this begins the reason of a STOP file that no person has written."""
+ENDING = slurm.ENDED | {"COMPLETING", "PENDING"}
+"""What Slurm says of a job whose processes it ends. (SIGNALING, SUSPENDED and others say nothing of that.)"""
+USERS_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+PAUSES_S = (5.0, 15.0, 45.0, 90.0, 180.0)
+"""Between attempts at a step that Slurm does not start: its controller may fail over."""
+PATIENCE_S = 300.0
 SLURMS_SLACK_S = 90.0
 """Slurm may send the signal before a time limit up to a minute early, and looks at its jobs every half."""
 FIRST_PORT, PORTS = 20000, 12000
@@ -66,9 +81,7 @@ class Allocation:
 
     def __init__(self, run: RunDir, environment: dict[str, str]):
         if "SLURM_JOB_ID" not in environment:
-            raise ClusterError(
-                "harness allocation: SLURM_JOB_ID is not set; the script that `harness submit` makes starts this in a job, a person does not"
-            )
+            raise ClusterError("harness allocation: SLURM_JOB_ID is not set; a job of `harness submit` starts this, a person does not")
         self.run, self.job_id = run, element_id(environment)
         self.restart = int(environment.get("SLURM_RESTART_COUNT", 0))
         self.recipe, self.cluster = load(run.recipe), load_cluster(str(run.path / "cluster.yaml"))
@@ -81,7 +94,7 @@ class Allocation:
         self.deadline: float | None = None
         """When Slurm ends what is still there, in unix seconds."""
         self._signals: list[signal.Signals] = []
-        self._looked = self._commented = float("-inf")
+        self._looked = self._commented = self._looked_at_owner = float("-inf")
         self._comment = ""
 
     def main(self) -> int:
@@ -89,35 +102,68 @@ class Allocation:
         with noted_signals() as self._signals:
             if self.cluster.secrets:
                 os.environ.update(read_secrets(self.cluster.secrets))
-            self.claim()
-            if is_complete(self.run, self.recipe):
-                decision = Decision("done", f"this run is complete: {self.run.final}")
-            else:
-                self.ledger().append("job_began", job=self.job_id, restart=self.restart, hosts=list(self.hosts))
-                decision = self.may_begin() or self.preflight() or self.prepare_data() or self.live()
-            if decision.action == "done" and self.submitted["merge"] and not is_merged(self.run):
-                decision = self.merge() or decision
-            return self.carry_out(decision)
+            try:
+                return self.carry_out(self.work())
+            except OSError as error:
+                # A shared disk that fails for a moment (ESTALE, EIO) is no fault of the run's. How often is counted by `job_began`.
+                return self.carry_out(Decision("requeue", f"{error.filename or 'a file'}: {error.strerror or error}"))
+
+    def work(self) -> Decision:
+        """What this job does for the run, and what follows."""
+        if not self.claim():
+            return self.leave()
+        self.ledger().append("job_began", job=self.job_id, restart=self.restart, hosts=list(self.hosts))
+        decision = self.may_begin()
+        if decision is None and not is_complete(self.run, self.recipe):
+            decision = self.preflight() or self.prepare_data() or self.live()
+        if decision is None or decision.action == "done":
+            decision = self.merge() or Decision("done", f"the run is complete: {self.run.final}")
+        return decision
 
     # ---- before the first life
 
-    def claim(self) -> None:
-        """Make the run this job's, and hold its folder. Raises LaunchError when another process keeps it."""
+    def claim(self) -> bool:
+        """Make the run this job's, and hold its folder. False when Slurm takes the job meanwhile."""
         node.write_owner(self.run, self.owner)
-        deadline = time.monotonic() + LOCK_WITHIN_S
-        while True:
-            try:
-                self.run.hold()
-                break
-            except LaunchError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(1)
+        if not self.wait_until_free():
+            return False
         self.withdraw_stop()
+        return True
+
+    def wait_until_free(self) -> bool:
+        """Until this job holds the folder, and no process of an earlier life can write any more: srun returns when a node has failed,
+        though ranks may run on there. False when Slurm takes the job meanwhile. Raises ClusterError when somebody keeps the run for
+        longer than a dead machine could."""
+        deadline = time.monotonic() + LOCK_WITHIN_S
+        while (held_by := self.try_to_hold()) is not None:
+            self.watch()
+            if self.taken:
+                return False
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{held_by}; when that has ended: {self.to_go_on}")
+            time.sleep(0.2)
+        return True
+
+    def try_to_hold(self) -> str | None:
+        """Who keeps the run from this job; None when nobody does."""
+        try:
+            self.run.hold()
+        except LaunchError as error:
+            return str(error)
+        if not node.are_nodes_free(self.run):
+            return f"{self.run.path}: processes of an earlier life still run on some node, and hold logs/nodes.lock"
+        return None
 
     def may_begin(self) -> Decision | None:
         """Asked here as well as after each life, because a job that Slurm requeued for a lost node could decide nothing."""
-        self.look_at_job()
+        self.watch()
+        if self.taken:
+            return self.leave()
+        request = StopRequest.read(self.run.stop)
+        if request:
+            # A person's, made while the job waited.
+            self.run.stop.unlink()
+            return Decision("stop", request.reason, Stopped.exit_code)
         fruitless, jobs, _ = self.history()
         if fruitless >= FRUITLESS_LIVES:
             return Decision("stop", f"{fruitless} lives in a row ended without a newer checkpoint", 1)
@@ -132,8 +178,8 @@ class Allocation:
             return None
         folder = self.run.path / "logs" / f"preflight-{self.owner}"
         folder.mkdir(parents=True, exist_ok=True)
-        self.step(len(self.hosts), ["node", str(self.run.path), "--preflight"], folder, most_s=preflight.DEADLINE_S)
-        if self.taken:
+        most_s = preflight.START_S + preflight.DEADLINE_S
+        if not self.step(len(self.hosts), ["node", str(self.run.path), "--preflight"], folder, "begun-*", most_s=most_s):
             return self.leave()
         findings = preflight.judge(folder, self.hosts, self.cluster)
         say(preflight.render_findings(findings))
@@ -147,19 +193,33 @@ class Allocation:
         return self.replace_nodes(bad, why)
 
     def replace_nodes(self, bad: set[str], why: str) -> Decision:
-        excluded = {host for event in self.history()[2] if event["event"] == "requeued" for host in event["exclude"]}
+        excluded = self.excluded()
         budget = self.cluster.restarts.exclude_nodes
         if len(excluded | bad) > budget:
             return Decision("stop", f"bad nodes: {why}; restarts.exclude_nodes is {budget}, and {len(excluded)} were left out before", 1)
         return Decision("requeue", why, exclude=tuple(sorted(excluded | bad)))
 
+    def excluded(self) -> set[str]:
+        """Nodes that the run leaves out since it was submitted."""
+        return {host for event in self.history()[2] if event["event"] == "requeued" for host in event["exclude"]}
+
     def prepare_data(self) -> Decision | None:
         """On one node, in a process of its own: this one stays small. It takes seconds when the rows lie in the cache already."""
         say("preparing the data")
-        code = self.step(1, ["prepare", str(self.run.recipe)], self.run.path / "logs")
-        if self.taken:
+        return self.have_done("prepare", str(self.run.recipe))
+
+    def have_done(self, *arguments: str) -> Decision | None:
+        """Have one node do `harness ARGUMENTS`. None when that has succeeded."""
+        folder = self.run.path / "logs" / f"{arguments[0]}-{self.owner}"
+        folder.mkdir(exist_ok=True)
+        result = folder / f"{arguments[0]}.json"
+        result.unlink(missing_ok=True)
+        if not self.step(1, ["node", str(self.run.path), "--", *arguments], folder, result.name) or self.taken:
             return self.leave()
-        return None if code == 0 else Decision("stop", "the data could not be prepared; the reason stands above", abs(code))
+        code = json.loads(result.read_text())["code"]
+        if code < 0:
+            return Decision("requeue", f"`harness {arguments[0]}` was ended by {signal.Signals(-code).name}")
+        return None if code == 0 else Decision("stop", f"`harness {arguments[0]}` failed; the reason stands above", code)
 
     # ---- lives
 
@@ -169,22 +229,30 @@ class Allocation:
         return decision
 
     def live_once(self) -> Decision:
+        if not self.wait_until_free():
+            return self.leave()
         attempt = self.run.open_attempt()
         self.lives += 1
         say(f"{attempt.name} begins on {', '.join(self.hosts)}")
-        self.step(len(self.hosts), ["node", str(self.run.path)], attempt)
-        outcome, failure = read_outcome(attempt), None
+        if not self.step(len(self.hosts), ["node", str(self.run.path)], attempt, "*/rank-*.json", "node-*.json"):
+            return self.leave()
+        outcome, failure, reports = read_outcome(attempt), None, node.node_reports(attempt)
         if outcome is None:
-            reports = node.node_reports(attempt)
             code = next((report["code"] for report in reports if report["code"]), 0)
             failure = explain_failure(attempt, code, sum(report["oom_kills"] for report in reports))
         self.look_at_job()
-        if outcome and outcome["outcome"] == "stopped" and outcome["reason"].startswith(FROM_SLURM):
+        asked = self.asked_by_a_person(attempt)
+        if asked and outcome and outcome["outcome"] == "stopped":
+            outcome |= {"reason": asked}
+        if outcome and outcome["outcome"] == "stopped" and is_asked_to_leave(outcome["reason"]):
             self.taken = self.taken or Taken(outcome["reason"])
         if not self.taken:
             self.withdraw_stop()
         fruitless, jobs, _ = self.history()
         decision = decide(outcome, failure, self.taken, self.cluster.restarts, lives_here=self.lives, jobs=jobs, fruitless=fruitless)
+        stuck = [report["host"] for report in reports if report["unended"]]
+        if decision.action == "again" and stuck:
+            decision = Decision("requeue", f"{decision.why}; there are processes on {', '.join(stuck)} that cannot be killed")
         self.ledger().append(
             "life_ended", life=attempt.name, outcome=outcome and outcome["outcome"], then=decision.action, why=decision.why
         )
@@ -192,16 +260,23 @@ class Allocation:
             say(f"\n{failure.text}")
         return decision
 
+    def asked_by_a_person(self, attempt: Path) -> str | None:
+        """Why a person wants the run to stop, though Slurm may have asked first: rank 0 reads the file once, and puts it into its life's
+        folder when it has been obeyed."""
+        requests = [StopRequest.read(file) for file in (attempt / "STOP", self.run.stop)]
+        return next((request.reason for request in requests if request and not is_slurms(request.reason)), None)
+
     def merge(self) -> Decision | None:
         """The last act of a run whose model others go on from."""
+        if not self.submitted["merge"] or is_merged(self.run):
+            return None
         say("merging the adapter into its base")
-        code = self.step(1, ["export", str(self.run.path), "--merge", "--force"], self.run.path / "logs")
-        if self.taken:
-            return self.leave()
-        return None if code == 0 else Decision("stop", "the adapter could not be merged; the reason stands above", abs(code))
+        return self.have_done("export", str(self.run.path), "--merge", "--force")
 
     def leave(self) -> Decision:
-        """Slurm takes the job while no rank is there."""
+        """While no rank is there Slurm takes the job, or starts nothing in it."""
+        if self.taken is None:
+            return Decision("stop", "Slurm does not start what the job asks for; its words stand above", Stopped.exit_code)
         return Decision("stop", self.taken.why, Stopped.exit_code) if self.taken.cancelled else Decision("requeue", self.taken.why)
 
     def history(self) -> tuple[int, int, list[dict]]:
@@ -214,31 +289,71 @@ class Allocation:
 
     # ---- a step, and what may come to the job meanwhile
 
-    def step(self, nodes: int, arguments: list[str], folder: Path, most_s: float = float("inf")) -> int:
-        """Have srun start `harness ARGUMENTS` once on so many nodes, and watch over the job until that has ended. Returns srun's code, which
-        says nothing of a life."""
+    def step(self, nodes: int, arguments: list[str], folder: Path, *traces: str, most_s: float = float("inf")) -> bool:
+        """Have srun start `harness ARGUMENTS` once on so many nodes, and watch over the job until that has ended. Its code says nothing; it
+        has begun when it leaves one of `traces` in `folder`. Where nothing has, Slurm could not start it, and is asked again while it may
+        be away for a moment. False when that was in vain, or the job is taken before."""
+        for pause_s in PAUSES_S:
+            self.step_once(nodes, arguments, folder, most_s)
+            if any(any(folder.glob(trace)) for trace in traces):
+                return True
+            if self.taken:
+                return False
+            say(f"Slurm has started nothing on any node; once more in {pause_s:.0f} s")
+            self.wait(pause_s)
+        return False
+
+    def wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.taken:
+            self.watch()
+            time.sleep(0.2)
+
+    def step_once(self, nodes: int, arguments: list[str], folder: Path, most_s: float) -> None:
         port = free_port(f"{self.owner}.{folder.name}")
         environment = os.environ | {
-            node.ADDRESS: slurm.node_address(self.hosts[0]),
+            node.ADDRESS: self.patiently(lambda: slurm.node_address(self.hosts[0])),
             node.PORT: str(port),
             node.ATTEMPT: str(folder),
             node.OWNER: self.owner,
             node.PROCESSES: str(self.submitted["processes_per_node"]),
             node.GRACE: str(self.grace_s()),
+            node.LEAD: str(self.cluster.signal_lead_s),
             "PYTHONUNBUFFERED": "1",
         }
-        command = node_command(self.cluster, environment["PYTHONPATH"], sys.executable, arguments, self.run.path)
-        argv = srun_command(self.cluster, nodes, command)
+        argv = srun_command(
+            self.cluster,
+            nodes,
+            node_command(self.cluster, code_root(), sys.executable, arguments, self.run.path),
+            environment=["PYTHONPATH", *self.cluster.environment],
+            folders=[code_root(), self.run.path, cache_root(self.recipe.data.cache_dir)],
+            workdir=Path.cwd(),
+        )
         say(f"$ {shlex.join(argv)}")
         begun = time.monotonic()
         process = subprocess.Popen(argv, env=environment)
-        while (code := ended_within(process, 1.0)) is None:
-            self.watch()
-            too_late = self.deadline is not None and time.time() > self.deadline - LEAVE_BEFORE_S
-            if too_late or time.monotonic() - begun > most_s:
-                end_step(process)
-                return process.returncode
-        return code
+        try:
+            while ended_within(process, 1.0) is None:
+                self.watch()
+                too_late = self.deadline is not None and time.time() > self.deadline - LEAVE_BEFORE_S
+                if too_late or time.monotonic() - begun > most_s:
+                    break
+        finally:
+            end_step(process)
+        self.check_owner()
+
+    def patiently(self, ask: Callable[[], Any]) -> Any:
+        """Slurm's controller may be away for minutes, and is asked until it answers, or until this job must go."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return ask()
+            except slurm.NoAnswer as error:
+                late = self.deadline is not None and time.time() > self.deadline - LEAVE_BEFORE_S
+                if late or time.monotonic() > until:
+                    raise
+                say(f"warning: {error}; asked again")
+                time.sleep(2)
 
     def watch(self) -> None:
         while self._signals:
@@ -246,30 +361,48 @@ class Allocation:
             self.look_at_job(number)
         if time.monotonic() - self._looked > LOOK_AT_JOB_EVERY_S:
             self.look_at_job()
+        if time.monotonic() - self._looked_at_owner > node.LOOK_AT_OWNER_EVERY_S:
+            self.check_owner()
         if time.monotonic() - self._commented > COMMENT_EVERY_S:
             self.comment()
+
+    def check_owner(self) -> None:
+        """Raises ClusterError when another job has the run: Slurm has written this one off, though it still runs here."""
+        self._looked_at_owner = time.monotonic()
+        owner = node.read_owner(self.run)
+        if owner != self.owner:
+            raise ClusterError(f"{self.run.path}: the run goes on elsewhere (job {owner}), so this job ({self.owner}) leaves it alone")
 
     def look_at_job(self, number: signal.Signals | None = None) -> None:
         """Ask Slurm whether it takes this job's nodes away; `number` is a signal that says so. The first answer counts."""
         self._looked = time.monotonic()
         job = None
         try:
-            job = slurm.find_job(self.job_id)
+            job = slurm.find_job(self.job_id, patience_s=slurm.SHORT_S)
         except ClusterError as error:
             say(f"warning: {error}")
-        if self.taken:
-            return
         lead_s, now = self.cluster.signal_lead_s, time.time()
+        if self.taken:
+            # Somebody may cancel or requeue it while it saves; at its deadline Slurm ends it anyhow.
+            if job and job.restarts > self.restart:
+                self.taken = Taken("the job was requeued", is_requeued=True)
+            elif job and job.state in ENDING and now < self.deadline - 1 and not is_preempted(job):
+                self.taken = Taken(f"Slurm ends this job (its state is {job.state})", cancelled=True)
+            return
         left_s = job.ends - now if job and job.ends else float("inf")
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now + left_s)) if left_s < float("inf") else ""
-        if job and job.state not in ("RUNNING", "CONFIGURING"):
+        if job and job.restarts > self.restart:
+            self.take(Taken("the job was requeued", is_requeued=True), now + self.grace_s())
+        elif job and job.state in ENDING and is_preempted(job):
+            self.take(Taken("preempted, without any grace"), now + self.grace_s())
+        elif job and job.state in ENDING:
             self.take(Taken(f"Slurm ends this job (its state is {job.state})", cancelled=True), now + self.grace_s())
-        elif job and job.preempted:
+        elif job and is_preempted(job):
             self.take(Taken(f"preempted: the nodes go to another job at {at}"), now + left_s)
-        elif left_s < lead_s or number in (signal.SIGUSR1, signal.SIGUSR2) and left_s < lead_s + SLURMS_SLACK_S:
+        elif left_s < lead_s or number in USERS_SIGNALS and left_s < lead_s + SLURMS_SLACK_S:
             self.take(Taken(f"time limit: the job ends at {at}"), now + left_s)
         elif number:
-            self.take(Taken(f"{number.name} to the job"), now + lead_s)
+            self.take(Taken(f"{number.name} to the job"), now + (lead_s if number in USERS_SIGNALS else self.grace_s()))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - one allocation lives as long as its process
     def grace_s(self) -> float:
@@ -308,48 +441,65 @@ class Allocation:
             return self.requeue(decision)
         self.comment(f"{decision.action}: {decision.why}")
         if decision.action == "stop":
-            say(f"stopped: {decision.why}\n{place(last_commit(self.run))}; when the cause is gone: harness submit {self.run.path}")
+            self.ledger().append("gave_up", job=self.job_id, why=decision.why, exit_code=decision.exit_code)
+            say(f"stopped: {decision.why}\n{place(last_commit(self.run))}; when the cause is gone: {self.to_go_on}")
         else:
             say(decision.why)
         return decision.exit_code
 
     def requeue(self, decision: Decision) -> int:
-        """By scontrol, which ends this process; by a successor where that is forbidden, or when a node is to be left out."""
+        """By scontrol; by a successor where that is forbidden, or when a node is to be left out. Then to leave at once lets Slurm have the
+        nodes, and count the time until the job may begin again, KillWait sooner."""
         by = self.cluster.restarts.by
         self.ledger().append("requeued", job=self.job_id, why=decision.why, exclude=list(decision.exclude))
         say(f"requeued: {decision.why}; {place(last_commit(self.run))}")
+        if self.taken and self.taken.is_requeued:
+            return Stopped.exit_code
         if by != "successor" and not decision.exclude:
             try:
-                slurm.requeue_job(self.job_id)
-                time.sleep(REQUEUED_WITHIN_S)
-                say(
-                    f"stopped: Slurm has taken the requeue of job {self.job_id} and not ended it; submit it again: harness submit {self.run.path}"
-                )
+                self.patiently(lambda: slurm.requeue_job(self.job_id))
                 return Stopped.exit_code
             except ClusterError as error:
+                if self.is_requeued():
+                    # Slurm obeyed, and could not say so.
+                    return Stopped.exit_code
                 if by == "scontrol":
-                    say(f"stopped: {error}\nrestarts.by: successor needs no scontrol; to go on: harness submit {self.run.path}")
+                    say(f"stopped: {error}\nrestarts.by: successor needs no scontrol; to go on: {self.to_go_on}")
                     return Stopped.exit_code
                 say(f"warning: {error}")
         return self.succeed(decision)
 
+    def is_requeued(self) -> bool:
+        with contextlib.suppress(ClusterError):
+            job = slurm.find_job(self.job_id)
+            return job is not None and job.restarts > self.restart
+        return False
+
     def succeed(self, decision: Decision) -> int:
         """Send the script again, to begin when this job has ended, and have those wait for it that wait for this one."""
-        exclude = ",".join([*self.cluster.exclude, *decision.exclude])
+        exclude = ",".join([*self.cluster.exclude, *sorted(self.excluded() | set(decision.exclude))])
+        flags = [f"--dependency=afterany:{self.job_id}", *([f"--exclude={exclude}"] if exclude else [])]
         try:
-            job_id = slurm.submit_script(
-                self.run.path / "job.sbatch", f"--dependency=afterany:{self.job_id}", *([f"--exclude={exclude}"] if exclude else [])
-            )
+            job_id = self.patiently(lambda: slurm.submit_script(self.run.path / "job.sbatch", *flags))
         except ClusterError as error:
-            say(f"stopped: no successor could be sent: {error}\nto go on, from where sbatch works: harness submit {self.run.path}")
+            say(f"stopped: no successor could be sent: {error}\nto go on, from where sbatch works: {self.to_go_on}")
             return Stopped.exit_code
         note_job(self.run, job_id, decision.why)
         hand_on_waiting(self.job_id, job_id)
         say(f"job {job_id} takes the run over" + (f", without {', '.join(decision.exclude)}" if decision.exclude else ""))
         return Stopped.exit_code
 
+    @property
+    def to_go_on(self) -> str:
+        return f"harness submit {shlex.quote(str(self.run.path))}"
+
     def ledger(self) -> Ledger:
         return Ledger(self.run.ledger, (self.run.attempts() or [None])[-1])
+
+
+def is_preempted(job: slurm.SlurmJob) -> bool:
+    """In its present life, that is."""
+    return job.preempted is not None and job.preempted >= (job.started or 0)
 
 
 def free_port(seed: str) -> int:
@@ -365,7 +515,7 @@ def free_port(seed: str) -> int:
 
 
 def end_step(srun: subprocess.Popen) -> None:
-    """srun ends its step when it is told to end."""
+    """Nothing where the step has ended."""
     srun.terminate()
     if ended_within(srun, ENDS_WITHIN_S) is None:
         srun.kill()

@@ -89,7 +89,7 @@ def build_elements(
     for index, recipe in enumerate(recipes):
         first = first_like.setdefault(render_recipe(recipe), index)
         if first != index:
-            raise RecipeError(f"--array: {' '.join(points[first])} and {' '.join(points[index])} are the same run; leave one of them out")
+            raise RecipeError(f"array: {' '.join(points[first])} and {' '.join(points[index])} are the same run; leave one of them out")
     names = element_names(axes)
     return [_placed(recipe, folder / name, group or folder.name) for recipe, name in zip(recipes, names, strict=True)]
 
@@ -99,11 +99,11 @@ def check_axes(overrides: list[str], axes: list[Axis]) -> None:
     seen: set[str] = set()
     for axis in axes:
         if axis.key == "output_dir":
-            raise RecipeError("--array output_dir: each element has a folder of its own below output_dir; leave it out")
+            raise RecipeError("array output_dir: each element has a folder of its own below output_dir; leave it out")
         if axis.key in seen:
-            raise RecipeError(f"--array {axis.key}: stands twice; write all of its values in one")
+            raise RecipeError(f"array {axis.key}: stands twice; write all of its values in one")
         if axis.key in given:
-            raise RecipeError(f"--array {axis.key}: {axis.key} is also set to one value; remove that, or the array")
+            raise RecipeError(f"array {axis.key}: {axis.key} is also set to one value; remove that, or the array")
         seen.add(axis.key)
 
 
@@ -150,11 +150,6 @@ class Array:
         return [index for index, one in enumerate(self.elements) if one.fresh or not is_finished(one.run, one.recipe, one.merge)]
 
 
-def build_array(recipes: Iterable[Recipe], like: Submission, at_once: int | None) -> Array:
-    """`like` says everything but the recipe."""
-    return Array(tuple(replace(like, recipe=recipe) for recipe in recipes), at_once)
-
-
 def render(array: Array) -> str:
     """The script, after everything was checked that can be without a folder."""
     check_array(array)
@@ -170,12 +165,16 @@ def submit(array: Array) -> str:
 
 def check_array(array: Array) -> None:
     """Raises a HarnessError that says what is wrong with the array, or with the first element with which something is."""
-    check_place(array)
     check_are_free(array.runs)
-    unfinished = array.unfinished()
-    if not unfinished:
+    if not array.unfinished():
         raise LaunchError(f"{array.folder}: all {len(array.elements)} runs of this array are complete; --fresh begins them again")
-    for index in unfinished:
+    check_can_begin_array(array)
+
+
+def check_can_begin_array(array: Array) -> None:
+    """What does not depend on whether the array is done or lives."""
+    check_place(array)
+    for index in array.unfinished():
         check_can_begin(array.elements[index])
 
 
@@ -219,10 +218,10 @@ def render_script(array: Array) -> str:
     return render_array(replace(job, name=array.folder.name, run=array.folder), tuple(run.path for run in array.runs), array.at_once)
 
 
-def load_array(folder: Path) -> tuple[list[Path], int | None]:
-    """The recipes of an array that was sent before, and how many of its runs there are at a time."""
+def load_array(folder: Path) -> tuple[list[RunDir], int | None]:
+    """The runs of an array that was sent before, and how many of them there are at a time."""
     content = read_array(folder)
-    return [RunDir(folder / name).recipe for name in content["runs"]], content["at_once"]
+    return [RunDir(folder / name) for name in content["runs"]], content["at_once"]
 
 
 def read_array(folder: Path) -> dict:

@@ -3,6 +3,7 @@
 Each node tries itself (`check_node`) and writes what it found. The job's first process puts that together (`judge`), because whose version
 is the odd one, and who kept the others waiting, no node can know alone.
 
+    FOLDER/begun-I         node I has begun: its minute counts from when all have
     FOLDER/node-I.json     of node I: its versions, its findings, how far its processes came and how fast they summed, what it saw of the
                            folders that all must share
     FOLDER/probe-R.log     what the process of rank R said (harness.cluster.probe)
@@ -15,6 +16,7 @@ everywhere (a recipe, a full disk, a folder that is not shared) is nobody's.
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -42,13 +44,15 @@ from harness.cluster.space import check_space, gib
 from harness.life import noted_signals
 from harness.recipe import Recipe, load
 from harness.resources import cache_root
-from harness.run import LIBRARIES, git_commit, write_text_atomically
+from harness.run import LIBRARIES, write_text_atomically
 from harness.watchdog import follow_parent
 
-__all__ = ["DEADLINE_S", "Finding", "check_node", "judge", "render_findings"]
+__all__ = ["DEADLINE_S", "START_S", "Finding", "check_node", "judge", "render_findings"]
 
+START_S = 600.0
+"""A prolog, the pull of an image and a cold disk come before the first line of ours; nodes wait so long for one another."""
 DEADLINE_S = 60.0
-"""For all nodes, from srun's start to its end."""
+"""For all nodes, from when all have begun."""
 PROBES_S, JOIN_S, FOLDERS_S = 40.0, 25.0, 8.0
 """Within that: a node's processes; one's wait for the others; the folders."""
 POLL_S = 0.05
@@ -64,7 +68,6 @@ GPU_SHARE_IN_USE = 0.15
 def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: int, address: str, port: int, processes: int) -> int:
     """Try this node, number `index` of `count` with `processes` ranks each, and write FOLDER/node-INDEX.json. Rank 0 is met at
     address:port. Returns 0 whatever was found: at anything else srun would end the checks of the other nodes."""
-    begun = time.monotonic()
     host, recipe = os.environ.get("SLURMD_NODENAME") or platform.node(), load(run / "recipe.yaml")
     shared = shared_folders(run, recipe, cluster, folder)
     on_gpu = cluster.gpus_per_node > 0
@@ -82,6 +85,8 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
         for local in range(local_ranks)
     ]
     with noted_signals() as signals:
+        wait_for_all(folder, index, count, signals)
+        begun = time.monotonic()
         planted = within(FOLDERS_S, {each.path: each.plant_token for each in shared}) if index == 0 else {}
         with probing(plans) as probes:
             facts = versions()
@@ -105,9 +110,17 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
     return 0
 
 
+def wait_for_all(folder: Path, index: int, count: int, signals: list) -> None:
+    """Until every node has begun, or has had START_S for it."""
+    write_text_atomically(folder / f"begun-{index}", "")
+    deadline = time.monotonic() + START_S
+    while sum(1 for _ in folder.glob("begun-*")) < count and not signals and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
 def versions() -> dict[str, str]:
     """Of everything that must be the same on all nodes."""
-    found = {"python": platform.python_version(), "harness": harness.__version__, "code": git_commit() or "installed"}
+    found = {"python": platform.python_version(), "harness": f"{harness.__version__} (files {source_digest()})"}
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -115,6 +128,14 @@ def versions() -> dict[str, str]:
             found[name] = "missing"
     found["CUDA driver"] = cuda_driver()
     return found
+
+
+def source_digest() -> str:
+    """Of the code that runs here: a commit would not tell of what was changed since, nor of a node without git."""
+    digest, package = hashlib.sha256(), Path(harness.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def cuda_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str:
@@ -234,11 +255,9 @@ def judge(folder: Path, hosts: tuple[str, ...], cluster: Cluster) -> list[Findin
 def find_missing(hosts: tuple[str, ...], reports: list[dict]) -> list[Finding]:
     """Nodes that died, hang, or cannot reach the run folder. When none has reported, the cause is no node's."""
     reported = {report["host"] for report in reports}
-    remedy = "its power, its network, its disks or its Python: what srun said of it stands above"
+    what = "wrote no report: it died, it hangs, or it does not see the run folder"
     return [
-        Finding(host, "fail", f"wrote no report within {DEADLINE_S:.0f} s", remedy, blames_node=bool(reports))
-        for host in hosts
-        if host not in reported
+        Finding(host, "fail", what, "srun may have said more, above", blames_node=bool(reports)) for host in hosts if host not in reported
     ]
 
 

@@ -277,7 +277,7 @@ def _setup_rules(cluster: Cluster) -> Iterator[str]:
             continue
         # Bash itself says nothing about a backslash at the end, and of an unfinished here-document it only warns.
         said = subprocess.run(["bash", "-n"], input=entry, capture_output=True, text=True).stderr.strip()
-        if said or entry.rstrip("\n").endswith("\\"):
+        if said or entry.endswith("\\"):
             reason = said.splitlines()[0] if said else "it ends in a backslash"
             yield f"setup.{number} = {json.dumps(entry)}; is not complete by itself ({reason}); write several lines as one entry, after |"
 

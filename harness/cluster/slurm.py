@@ -21,9 +21,11 @@ from pathlib import Path
 
 from harness.errors import ClusterError
 
+SHORT_S = 10.0
+"""Where somebody waits who has little time."""
 COMMAND_S = 60.0
 """Slurm's own patience with a controller that does not answer is 10 s, and 100 s on some large sites."""
-IGNORED_VARIABLES = ("SQUEUE_", "SINFO_", "SBATCH_", "SCANCEL_")
+IGNORED_VARIABLES = ("SQUEUE_", "SINFO_", "SBATCH_", "SCANCEL_", "SLURM_CLUSTERS")
 ENDED = {
     "BOOT_FAIL",
     "CANCELLED",
@@ -39,8 +41,9 @@ ENDED = {
 """The states that a job does not leave again. In COMPLETING its last processes are being ended, and it may yet be requeued."""
 USABLE = {"allocated", "completing", "idle", "mixed", "planned"}
 """The states in which a node takes jobs, now or when those that it has are done."""
+NO_ANSWER = r"contact slurm controller|timed out|Connection refused|Unexpected message received|Zero Bytes were transmitted"
 REMEDIES = (
-    (r"contact slurm controller|timed out|Connection refused", "Slurm's controller does not answer: `scontrol ping` says whether it is up"),
+    (NO_ANSWER, "Slurm's controller does not answer: `scontrol ping` says whether it is up"),
     (r"process configuration|ClusterName", "Slurm's configuration is not found: set SLURM_CONF, or go where Slurm is set up"),
     (r"[Ii]nvalid partition", "`harness nodes` lists the partitions; name one as `partition:` in the cluster file"),
     (r"[Aa]ccount", "set `account:` in the cluster file to one that you may use (`sacctmgr show associations user=$USER` lists them)"),
@@ -54,6 +57,10 @@ REMEDIES = (
     (r"denied|permission", "the job belongs to somebody else, or users may not do this here"),
 )
 """What to do, by the first pattern that is in what a command said."""
+
+
+class NoAnswer(ClusterError):
+    """Slurm's controller does not answer; it may in a minute."""
 
 
 # ---- jobs
@@ -98,13 +105,13 @@ def submit_script(script: Path, *arguments: str) -> str:
     return last
 
 
-def find_job(job_id: str) -> SlurmJob | None:
+def find_job(job_id: str, patience_s: float | None = None) -> SlurmJob | None:
     """None when Slurm no longer knows it (it forgets a job some minutes after its end: MinJobAge). Also by the id of its own that an
     element of an array has; the elements of a whole array are `list_jobs([id])`."""
-    return next(iter(list_jobs([job_id]).values()), None)
+    return next(iter(list_jobs([job_id], patience_s).values()), None)
 
 
-def list_jobs(job_ids: Iterable[str] | None = None) -> dict[str, SlurmJob]:
+def list_jobs(job_ids: Iterable[str] | None = None, patience_s: float | None = None) -> dict[str, SlurmJob]:
     """The jobs with these ids, by id, ended ones included as long as Slurm knows them; without ids all of this user. One call of squeue,
     however many they are. The id of an array stands for all its elements."""
     asked = None if job_ids is None else list(job_ids)
@@ -113,7 +120,9 @@ def list_jobs(job_ids: Iterable[str] | None = None) -> dict[str, SlurmJob]:
     whose = ["--user", str(os.getuid())] if asked is None else ["--jobs", ",".join(asked)]
     try:
         # --array: without it pending elements come as one line, `123_[4-9%2]`.
-        said = _run("squeue", "--noheader", "--array", "--states=all", *whose, "--Format", _format(_JOB_COLUMNS)).stdout
+        said = _run(
+            "squeue", "--noheader", "--array", "--states=all", *whose, "--Format", _format(_JOB_COLUMNS), patience_s=patience_s
+        ).stdout
     except ClusterError as error:
         # Of several it leaves out those that it does not know, of one it complains.
         if asked and "Invalid job id specified" in str(error):
@@ -206,8 +215,8 @@ def requeue_job(job_id: str) -> None:
 
 
 def comment_job(job_id: str, text: str) -> None:
-    """Set the comment that squeue shows, in one line. Slurm refuses it for a job that has ended."""
-    _run("scontrol", "update", f"JobId={job_id}", f"Comment={re.sub(CONTROL, ' ', text)}")
+    """Set the comment that squeue shows, in one line. Slurm refuses it for a job that has ended. Worth no wait."""
+    _run("scontrol", "update", f"JobId={job_id}", f"Comment={re.sub(CONTROL, ' ', text)}", patience_s=SHORT_S)
 
 
 def depend_on(job_id: str, dependency: str) -> None:
@@ -344,18 +353,19 @@ def kill_wait_s() -> int:
 # ---- running a command
 
 
-def _run(*argv: str) -> subprocess.CompletedProcess[str]:
+def _run(*argv: str, patience_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    patience_s = patience_s or COMMAND_S
     environment = {name: value for name, value in os.environ.items() if not name.startswith(IGNORED_VARIABLES)}
     environment |= {"LC_ALL": "C", "SLURM_TIME_FORMAT": "%s"}
     try:
         done = subprocess.run(
-            argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=COMMAND_S
+            argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=patience_s
         )
     except FileNotFoundError:
         raise ClusterError(f"{argv[0]} is not on PATH; run this where Slurm's commands are, such as the login node") from None
     except subprocess.TimeoutExpired:
-        raise ClusterError(
-            f"{argv[0]}: no answer within {COMMAND_S:.0f} s, and it may have been obeyed nonetheless: look into squeue before you ask "
+        raise NoAnswer(
+            f"{argv[0]}: no answer within {patience_s:.0f} s, and it may have been obeyed nonetheless: look into squeue before you ask "
             "again; `scontrol ping` says whether Slurm's controller is up"
         ) from None
     except OSError as error:
@@ -364,5 +374,6 @@ def _run(*argv: str) -> subprocess.CompletedProcess[str]:
         lines = [line.removeprefix(f"{argv[0]}: error: ").strip() for line in (done.stderr or done.stdout).splitlines()]
         said = "; ".join(filter(None, lines)) or f"left with {done.returncode} and said nothing"
         remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, said)), f"the command was: {shlex.join(argv)}")
-        raise ClusterError(f"{argv[0]}: {said}; {remedy}")
+        kind = NoAnswer if re.search(NO_ANSWER, said) else ClusterError
+        raise kind(f"{argv[0]}: {said}; {remedy}")
     return done

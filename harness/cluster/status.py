@@ -86,7 +86,8 @@ class RunStatus:
     @property
     def go_on(self) -> str:
         """The command that has the run go on after it has ended."""
-        return f"harness submit {shlex.quote(str(self.run))}" if self.job else f"harness run {shlex.quote(f'{self.run}/recipe.yaml')}"
+        sent = self.job or (self.run / JOB).is_file()
+        return f"harness submit {shlex.quote(str(self.run))}" if sent else f"harness run {shlex.quote(f'{self.run}/recipe.yaml')}"
 
     @property
     def left_s(self) -> float | None:
@@ -137,10 +138,16 @@ def _judge(run: RunDir, job_id: str | None, job: SlurmJob | None, life: Path | N
         return _judge_living(run, job, life, events)
     if job_id is None and is_held(run):
         return RunStatus(run.path, "running", phase=_phase(life) or "starting")
-    if outcome and outcome["outcome"] == "done":
+    if (outcome or {}).get("outcome") == "done" or was_done_by_hand(run):
         return RunStatus(run.path, "done")
     if unasked:
         return RunStatus(run.path, "unknown", unasked)
+    gave_up = next((event for event in reversed(events) if event["event"] in ("gave_up", "job_began", "submitted")), None)
+    if gave_up and gave_up["event"] == "gave_up" and not (job and job.state == "CANCELLED"):
+        # The job's own words; Slurm's are gone within minutes.
+        stopped = gave_up["exit_code"] == Stopped.exit_code
+        blamed = _failed(run, life).log if life and not stopped and rank_reports(life, "errors") else None
+        return RunStatus(run.path, "stopped" if stopped else "failed", gave_up["why"], log=blamed)
     if job and job.state == "CANCELLED":
         return RunStatus(run.path, "cancelled", f"job {job.id} was cancelled")
     if outcome and outcome["outcome"] == "stopped":
@@ -154,6 +161,9 @@ def _judge(run: RunDir, job_id: str | None, job: SlurmJob | None, life: Path | N
         return RunStatus(run.path, "failed", outcome["reason"])
     if job_id is None:
         return RunStatus(run.path, "new", "no life has begun")
+    if job is None and _job_began(events) is None:
+        # Cancelled while it waited, or because what it waited for failed; of an array's element Slurm forgets that at once.
+        return RunStatus(run.path, "cancelled", f"Slurm no longer knows job {job_id}, which never began")
     if job is None:
         return RunStatus(run.path, "lost", f"Slurm no longer knows job {job_id}, and nothing says how it ended")
     ended = f"job {job.id} ended: {job.state}" + (f", {job.reason}" if job.reason else "")
@@ -186,6 +196,12 @@ def _failed(run: RunDir, life: Path) -> RunStatus:
     return RunStatus(run.path, "failed", failure.summary, log=life / f"rank-{blamed[1]}.log")
 
 
+def was_done_by_hand(run: RunDir) -> bool:
+    """Whether the last life, though of no job, went to the end: a `harness run` where the job never came to it."""
+    last = read_outcome(run.last_attempt())
+    return last is not None and last["outcome"] == "done" and run.final.is_dir()
+
+
 def is_held(run: RunDir) -> bool:
     """Whether a process has the run's lock: a `harness run`, or a job of it."""
     with contextlib.suppress(OSError), open(run.path / LOCK) as lock:
@@ -200,10 +216,16 @@ def life_of(run: RunDir, job_id: str | None, events: list[dict]) -> Path | None:
     """The folder of the last life, if that belongs to the run's present job; None while that has begun none."""
     last = run.attempts()[-1:]
     if job_id is not None and last:
-        begun = next((event for event in reversed(events) if event["event"] in ("job_began", "submitted")), None)
-        if begun is None or begun["event"] == "submitted" or last[0] <= (begun["attempt"] or 0):
+        begun = _job_began(events)
+        if begun is None or last[0] <= (begun["attempt"] or 0):
             return None
     return run.attempt(last[0]) if last else None
+
+
+def _job_began(events: list[dict]) -> dict | None:
+    """The last begin of the run's job since it was submitted."""
+    last = next((event for event in reversed(events) if event["event"] in ("job_began", "submitted")), None)
+    return last if last and last["event"] == "job_began" else None
 
 
 def _requeues(events: list[dict]) -> int:
@@ -345,6 +367,9 @@ def progress_line(run: RunDir) -> str:
 def find_runs(asked: str, root: Path) -> list[RunDir]:
     """The runs that `asked` means: a run folder; a folder of runs, such as an array's or a pipeline's; a job's id; or `all` below `root`.
     By name. Raises LaunchError where there is none."""
+    if not asked.strip():
+        # An unset variable of a shell must not mean everything below this folder.
+        raise LaunchError("an empty name: no run; give a run folder, a folder of runs, the id of a job, or `all`")
     path = root if asked == "all" else Path(asked).expanduser()
     if path.is_dir():
         runs, missing = list(_runs_below(path)), "holds no run; give a run folder such as runs/first, or a folder in which there are some"

@@ -11,6 +11,7 @@ The promise: one job at a time works in a run folder. A second submit while one 
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from harness.launcher import Machines, check_device, plan_launch
 from harness.model.export import MANIFEST
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
+from harness.resources import code_root
 from harness.run import RunDir, git_commit, is_complete, write_text_atomically
 
 SCRIPT, CLUSTER, JOB, DIFF = "job.sbatch", "cluster.yaml", "job.json", "code.diff"
@@ -70,7 +72,7 @@ class Submission:
             nodes=self.nodes,
             time=self.cluster.time,
             python=self.cluster.python or sys.executable,
-            package_root=str(Path(harness.__file__).resolve().parents[1]),
+            package_root=code_root(),
             recipe=self.source,
             exported=tuple(name for name in self.cluster.environment if name in os.environ),
         )
@@ -85,10 +87,8 @@ def render(submission: Submission) -> str:
 def submit(submission: Submission) -> str:
     """Check, make the run folder, send the script. Returns the job's id."""
     check_submission(submission)
-    run = save_submission(submission)
-    job_id = slurm.submit_script(run.path / SCRIPT, f"--chdir={os.getcwd()}", *dependency_flags(submission.after))
-    note_job(run, job_id, "submitted")
-    return job_id
+    save_submission(submission)
+    return send_submission(submission)
 
 
 # ---- what can be wrong
@@ -106,9 +106,10 @@ def check_submission(submission: Submission) -> None:
 def check_are_free(runs: Iterable[RunDir]) -> None:
     """Raises LaunchError while a job of one of these runs lives in Slurm."""
     for run, job in live_jobs(runs):
+        name = shlex.quote(str(run.path))
         raise LaunchError(
-            f"{run.path}: job {job.id} of this run lives ({job.state}); watch it with `harness status {run.path}`, "
-            f"or end it with `harness cancel {run.path} --save`, or choose another output_dir"
+            f"{run.path}: job {job.id} of this run lives ({job.state}); watch it with `harness status {name}`, "
+            f"or end it with `harness cancel {name} --save`, or choose another output_dir"
         )
 
 
@@ -164,7 +165,7 @@ def check_inputs(recipe: Recipe, awaited: tuple[str, ...] = ()) -> None:
 # ---- what is written and sent
 
 
-def save_submission(submission: Submission) -> RunDir:
+def save_submission(submission: Submission) -> None:
     """Make the run folder, with everything that its job reads."""
     run = RunDir.create(submission.recipe, fresh=submission.fresh)
     diff = code_changes()
@@ -186,7 +187,14 @@ def save_submission(submission: Submission) -> RunDir:
         write_text_atomically(run.path / DIFF, diff)
     write_job(run, content)
     Ledger(run.ledger, None).append("submitted", last_attempt=(run.attempts() or [0])[-1])
-    return run
+
+
+def send_submission(submission: Submission) -> str:
+    """Send what `save_submission` has made. Returns the job's id."""
+    run = submission.run
+    job_id = slurm.submit_script(run.path / SCRIPT, f"--chdir={os.getcwd()}", *dependency_flags(submission.after))
+    note_job(run, job_id, "submitted")
+    return job_id
 
 
 def dependency_flags(after: Iterable[str]) -> list[str]:

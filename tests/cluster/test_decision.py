@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.cluster.decision import Taken, decide, fruitless_lives
+from harness.cluster.decision import Taken, decide, fruitless_lives, is_asked_to_leave, is_slurms
 from harness.cluster.schema import Restarts
 from harness.failures import Failure
 
@@ -23,10 +23,17 @@ def ended(outcome, step=7, reason="why"):
         (ended("done"), None, None, {}, "done", 0, "complete"),
         # That it was also to be taken away, or got nowhere before, is no matter once it is done.
         (ended("done"), None, LIMIT, {"fruitless": 9, "jobs": 99}, "done", 0, "complete"),
-        (ended("stopped"), None, LIMIT, {}, "requeue", 0, "time limit"),
-        (ended("stopped"), None, LIMIT, {"lives_here": 99}, "requeue", 0, "time limit"),
+        (ended("stopped", reason="slurm: why"), None, LIMIT, {}, "requeue", 0, "time limit"),
+        (ended("stopped", reason="slurm: why"), None, LIMIT, {"lives_here": 99}, "requeue", 0, "time limit"),
         (ended("stopped", reason="cancel: asked by me"), None, None, {}, "stop", 75, "step 7: cancel: asked by me"),
-        (ended("stopped"), None, CANCELLED, {}, "stop", 75, "cancelled"),
+        # A person's word counts, whatever Slurm does meanwhile.
+        (ended("stopped", reason="cancel: asked by me"), None, LIMIT, {}, "stop", 75, "cancel: asked by me"),
+        # What reaches ranks themselves under proctrack/linuxproc.
+        (ended("stopped", reason="SIGTERM"), None, LIMIT, {}, "requeue", 0, "time limit"),
+        # srun ended the step, and Slurm knows of nothing.
+        (ended("stopped", reason="SIGTERM"), None, None, {}, "again", 0, "SIGTERM"),
+        (ended("stopped", reason="slurm: SIGTERM on r1"), None, None, {"lives_here": 3}, "requeue", 0, "SIGTERM on r1"),
+        (ended("stopped", reason="slurm: why"), None, CANCELLED, {}, "stop", 75, "cancelled"),
         (None, KILLED, CANCELLED, {}, "stop", 75, "cancelled"),
         (None, KILLED, LIMIT, {}, "requeue", 0, "time limit"),
         (None, KILLED, None, {}, "again", 0, "ended without an error of its own"),
@@ -37,9 +44,12 @@ def ended(outcome, step=7, reason="why"):
         (None, BUG, LIMIT, {}, "stop", 1, "KeyError: 'labels'"),
         (None, BAD_RECIPE, None, {}, "stop", 2, "rows.jsonl:7"),
         (None, KILLED, None, {"fruitless": 3}, "stop", 1, "3 lives in a row ended without a newer checkpoint"),
+        (ended("stopped", step=0, reason="slurm: why"), None, LIMIT, {"fruitless": 3}, "stop", 1, "3 lives in a row"),
         (None, KILLED, None, {"fruitless": 2}, "again", 0, ""),
-        (ended("stopped"), None, LIMIT, {"jobs": 5}, "requeue", 0, "time limit"),
-        (ended("stopped"), None, LIMIT, {"jobs": 6}, "stop", 75, "requeued 5 times, and restarts.max_restarts is 5"),
+        # What keeps it may be this node.
+        (None, KILLED, None, {"fruitless": 2, "lives_here": 2}, "requeue", 0, "2 lives in a row got nowhere on these nodes"),
+        (ended("stopped", reason="slurm: why"), None, LIMIT, {"jobs": 5}, "requeue", 0, "time limit"),
+        (ended("stopped", reason="slurm: why"), None, LIMIT, {"jobs": 6}, "stop", 75, "requeued 5 times, and restarts.max_restarts is 5"),
         (None, KILLED, None, {"jobs": 6, "lives_here": 3}, "stop", 1, "max_restarts is 5"),
     ],
 )
@@ -47,6 +57,12 @@ def test_the_end_of_a_life_has_its_consequence(outcome, failure, taken, counts, 
     counts = {"lives_here": 1, "jobs": 1, "fruitless": 0} | counts
     decision = decide(outcome, failure, taken, RESTARTS, **counts)
     assert (decision.action, decision.exit_code) == (action, code) and why in decision.why
+
+
+def test_whose_signal_it_was_is_read_from_the_reason():
+    assert is_asked_to_leave("SIGUSR1") and is_asked_to_leave("slurm: SIGUSR2 on r1")
+    assert not is_asked_to_leave("slurm: SIGTERM on r1") and not is_asked_to_leave("cancel: no SIGUSR1 came")
+    assert not is_slurms("cancel: asked by me") and is_slurms("slurm: time limit")
 
 
 def test_without_restarts_in_the_allocation_the_first_death_is_requeued():
@@ -63,5 +79,5 @@ def test_lives_in_a_row_without_a_newer_commit_are_counted_from_the_ledger():
     assert fruitless_lives([1, 2, 3], [committed(1, 5), committed(3, 6)]) == 0
     # After a rollback the same steps are committed again: that brings nobody on.
     assert fruitless_lives([1, 2, 3], [committed(1, 5), committed(1, 9), committed(2, 7), committed(3, 9)]) == 2
-    # Who was told to leave, and left, had no chance.
-    assert fruitless_lives([1, 2, 3], [committed(1, 5), {"event": "stopped", "attempt": 2, "step": 5}]) == 1
+    # A time limit that is shorter than the loading would go on for ever.
+    assert fruitless_lives([1, 2, 3], [committed(1, 5), {"event": "stopped", "attempt": 2, "step": 5}]) == 2

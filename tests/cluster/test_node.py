@@ -10,10 +10,10 @@ import time
 import pytest
 
 from harness.cluster import node
-from harness.cluster.node import KILL_BEFORE_S, PEER_FAILED_S, Step, Watch, node_reports, write_owner
+from harness.cluster.node import KILL_BEFORE_S, LAUNCHER_LEAVES_WITHIN_S, PEER_FAILED_S, Step, Watch, node_reports, write_owner
 from harness.errors import ClusterError
 from harness.launcher import Machines
-from harness.run import RunDir, StopRequest, write_text_atomically
+from harness.run import RunDir, StopRequest, write_outcome, write_text_atomically
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def run(tmp_path):
 
 
 def watch_of(run, *signals, grace_s=30.0, index=0):
-    return Watch(run, Step(Machines(1, 2, index, "a", 1), run.attempt(1), "7.0", grace_s), list(signals))
+    return Watch(run, Step(Machines(1, 2, index, "a", 1), run.attempt(1), "7.0", grace_s, 10 * grace_s), list(signals))
 
 
 def report_failure(run, index):
@@ -38,7 +38,8 @@ def test_a_signal_becomes_the_stop_file_with_a_deadline_and_nothing_is_ended(run
     assert watch_of(run, number, number, grace_s=100)(time.monotonic()) is None
     request = StopRequest.read(run.stop)
     assert request.reason == f"slurm: {number.name} on {os.uname().nodename}"
-    assert request.deadline == pytest.approx(time.time() + 100, abs=2)
+    # After SIGTERM Slurm kills; what a user sends is a request.
+    assert request.deadline == pytest.approx(time.time() + (100 if number == signal.SIGTERM else 1000), abs=2)
 
 
 def test_ranks_are_ended_shortly_before_the_deadline_and_not_sooner(run):
@@ -76,6 +77,27 @@ def test_a_run_that_goes_on_elsewhere_is_left_within_seconds(run):
     assert watch(now + 12) == "the run goes on elsewhere (job 7.1)"
 
 
+def test_a_launcher_that_waits_for_a_dead_one_does_not_wait_for_long(run):
+    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (run.attempt(1) / "alive").mkdir()
+    (run.attempt(1) / "alive" / "rank-0.json").write_text(json.dumps({"rank": 0, "pid": rank.pid, "time": 0}))
+    watch, now = watch_of(run), time.monotonic()
+    write_outcome(run.attempt(1), "stopped", step=5, checkpoint=5, reason="slurm: time limit")
+    # It may still have to send what W&B has gathered.
+    assert watch(now) is None and watch(now + 100) is None
+    rank.kill()
+    rank.wait()
+    assert watch(now) is None and watch(now + LAUNCHER_LEAVES_WITHIN_S - 1) is None
+    assert watch(now + LAUNCHER_LEAVES_WITHIN_S + 1) == "its ranks have left, and their launcher has not"
+
+
+def test_ranks_that_are_gone_before_the_run_has_said_how_it_ended_are_their_launchers_matter(run):
+    (run.attempt(1) / "alive").mkdir()
+    (run.attempt(1) / "alive" / "rank-0.json").write_text(json.dumps({"rank": 0, "pid": 2**22 + 1, "time": 0}))
+    watch, now = watch_of(run), time.monotonic()
+    assert watch(now) is None and watch(now + 100) is None
+
+
 def test_a_full_disk_keeps_the_shim_from_nothing_else(run, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(28, "No space left on device")
@@ -83,6 +105,27 @@ def test_a_full_disk_keeps_the_shim_from_nothing_else(run, monkeypatch, capsys):
     monkeypatch.setattr(StopRequest, "write", refuse)
     assert watch_of(run, signal.SIGTERM)(time.monotonic()) is None
     assert "No space left on device" in capsys.readouterr().err
+
+
+STEP = {
+    node.ADDRESS: "r1",
+    node.PORT: "20001",
+    node.OWNER: "7.0",
+    node.PROCESSES: "4",
+    node.GRACE: "30",
+    node.LEAD: "300",
+    "SLURM_NODEID": "1",
+    "SLURM_NNODES": "2",
+}
+
+
+def test_a_shim_that_comes_too_late_starts_nothing(run, monkeypatch, capsys):
+    for name, value in (STEP | {node.ATTEMPT: str(run.attempt(1))}).items():
+        monkeypatch.setenv(name, value)
+    write_owner(run, "7.1")
+    assert node.live_on_node(run) == 1
+    assert "the run goes on elsewhere (job 7.1), so nothing is started here" in capsys.readouterr().err
+    assert node.are_nodes_free(run)
 
 
 def test_outside_a_step_the_shim_says_who_starts_it():
@@ -97,16 +140,7 @@ def test_reports_come_in_the_order_in_which_nodes_ended(run):
 
 
 def test_a_step_knows_its_place_from_slurm_and_the_allocation(tmp_path):
-    environment = {
-        node.ADDRESS: "r1",
-        node.PORT: "20001",
-        node.ATTEMPT: str(tmp_path),
-        node.OWNER: "7.0",
-        node.PROCESSES: "4",
-        node.GRACE: "30",
-        "SLURM_NODEID": "1",
-        "SLURM_NNODES": "2",
-    }
+    environment = STEP | {node.ATTEMPT: str(tmp_path)}
     step = Step.from_environment(environment)
     assert step.machines == Machines(4, 2, 1, "r1", 20001) and step.machines.world_size == 8
     # One machine's launcher chooses its port.

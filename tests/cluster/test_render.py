@@ -312,6 +312,12 @@ def test_a_flag_means_the_value_that_was_given_whatever_it_holds(value):
     assert flags["output"].replace("%%", "%") == f"/runs/{value}/logs/slurm-%j.log"
 
 
+@pytest.mark.parametrize("value", ["back\\slash", "end\\", '\\"', "\\\\'"])
+def test_a_backslash_that_is_no_part_of_a_path_is_kept(value):
+    flags = flags_of(render_train(job_of(name=value, cluster=Cluster(name="site", account=value))))
+    assert (flags["job-name"], flags["account"]) == (value, value)
+
+
 def test_a_per_cent_sign_of_a_folder_is_not_replaced_and_that_of_the_log_is():
     assert flags_of(render_train(job_of(run=Path("/r/%j%%"))))["output"] == "/r/%%j%%%%/logs/slurm-%j.log"
     array = render_array(job_of(run=Path("/r/%a")), (Path("/r/%a/0"),), None)
@@ -397,7 +403,10 @@ def test_without_a_container_a_step_is_python_on_every_node():
     assert command == ["/venv/bin/python", "-m", "harness", "node", "/runs/a b"]
     argv = srun_command(cluster, 3, command, environment=("A",), folders=("/src",), workdir="/work")
     assert argv[-5:] == command
-    assert argv[:-5] == "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 --mpi=none --export=ALL".split()
+    assert (
+        argv[:-5]
+        == "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none --export=ALL".split()
+    )
 
 
 def test_srun_gets_the_sites_own_flags_and_the_cpus_that_it_would_not_take_over():
@@ -408,6 +417,12 @@ def test_srun_gets_the_sites_own_flags_and_the_cpus_that_it_would_not_take_over(
 def test_pyxis_that_is_given_nothing_to_mount_mounts_nothing():
     cluster = Cluster(name="site", container=Container(kind="pyxis", image="/i.sqsh"))
     assert [word for word in srun_command(cluster, 1, ["x"]) if word.startswith("--container")] == ["--container-image=/i.sqsh"]
+
+
+def test_a_folder_that_is_named_twice_is_mounted_once():
+    cluster = Cluster(name="site", container=Container(kind="pyxis", image="/i.sqsh", mounts=("/data",)), shared=("/runs",))
+    argv = srun_command(cluster, 1, ["x"], folders=["/runs", "/data"], workdir="/runs")
+    assert "--container-mounts=/runs:/runs,/data:/data" in argv
 
 
 def test_apptainer_sees_gpus_only_where_there_are_some():

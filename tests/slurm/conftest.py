@@ -1,5 +1,7 @@
-"""The clusters of these tests: `slurm_cluster` (proctrack/cgroup, as in production), `slurm_cluster_linuxproc`, and `each_tracking`, both in
-turn. The whole session starts at most one of each. A test gets it empty, with the environment of its commands in this process too."""
+"""The clusters of these tests: `slurm_cluster` (proctrack/cgroup, as in production), `slurm_cluster_linuxproc`, or `each_tracking`, both.
+
+The whole session starts at most one of each. A test gets it empty, with the environment of its commands in this process too.
+"""
 
 import atexit
 import functools

@@ -1,10 +1,11 @@
 """Starts the daemons of a test's Slurm, takes in every process that they leave behind, and ends them all when it is left alone.
 
-    python keeper.py LOG < one JSON argv per line; the pid of what was started comes back, one per line
+    python keeper.py FOLDER < one JSON argv per line; the pid of what was started comes back, one per line
 
 The daemons, and the jobs that they start and orphan, are its descendants whatever they do (it is their subreaper): it reaps them, which in
 a container nobody else would, so that no job waits for a zombie. When its stdin closes, which a test's process cannot fail to do however
-it ends, it kills every descendant and leaves. The promise: no process of a rig outlives its test's process by more than seconds.
+it ends, it kills every descendant, deletes the rig's folder and leaves. The promise: nothing of a rig outlives its test's process by more
+than seconds.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -22,9 +24,12 @@ REAP_EVERY_S = 0.05
 FREEZER = Path("/sys/fs/cgroup/freezer")
 
 
-def main(log: str) -> None:
+def main(folder: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    to_log = [(os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), (os.POSIX_SPAWN_DUP2, 1, 2)]
+    to_log = [
+        (os.POSIX_SPAWN_OPEN, 1, f"{folder}/log/daemons.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
     to_log += [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
     unread = b""
     while True:
@@ -33,10 +38,18 @@ def main(log: str) -> None:
             continue
         received = os.read(0, 1 << 16)
         if not received:
-            return end(descendants)
+            break
         *lines, unread = (unread + received).split(b"\n")
         for argv in map(json.loads, lines):
             print(os.posix_spawnp(argv[0], argv, os.environ, file_actions=to_log), flush=True)
+    while left := descendants():
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            thaw(pid)
+        reap()
+        time.sleep(0.01)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def reap() -> None:
@@ -56,17 +69,6 @@ def descendants() -> list[int]:
     for pid in found:
         found += children.get(pid, [])
     return found
-
-
-def end(processes) -> None:
-    """Kill until there is none left."""
-    while left := processes():
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            thaw(pid)
-        reap()
-        time.sleep(0.01)
 
 
 def thaw(pid: int) -> None:

@@ -154,7 +154,7 @@ class Rig:
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
         self._keeper = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("keeper.py")), str(self.folder / "log" / "daemons.log")],
+            [sys.executable, str(Path(__file__).with_name("keeper.py")), str(self.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=self.environment,

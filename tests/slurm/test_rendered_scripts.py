@@ -75,6 +75,13 @@ def test_names_accounts_and_folders_mean_to_slurm_what_they_say(slurm_cluster, t
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*HOSTILE, "python", "job.sbatch"])
 
 
+def test_a_backslash_in_a_name_is_kept(slurm_cluster, tmp_path, python):
+    value = "a\\b'\\\\\"end\\"
+    number = send(slurm_cluster, tmp_path, render_train(job_of(tmp_path / "run", python, name=value)))
+    assert has_ended(slurm_cluster, number) == "COMPLETED"
+    assert start_of(tmp_path / "run" / "logs" / f"slurm-{number}.log")["environment"]["SLURM_JOB_NAME"] == value
+
+
 def test_no_more_than_was_named_leaves_the_submitters_environment_and_all_of_it_reaches_every_node(
     slurm_cluster, tmp_path, python, monkeypatch
 ):

@@ -129,6 +129,13 @@ def test_what_does_not_come_about_is_an_error_with_slurms_own_words(slurm_cluste
         slurm_cluster.run("scontrol", "show", "job", "nonsense")
 
 
+def test_a_process_that_a_job_orphans_does_not_stay_as_a_zombie(slurm_cluster):
+    job = slurm_cluster.submit("setsid sleep 1 & echo $!\nsleep 0.5")
+    slurm_cluster.wait_for_state(job, "COMPLETED")
+    orphan = Path("/proc") / slurm_cluster.log(job).strip()
+    slurm_cluster.wait_for(lambda: not orphan.exists(), f"the end of {orphan}", timeout_s=5)
+
+
 STUBBORN = (
     "srun bash -c 'trap : TERM HUP INT; setsid bash -c \"trap : TERM HUP INT; echo ready; while :; do sleep 1; done\" & wait; sleep 600'"
 )
@@ -148,6 +155,9 @@ def test_nothing_is_left_of_a_rig(tracking):
         job = rig.submit(STUBBORN)
         rig.wait_for(lambda: "ready" in rig.log(job))
         assert len(traces_of(rig.folder, job)) > 5
+        # As when Slurm is killed while it kills a step.
+        for step in FREEZER.glob(f"slurm_*/uid_*/job_{job}/step_0"):
+            (step / "freezer.state").write_text("FROZEN")
     assert traces_of(rig.folder, job) == []
 
 
@@ -166,7 +176,7 @@ def test_nothing_runs_on_after_the_process_that_owned_a_rig_was_killed():
     owner.kill()
     owner.wait()
     deadline = time.monotonic() + 10
-    while left := processes_with(entry):
+    while left := [*processes_with(entry), *([folder] if folder.exists() else [])]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
     owner.stdout.close()

@@ -1,4 +1,4 @@
-"""A cluster file says what a site has, or is refused by key with the remedy; secrets come from a file of one's own and are never repeated."""
+"""A cluster file says what a site has, or is refused by key with the remedy. Secrets come from a file of one's own, and stay there."""
 
 import os
 import stat
@@ -232,7 +232,7 @@ def test_an_unknown_cluster_is_answered_with_the_known_ones(tmp_path):
 
 
 def test_what_stands_behind_a_name_in_the_allow_list_is_not_repeated(site):
-    message = refusal(site, "environment=['WANDB_API_KEY=s3cret\n']")
+    message = refusal(site, r'environment=["WANDB_API_KEY=\ns3cret"]')
     assert 'environment.0 = "WANDB_API_KEY=..."; is not the name of a variable' in message
     assert "s3cret" not in message
 

@@ -1,0 +1,373 @@
+"""Pipelines: stages that need one another, each a recipe, with the model that one makes the beginning of another.
+
+    stages:
+      base:  {recipe: tiny/sft-full, set: {train.max_steps: 10}}
+      adapt: {recipe: tiny/sft-lora, model: {from: base}}
+      sweep: {recipe: tiny/sft-lora, model: {from: base}, array: {train.learning_rate: [1e-3, 1e-2]}, at_once: 2}
+      last:  {recipe: tiny/sft-lora, model: {from: adapt}, needs: [sweep], nodes: 2, time: "1:00:00"}
+
+    load_pipeline(find_pipeline("pipelines/tiny"), ["adapt.train.max_steps=3"]) -> Pipeline; plan_stages(pipeline) -> [StagePlan]
+
+The file is as strict as a recipe, and the same on one machine (`harness run`) and on a cluster (`harness submit`, harness.cluster.chain).
+
+    PIPELINE/pipeline.yaml   the resolved file
+    PIPELINE/pipeline.json   {"directory": where its relative paths begin}
+    PIPELINE/STAGE/          the run folder of the stage, or the folder of its array
+
+The promise: what is wrong with any stage is found before the first one begins, and a stage that is done was made from the model that lies
+there now.
+"""
+
+import difflib
+import graphlib
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from harness.cluster.array import Axis, build_elements, element_names
+from harness.cluster.schema import TimeLimit
+from harness.cluster.status import RunStatus, read_statuses
+from harness.cluster.submission import is_finished
+from harness.errors import LaunchError, RecipeError
+from harness.model.export import MANIFEST
+from harness.recipe import Recipe, load
+from harness.recipe.load import read_value, read_yaml, render_value, render_yaml, validate
+from harness.recipe.schema import NonNegativeInt, PositiveInt, Section
+from harness.resources import find_config
+from harness.run import RunDir, write_text_atomically
+
+PIPELINE, FACTS = "pipeline.yaml", "pipeline.json"
+
+
+class ModelOf(Section):
+    """The model that another stage makes, with its tokenizer, in place of the recipe's `name_or_path`, `init`, `revision` and `tokenizer`.
+    An adapter is merged into its base for it."""
+
+    stage: str = Field(alias="from")
+    element: NonNegativeInt | None = None
+    """Which run of an array, from 0."""
+
+
+class Stage(Section):
+    recipe: str
+    """A file, or the name of a shipped recipe."""
+    set: dict[str, Any] = {}
+    """Overrides of the recipe: {train.max_steps: 10}."""
+    model: ModelOf | None = None
+    needs: tuple[str, ...] = ()
+    """Stages that must have succeeded before this one begins; the one that its model is from is among them without being named."""
+    array: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    """Settings and the values that each takes: a run for every combination."""
+    at_once: PositiveInt | None = None
+    """So many runs of the array at a time. `harness run` has one after the other."""
+    cluster: str | None = None
+    """A cluster file for this stage, where it is not that of `harness submit --cluster`."""
+    nodes: PositiveInt = 1
+    """Nodes of each of its jobs. `harness run` has the machine that it runs on."""
+    time: TimeLimit | None = None
+    """Time limit of each of its jobs, in Slurm's syntax; the cluster file's when left out."""
+
+    @property
+    def all_needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*([self.model.stage] if self.model else []), *self.needs]))
+
+    @property
+    def axes(self) -> list[Axis]:
+        return [Axis(key, tuple(render_value(value) for value in values)) for key, values in self.array.items()]
+
+
+class Pipeline(Section):
+    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    output_dir: str
+    """The folder of the pipeline, with one for each stage in it. Left out: runs/<name of the file>."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir).expanduser().resolve()
+
+    @property
+    def order(self) -> list[str]:
+        """The stages, each after all that it needs, and otherwise as the file has them."""
+        order: list[str] = []
+        while len(order) < len(self.stages):
+            order.append(next(name for name in self.stages if name not in order and {*self.stages[name].all_needs} <= {*order}))
+        return order
+
+
+# ---- reading
+
+
+def find_pipeline(name_or_path: str) -> Path | None:
+    """The pipeline file that is meant: a YAML file with `stages` at its top, or the one of a pipeline's folder. None for anything else."""
+    inside = Path(name_or_path).expanduser() / PIPELINE
+    if inside.is_file():
+        return inside.resolve()
+    file = find_config(name_or_path)
+    return file.resolve() if file and "stages" in read_yaml(file) else None
+
+
+def load_pipeline(file: Path, overrides: Iterable[str] = ()) -> Pipeline:
+    """Read, override, validate. Overrides are `STAGE.key.path=value`, for the recipe of that stage, and `output_dir=FOLDER`.
+
+    Raises RecipeError (exit code 2) that names file, dotted key, value, rule and remedy for everything that is wrong.
+    """
+    settings = read_yaml(file)
+    settings.setdefault("output_dir", f"runs/{file.stem}")
+    validate(Pipeline, settings, str(file), ELSEWHERE)
+    for override in overrides:
+        _apply_override(settings, override)
+    pipeline = validate(Pipeline, settings, str(file), ELSEWHERE)
+    problems = [f"{file}: {problem}" for problem in check_rules(pipeline)]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return pipeline
+
+
+def _apply_override(settings: dict, override: str) -> None:
+    name, _, text = override.partition("=")
+    stage, _, key = name.partition(".")
+    value = read_value(text, override)
+    if name == "output_dir":
+        settings["output_dir"] = value
+    elif key and stage in settings["stages"]:
+        settings["stages"][stage].setdefault("set", {})[key] = value
+    else:
+        known = ", ".join(settings["stages"])
+        raise RecipeError(f"override {override!r}: write STAGE.key.path=value, STAGE being one of {known}, or output_dir=FOLDER")
+
+
+def render_pipeline(pipeline: Pipeline) -> str:
+    """The pipeline as YAML; loading it again gives the same pipeline."""
+    return render_yaml(pipeline.model_dump(mode="json", by_alias=True, exclude_defaults=True) | {"output_dir": str(pipeline.folder)})
+
+
+def save_pipeline(pipeline: Pipeline) -> None:
+    """Make the pipeline's folder, and what a person reads there. Raises LaunchError for the folder of a run."""
+    if (pipeline.folder / "recipe.yaml").exists():
+        raise LaunchError(f"{pipeline.folder}: is a run's folder; choose another output_dir for the pipeline")
+    pipeline.folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(pipeline.folder / PIPELINE, render_pipeline(pipeline))
+    write_text_atomically(pipeline.folder / FACTS, json.dumps({"directory": os.getcwd()}) + "\n")
+
+
+def enter_directory(file: Path) -> None:
+    """For the file of a pipeline's own folder, go to where its relative paths begin."""
+    if (file.parent / FACTS).is_file():
+        os.chdir(json.loads((file.parent / FACTS).read_text())["directory"])
+
+
+# ---- what no single field can say; each rule yields `dotted.key = value; reason or remedy`
+
+
+def check_rules(pipeline: Pipeline) -> list[str]:
+    problems = [problem for name, stage in pipeline.stages.items() for problem in _stage_rules(pipeline, name, stage)]
+    return problems or list(_cycle_rules(pipeline))
+
+
+def _stage_rules(pipeline: Pipeline, name: str, stage: Stage) -> Iterator[str]:
+    where = f"stages.{name}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name in ("cluster", "output_dir"):
+        yield f"{where}: {name!r} cannot be the name of a folder and stand before overrides; use letters, digits, _ and -"
+    for need in stage.all_needs:
+        if need == name:
+            yield f"{where} needs itself; remove that, or name the stage that was meant"
+        elif need not in pipeline.stages:
+            close = difflib.get_close_matches(need, pipeline.stages, n=1)
+            known = f"did you mean {close[0]}?" if close else f"there are {', '.join(pipeline.stages)}"
+            yield f"{where} needs {need}, which is no stage; {known}"
+    if stage.model and stage.model.stage in pipeline.stages:
+        yield from _model_rules(where, stage.model, pipeline.stages[stage.model.stage])
+    if stage.model and "model.name_or_path" in stage.set:
+        yield f"{where}.set.model.name_or_path: the model is from {stage.model.stage}; remove one of the two"
+    if stage.at_once and not stage.array:
+        yield f"{where}.at_once = {stage.at_once}; the stage has no array; remove it"
+    for key, value in stage.set.items():
+        if key == "output_dir":
+            yield f"{where}.set.output_dir: a stage lies in {pipeline.output_dir}/{name}, where others find it; remove it"
+        elif "." not in key and isinstance(value, dict):
+            yield f"{where}.set.{key}: would replace the whole section; write {key}.{next(iter(value), 'KEY')} and so on"
+
+
+def _model_rules(where: str, model: ModelOf, source: Stage) -> Iterator[str]:
+    runs = 1
+    for axis in source.axes:
+        runs *= len(axis.values)
+    if source.array and model.element is None:
+        yield f"{where}.model.from = {model.stage}; that array makes {runs} models; say which: {{from: {model.stage}, element: 0}}"
+    elif source.array and model.element >= runs:
+        yield f"{where}.model.element = {model.element}; {model.stage} has the elements 0 to {runs - 1}"
+    elif not source.array and model.element is not None:
+        yield f"{where}.model.element = {model.element}; {model.stage} is no array; remove it"
+
+
+def _cycle_rules(pipeline: Pipeline) -> Iterator[str]:
+    try:
+        graphlib.TopologicalSorter({name: stage.all_needs for name, stage in pipeline.stages.items()}).prepare()
+    except graphlib.CycleError as error:
+        # From what is needed to what needs it.
+        circle = " needs ".join(reversed(error.args[1]))
+        yield f"stages: {circle}, so none of them could begin; remove one of these needs"
+
+
+ELSEWHERE = {
+    "depends_on": "needs",
+    "dependencies": "needs",
+    "after": "needs",
+    "requires": "needs",
+    "config": "recipe",
+    "overrides": "set",
+    "settings": "set",
+    "train": "set: {train.KEY: ...}",
+    "data": "set: {data.KEY: ...}",
+    "sweep": "array",
+    "grid": "array",
+    "matrix": "array",
+    "max_parallel": "at_once",
+    "concurrency": "at_once",
+    "steps": "stages",
+    "jobs": "stages",
+}
+"""Other people's names."""
+
+
+# ---- stages with their recipes
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage with everything resolved."""
+
+    name: str
+    stage: Stage
+    recipes: tuple[Recipe, ...]
+    """One, or one for each element of its array."""
+    model: Path | None
+    """The folder that its model is from."""
+    merged: frozenset[int] = frozenset()
+    """The elements whose adapter is merged into its base, because other stages go on from them."""
+
+    @property
+    def runs(self) -> tuple[RunDir, ...]:
+        return tuple(map(RunDir.of, self.recipes))
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        return (str(self.model),) if self.model else ()
+
+    def is_done(self, index: int) -> bool:
+        return is_finished(self.runs[index], self.recipes[index], index in self.merged)
+
+    @property
+    def all_done(self) -> bool:
+        return all(map(self.is_done, range(len(self.recipes))))
+
+
+def plan_stages(pipeline: Pipeline) -> list[StagePlan]:
+    """In the order in which they can begin. Raises RecipeError that lists what is wrong with each stage's recipe."""
+    plans: dict[str, StagePlan] = {}
+    problems = []
+    for name in pipeline.order:
+        stage = pipeline.stages[name]
+        source = plans.get(stage.model.stage) if stage.model else None
+        if stage.model and not source:
+            # Its recipe is wrong, which is said already.
+            continue
+        model = model_folder(source, stage.model.element or 0) if source else None
+        try:
+            plans[name] = StagePlan(name, stage, tuple(_load_recipes(pipeline, name, stage, model)), model)
+        except RecipeError as error:
+            problems += [f"stages.{name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return [_with_merges(plan, plans.values()) for plan in plans.values()]
+
+
+def model_folder(source: StagePlan, element: int) -> Path:
+    """Where the model of a stage lies when it is done."""
+    run = source.runs[element]
+    return run.merged if source.recipes[element].model.lora else run.final
+
+
+def _load_recipes(pipeline: Pipeline, name: str, stage: Stage, model: Path | None) -> list[Recipe]:
+    overrides = [f"{key}={render_value(value)}" for key, value in stage.set.items()]
+    folder = pipeline.folder / name
+    if model:
+        replaced = [f"model.{key}=null" for key in ("init", "revision", "tokenizer")]
+        overrides = [f"model.name_or_path={render_value(str(model))}", *replaced, *overrides]
+    if stage.array:
+        return build_elements(stage.recipe, overrides, stage.axes, folder=folder, group=f"{pipeline.folder.name}-{name}")
+    return [load(stage.recipe, [*overrides, f"output_dir={render_value(str(folder))}"])]
+
+
+def _with_merges(plan: StagePlan, plans: Iterable[StagePlan]) -> StagePlan:
+    merged = frozenset(index for index, run in enumerate(plan.runs) if any(other.model == run.merged for other in plans))
+    return replace(plan, merged=merged)
+
+
+def check_order(plans: list[StagePlan], done: set[str], live: set[str]) -> None:
+    """Raises LaunchError for a stage that cannot be left as it is: one that is done or lives, though what it needs will be made anew, and
+    one that was made from another model than the one that is there now."""
+    for plan in plans:
+        folder = plan.runs[0].path.parent if plan.stage.array else plan.runs[0].path
+        for need in plan.stage.all_needs:
+            if plan.name in done and need not in done:
+                raise LaunchError(
+                    f"stage {plan.name}: is complete, but {need}, which it needs, is not (any more); delete {folder} to have it made again"
+                )
+            if plan.name in live and need not in done | live:
+                raise LaunchError(
+                    f"stage {plan.name}: a job of it lives, but {need}, which it needs, must begin first; `harness cancel {folder}` ends it"
+                )
+        if plan.model and plan.name in done and not all(is_made_from(run, plan.model) for run in plan.runs):
+            raise LaunchError(
+                f"stage {plan.name}: was made from another model than the one that lies in {plan.model} now; delete {folder} to have it "
+                "made again"
+            )
+
+
+def is_made_from(run: RunDir, model: Path) -> bool:
+    """Whether the weights in `model` are those that the run's export was trained from, by the digests that both have recorded."""
+    exported = json.loads((run.final / MANIFEST).read_text())
+    files = json.loads((model / MANIFEST).read_text())["files"]
+    weights = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()) if name.endswith(".safetensors"))
+    # As harness.model.export.digest_base has it.
+    return exported["base_digest"] == hashlib.sha256(weights.encode()).hexdigest()
+
+
+# ---- for people
+
+
+def draw_pipeline(folder: Path) -> str:
+    """The stages in the order in which they can begin, a line for each: state, step, jobs, what it needs, and why it is so. An array's runs
+    are counted by their states."""
+    pipeline = load_pipeline(folder / PIPELINE)
+    runs = {name: _runs_of(pipeline, name) for name in pipeline.order}
+    statuses = {status.run: status for status in read_statuses(run for of_stage in runs.values() for run in of_stage)}
+    lines = [_line(name, pipeline.stages[name], [statuses[run.path] for run in of_stage]) for name, of_stage in runs.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    drawn = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([str(pipeline.folder), *(f"  {line}" for line in drawn)])
+
+
+def _runs_of(pipeline: Pipeline, name: str) -> list[RunDir]:
+    folder, stage = pipeline.folder / name, pipeline.stages[name]
+    return [RunDir(folder / element) for element in element_names(stage.axes)] if stage.array else [RunDir(folder)]
+
+
+def _line(name: str, stage: Stage, statuses: list[RunStatus]) -> tuple[str, ...]:
+    counts = Counter(status.state for status in statuses)
+    state = ", ".join(f"{count} {state}" for state, count in counts.items()) if stage.array else statuses[0].state
+    one = statuses[0] if not stage.array else None
+    step = f"step {one.step}" + (f"/{one.steps}" if one.steps else "") if one and one.step is not None else ""
+    jobs = dict.fromkeys(status.job.partition("_")[0] for status in statuses if status.job)
+    needs = f"<- {', '.join(stage.all_needs)}" if stage.all_needs else ""
+    why = next((status.reason or status.phase for status in statuses if status.state != "done" and (status.reason or status.phase)), "")
+    return name, state, step, f"job {', '.join(jobs)}" if jobs else "", needs, why
