@@ -179,7 +179,7 @@ class Allocation:
         folder = self.run.path / "logs" / f"preflight-{self.owner}"
         folder.mkdir(parents=True, exist_ok=True)
         most_s = preflight.START_S + preflight.DEADLINE_S
-        if not self.step(len(self.hosts), ["node", str(self.run.path), "--preflight"], folder, "begun-*", most_s=most_s):
+        if not self.step(len(self.hosts), ["node", str(self.run.path), "--preflight"], folder, "begun-*", most_s=most_s) or self.taken:
             return self.leave()
         findings = preflight.judge(folder, self.hosts, self.cluster)
         say(preflight.render_findings(findings))
