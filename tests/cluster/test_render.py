@@ -405,7 +405,7 @@ def test_without_a_container_a_step_is_python_on_every_node():
     assert argv[-5:] == command
     assert (
         argv[:-5]
-        == "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none --export=ALL".split()
+        == "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 --mpi=none --export=ALL".split()
     )
 
 
