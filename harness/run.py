@@ -153,11 +153,7 @@ class RunDir:
                 print(f"{request}: left from an earlier start; removed", flush=True)
         attempt = self.attempt((self.attempts() or [0])[-1] + 1)
         attempt.mkdir(parents=True)
-        link = attempt.with_name("latest")
-        # Beside it first: at no time does the name lead nowhere.
-        link.with_name(".latest").unlink(missing_ok=True)
-        link.with_name(".latest").symlink_to(attempt.name)
-        os.replace(link.with_name(".latest"), link)
+        _lead_to(attempt, attempt.with_name("latest"))
         return attempt
 
     def attempt(self, number: int) -> Path:
@@ -183,6 +179,18 @@ class RunDir:
         if not self.manifest.is_file():
             raise LaunchError(f"{self.path}: holds no run.json, so no run of harness began here; give a run folder such as runs/quickstart")
         return json.loads(self.manifest.read_text())
+
+
+def _lead_to(attempt: Path, link: Path) -> None:
+    """Have the link lead to the attempt; at no time does it lead nowhere. A courtesy, which ends no life: some disks know no links."""
+    beside = link.with_name(f".{link.name}")
+    with contextlib.suppress(OSError):
+        if link.is_dir() and not link.is_symlink():
+            # The run was copied by something that follows links.
+            shutil.rmtree(link)
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(attempt.name)
+        os.replace(beside, link)
 
 
 def smoke_recipe(recipe: Recipe) -> Recipe:

@@ -72,6 +72,11 @@ def test_a_plain_script_keeps_what_was_saved_before_its_end(bench, kinds, ended_
     assert bench.plain_goodput([{"kind": "rank stopped", "s": 5.0}], commits, 1, 50.0, 1.0)["steps"] == 0
 
 
+def test_a_fault_that_the_next_one_overtook_has_no_cost_of_its_own(bench):
+    faults = [{"s": 10.0, "lost_s": 20.0}, {"s": 31.0, "lost_s": 40.0}, {"s": 70.0, "lost_s": None}, {"s": 90.0, "lost_s": 9.0}]
+    assert [fault["s"] for fault in bench.overcome(faults)] == [10.0, 90.0]
+
+
 def test_p95_of_twenty_is_the_last_but_one(bench):
     values = list(range(1, 21))
     random.Random(3).shuffle(values)
@@ -123,6 +128,15 @@ def test_a_machine_without_slurm_is_told_what_is_missing(bench, monkeypatch, tmp
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match="apt-get install slurm-wlm munge"):
         bench.main(["--trial", "--results", str(tmp_path)])
+
+
+def test_the_committed_result_is_what_its_numbers_say_and_tells_when_others_used_the_machine(bench):
+    result = json.loads((BENCHMARKS / "results" / "slurm-cpu.json").read_text())
+    assert bench.render(result) == (BENCHMARKS / "results" / "slurm-cpu.md").read_text()
+    assert (len(result["preemptions"]), len(result["deaths"])) == (bench.FULL.preemptions, bench.FULL.deaths), "a trial is no measurement"
+    for cores, is_told in ((0.1, False), (1.0, True)):
+        result["machine"]["cores_taken_by_others_before"] = {"lives": cores}
+        assert ("Others used the machine" in bench.render(result)) is is_told
 
 
 @pytest.mark.slurm

@@ -143,11 +143,7 @@ def marks_of(block: Block) -> list:
 
 
 def as_parameters(chosen) -> list:
-    return [
-        pytest.param(block, id=f"{block.page}:{block.line}", marks=marks_of(block))
-        for block in ALL_BLOCKS
-        if chosen(block)
-    ]
+    return [pytest.param(block, id=f"{block.page}:{block.line}", marks=marks_of(block)) for block in ALL_BLOCKS if chosen(block)]
 
 
 # ---- running them

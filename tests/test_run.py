@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,3 +233,12 @@ def test_an_installed_copy_never_names_the_commit_of_the_checkout_around_it(tmp_
     code = "import harness.run; print(harness.run.__file__, harness.run.git_commit())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "site", capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(tmp_path / "site" / "harness" / "run.py"), "None"]
+
+
+def test_a_copy_of_a_run_that_followed_the_link_to_the_newest_attempt_can_go_on(tmp_path):
+    RunDir(tmp_path / "run").open_attempt()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    copy = RunDir(tmp_path / "copy")
+    assert not (copy.path / "logs" / "latest").is_symlink()
+    second = copy.open_attempt()
+    assert (copy.path / "logs" / "latest").resolve() == second.resolve() == copy.attempt(2).resolve()

@@ -11,7 +11,8 @@ import click
 from harness.checkpoint.resume import check_continuation
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, read_overrides, recipe_argument
 from harness.cluster.pipeline import check_order, enter_directory, find_pipeline, load_pipeline, plan_stages, save_pipeline
-from harness.cluster.submission import check_inputs
+from harness.cluster.slurm import NoAnswer
+from harness.cluster.submission import JOB, check_are_free, check_inputs
 from harness.errors import RecipeError, Stopped
 from harness.failures import explain_failure
 from harness.launcher import Machines, check_device, plan_launch
@@ -179,9 +180,6 @@ def prepare(recipe: Recipe) -> None:
 
 def check_no_job_lives(run: RunDir) -> None:
     """Raises LaunchError while Slurm has a job of this run, also one that still waits."""
-    from harness.cluster.slurm import NoAnswer
-    from harness.cluster.submission import JOB, check_are_free
-
     if (run.path / JOB).is_file() and shutil.which("squeue"):
         try:
             check_are_free([run])

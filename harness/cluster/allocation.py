@@ -2,9 +2,8 @@
 
     claim the run -> pre-flight on every node -> prepare the data -> lives, each a step of the shim on every node (harness.cluster.node)
 
-It runs on the job's first node and is the process that `#SBATCH --signal=B:USR1@lead` reaches. It also looks at its own job every half
-minute, because a signal may be lost, and because a preemption without a user signal is told to the tasks alone. What Slurm takes away is
-turned into the run's STOP file; what has ended is judged by the run's own files (harness.cluster.decision); a job that ought to go on
+It runs on the job's first node and is the process that `#SBATCH --signal=B:USR1@lead` reaches; it also looks at its own job every half
+minute (harness.cluster.own_job). What has ended is judged by the run's own files (harness.cluster.decision); a job that ought to go on
 requeues itself, because Slurm requeues nobody who left in time. Where `scontrol requeue` is forbidden, and where a node is to be left out
 (which a job cannot change in its own life), a successor takes the run over.
 
@@ -15,7 +14,7 @@ requeues itself, because Slurm requeues nobody who left in time. Where `scontrol
 """
 
 import contextlib
-import functools
+import errno
 import json
 import os
 import shlex
@@ -25,13 +24,10 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from harness.checkpoint.ledger import Ledger, read_ledger
 from harness.cluster import node, preflight, slurm
-from harness.cluster.array import element_id
 from harness.cluster.decision import (
     FROM_SLURM,
     Decision,
@@ -42,11 +38,12 @@ from harness.cluster.decision import (
     is_slurms,
 )
 from harness.cluster.dependency import hand_on_waiting
+from harness.cluster.own_job import OwnJob
 from harness.cluster.render import node_command, srun_command
 from harness.cluster.schema import load_cluster
 from harness.cluster.secrets import read_secrets
 from harness.cluster.status import progress_line
-from harness.cluster.submission import is_merged, note_job, read_job
+from harness.cluster.submission import is_merged, note_job, read_job, since_submitted
 from harness.errors import ClusterError, LaunchError, Stopped
 from harness.failures import explain_failure
 from harness.life import FRUITLESS_LIVES, ended_within, last_commit, noted_signals, place, say
@@ -58,20 +55,12 @@ LOOK_AT_JOB_EVERY_S = 30.0
 COMMENT_EVERY_S = 60.0
 LOCK_WITHIN_S = 150.0
 """An NFS server takes the lock of a machine that is gone away after a lease of about 90 seconds."""
-LEAVE_BEFORE_S = 5.0
-"""So long before its deadline a step that the shims have not ended is ended, because the job must be requeued before Slurm ends it."""
 ENDS_WITHIN_S = 2.0
 """srun has a step killed at once when it is told to end (measured: within a second)."""
-KILL_WAIT_S = 30.0
-"""Slurm's default, where scontrol may not be asked."""
-ENDING = slurm.ENDED | {"COMPLETING", "PENDING"}
-"""What Slurm says of a job whose processes it ends. (SIGNALING, SUSPENDED and others say nothing of that.)"""
-USERS_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 PAUSES_S = (5.0, 15.0, 45.0, 90.0, 180.0)
 """Between attempts at a step that Slurm does not start: its controller may fail over."""
-PATIENCE_S = 300.0
-SLURMS_SLACK_S = 90.0
-"""Slurm may send the signal before a time limit up to a minute early, and looks at its jobs every half."""
+PASSING = {errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EAGAIN}
+"""What a shared disk that fails for a moment says. A full disk, or one that may not be written, stays so."""
 FIRST_PORT, PORTS = 20000, 12000
 """Below Linux's range for outgoing connections."""
 
@@ -82,19 +71,14 @@ class Allocation:
     def __init__(self, run: RunDir, environment: dict[str, str]):
         if "SLURM_JOB_ID" not in environment:
             raise ClusterError("harness allocation: SLURM_JOB_ID is not set; a job of `harness submit` starts this, a person does not")
-        self.run, self.job_id = run, element_id(environment)
-        self.restart = int(environment.get("SLURM_RESTART_COUNT", 0))
-        self.recipe, self.cluster = load(run.recipe), load_cluster(str(run.path / "cluster.yaml"))
+        self.run, self.recipe, self.cluster = run, load(run.recipe), load_cluster(str(run.path / "cluster.yaml"))
         self.submitted = read_job(run)
-        self.hosts = slurm.hostnames(environment["SLURM_JOB_NODELIST"])
-        self.partition = environment.get("SLURM_JOB_PARTITION", "")
-        self.owner = f"{self.job_id}.{self.restart}"
+        self.job = OwnJob(environment, self.cluster.signal_lead_s, run.stop)
+        self.owner = f"{self.job.id}.{self.job.restart}"
         self.lives = 0
-        self.taken: Taken | None = None
-        self.deadline: float | None = None
-        """When Slurm ends what is still there, in unix seconds."""
+        self._ledger = Ledger(run.ledger, None)
         self._signals: list[signal.Signals] = []
-        self._looked = self._commented = self._looked_at_owner = float("-inf")
+        self._commented = self._looked_at_owner = float("-inf")
         self._comment = ""
 
     def main(self) -> int:
@@ -103,16 +87,20 @@ class Allocation:
             if self.cluster.secrets:
                 os.environ.update(read_secrets(self.cluster.secrets))
             try:
-                return self.carry_out(self.work())
+                decision = self.work()
             except OSError as error:
-                # A shared disk that fails for a moment (ESTALE, EIO) is no fault of the run's. How often is counted by `job_began`.
-                return self.carry_out(Decision("requeue", f"{error.filename or 'a file'}: {error.strerror or error}"))
+                what = f"{error.filename or self.run.path}: {error.strerror or error}"
+                # The ledger, which counts jobs, may be on that disk.
+                if error.errno not in PASSING or self.job.restart >= self.cluster.restarts.max_restarts:
+                    raise ClusterError(f"{what}; when it is mended: {self.to_go_on}") from error
+                decision = Decision("requeue", what)
+            return self.carry_out(decision)
 
     def work(self) -> Decision:
         """What this job does for the run, and what follows."""
         if not self.claim():
             return self.leave()
-        self.ledger().append("job_began", job=self.job_id, restart=self.restart, hosts=list(self.hosts))
+        self.ledger().append("job_began", job=self.job.id, restart=self.job.restart, hosts=list(self.job.hosts))
         decision = self.may_begin()
         if decision is None and not is_complete(self.run, self.recipe):
             decision = self.preflight() or self.prepare_data() or self.live()
@@ -137,7 +125,7 @@ class Allocation:
         deadline = time.monotonic() + LOCK_WITHIN_S
         while (held_by := self.try_to_hold()) is not None:
             self.watch()
-            if self.taken:
+            if self.job.taken:
                 return False
             if time.monotonic() > deadline:
                 raise ClusterError(f"{held_by}; when that has ended: {self.to_go_on}")
@@ -157,7 +145,7 @@ class Allocation:
     def may_begin(self) -> Decision | None:
         """Asked here as well as after each life, because a job that Slurm requeued for a lost node could decide nothing."""
         self.watch()
-        if self.taken:
+        if self.job.taken:
             return self.leave()
         request = StopRequest.read(self.run.stop)
         if request:
@@ -179,9 +167,12 @@ class Allocation:
         folder = self.run.path / "logs" / f"preflight-{self.owner}"
         folder.mkdir(parents=True, exist_ok=True)
         most_s = preflight.START_S + preflight.DEADLINE_S
-        if not self.step(len(self.hosts), ["node", str(self.run.path), "--preflight"], folder, "begun-*", most_s=most_s):
+        if (
+            not self.step(len(self.job.hosts), ["node", str(self.run.path), "--preflight"], folder, "begun-*", most_s=most_s)
+            or self.job.taken
+        ):
             return self.leave()
-        findings = preflight.judge(folder, self.hosts, self.cluster)
+        findings = preflight.judge(folder, self.job.hosts, self.cluster)
         say(preflight.render_findings(findings))
         failed = [finding for finding in findings if finding.level == "fail"]
         why = "; ".join(f"{finding.host}: {finding.what}" for finding in failed)
@@ -214,7 +205,7 @@ class Allocation:
         folder.mkdir(exist_ok=True)
         result = folder / f"{arguments[0]}.json"
         result.unlink(missing_ok=True)
-        if not self.step(1, ["node", str(self.run.path), "--", *arguments], folder, result.name) or self.taken:
+        if not self.step(1, ["node", str(self.run.path), "--", *arguments], folder, result.name) or self.job.taken:
             return self.leave()
         code = json.loads(result.read_text())["code"]
         if code < 0:
@@ -233,23 +224,23 @@ class Allocation:
             return self.leave()
         attempt = self.run.open_attempt()
         self.lives += 1
-        say(f"{attempt.name} begins on {', '.join(self.hosts)}")
-        if not self.step(len(self.hosts), ["node", str(self.run.path)], attempt, "*/rank-*.json", "node-*.json"):
+        say(f"{attempt.name} begins on {', '.join(self.job.hosts)}")
+        if not self.step(len(self.job.hosts), ["node", str(self.run.path)], attempt, "*/rank-*.json", "node-*.json"):
             return self.leave()
         outcome, failure, reports = read_outcome(attempt), None, node.node_reports(attempt)
         if outcome is None:
             code = next((report["code"] for report in reports if report["code"]), 0)
             failure = explain_failure(attempt, code, sum(report["oom_kills"] for report in reports))
-        self.look_at_job()
+        self.job.look()
         asked = self.asked_by_a_person(attempt)
         if asked and outcome and outcome["outcome"] == "stopped":
             outcome |= {"reason": asked}
         if outcome and outcome["outcome"] == "stopped" and is_asked_to_leave(outcome["reason"]):
-            self.taken = self.taken or Taken(outcome["reason"])
-        if not self.taken:
+            self.job.taken = self.job.taken or Taken(outcome["reason"])
+        if not self.job.taken:
             self.withdraw_stop()
         fruitless, jobs, _ = self.history()
-        decision = decide(outcome, failure, self.taken, self.cluster.restarts, lives_here=self.lives, jobs=jobs, fruitless=fruitless)
+        decision = decide(outcome, failure, self.job.taken, self.cluster.restarts, lives_here=self.lives, jobs=jobs, fruitless=fruitless)
         stuck = [report["host"] for report in reports if report["unended"]]
         if decision.action == "again" and stuck:
             decision = Decision("requeue", f"{decision.why}; there are processes on {', '.join(stuck)} that cannot be killed")
@@ -275,17 +266,17 @@ class Allocation:
 
     def leave(self) -> Decision:
         """While no rank is there Slurm takes the job, or starts nothing in it."""
-        if self.taken is None:
+        taken = self.job.taken
+        if taken is None:
             return Decision("stop", "Slurm does not start what the job asks for; its words stand above", Stopped.exit_code)
-        return Decision("stop", self.taken.why, Stopped.exit_code) if self.taken.cancelled else Decision("requeue", self.taken.why)
+        return Decision("stop", taken.why, Stopped.exit_code) if taken.cancelled else Decision("requeue", taken.why)
 
     def history(self) -> tuple[int, int, list[dict]]:
         """(lives in a row without a newer commit, jobs that have begun, the ledger), all since a person submitted the run."""
         events = read_ledger(self.run.ledger)
-        since = max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0)
-        after = events[since].get("last_attempt", 0) if events else 0
-        lives = [number for number in self.run.attempts() if number > after]
-        return fruitless_lives(lives, events), sum(event["event"] == "job_began" for event in events[since:]), events[since:]
+        recent = since_submitted(events)
+        lives = [number for number in self.run.attempts() if number > recent[0].get("last_attempt", 0)] if recent else self.run.attempts()
+        return fruitless_lives(lives, events), sum(event["event"] == "job_began" for event in recent), recent
 
     # ---- a step, and what may come to the job meanwhile
 
@@ -297,7 +288,7 @@ class Allocation:
             self.step_once(nodes, arguments, folder, most_s)
             if any(any(folder.glob(trace)) for trace in traces):
                 return True
-            if self.taken:
+            if self.job.taken:
                 return False
             say(f"Slurm has started nothing on any node; once more in {pause_s:.0f} s")
             self.wait(pause_s)
@@ -305,19 +296,19 @@ class Allocation:
 
     def wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not self.taken:
+        while time.monotonic() < until and not self.job.taken:
             self.watch()
             time.sleep(0.2)
 
     def step_once(self, nodes: int, arguments: list[str], folder: Path, most_s: float) -> None:
         port = free_port(f"{self.owner}.{folder.name}")
         environment = os.environ | {
-            node.ADDRESS: self.patiently(lambda: slurm.node_address(self.hosts[0])),
+            node.ADDRESS: self.job.patiently(lambda: slurm.node_address(self.job.hosts[0])),
             node.PORT: str(port),
             node.ATTEMPT: str(folder),
             node.OWNER: self.owner,
             node.PROCESSES: str(self.submitted["processes_per_node"]),
-            node.GRACE: str(self.grace_s()),
+            node.GRACE: str(self.job.grace_s()),
             node.LEAD: str(self.cluster.signal_lead_s),
             "PYTHONUNBUFFERED": "1",
         }
@@ -335,32 +326,18 @@ class Allocation:
         try:
             while ended_within(process, 1.0) is None:
                 self.watch()
-                too_late = self.deadline is not None and time.time() > self.deadline - LEAVE_BEFORE_S
-                if too_late or time.monotonic() - begun > most_s:
+                if self.job.must_leave or time.monotonic() - begun > most_s:
                     break
         finally:
             end_step(process)
         self.check_owner()
 
-    def patiently(self, ask: Callable[[], Any]) -> Any:
-        """Slurm's controller may be away for minutes, and is asked until it answers, or until this job must go."""
-        until = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return ask()
-            except slurm.NoAnswer as error:
-                late = self.deadline is not None and time.time() > self.deadline - LEAVE_BEFORE_S
-                if late or time.monotonic() > until:
-                    raise
-                say(f"warning: {error}; asked again")
-                time.sleep(2)
-
     def watch(self) -> None:
         while self._signals:
             number = self._signals.pop(0)
-            self.look_at_job(number)
-        if time.monotonic() - self._looked > LOOK_AT_JOB_EVERY_S:
-            self.look_at_job()
+            self.job.look(number)
+        if time.monotonic() - self.job.looked > LOOK_AT_JOB_EVERY_S:
+            self.job.look()
         if time.monotonic() - self._looked_at_owner > node.LOOK_AT_OWNER_EVERY_S:
             self.check_owner()
         if time.monotonic() - self._commented > COMMENT_EVERY_S:
@@ -373,52 +350,6 @@ class Allocation:
         if owner != self.owner:
             raise ClusterError(f"{self.run.path}: the run goes on elsewhere (job {owner}), so this job ({self.owner}) leaves it alone")
 
-    def look_at_job(self, number: signal.Signals | None = None) -> None:
-        """Ask Slurm whether it takes this job's nodes away; `number` is a signal that says so. The first answer counts."""
-        self._looked = time.monotonic()
-        job = None
-        try:
-            job = slurm.find_job(self.job_id, patience_s=slurm.SHORT_S)
-        except ClusterError as error:
-            say(f"warning: {error}")
-        lead_s, now = self.cluster.signal_lead_s, time.time()
-        if self.taken:
-            # Somebody may cancel or requeue it while it saves; at its deadline Slurm ends it anyhow.
-            if job and job.restarts > self.restart:
-                self.taken = Taken("the job was requeued", is_requeued=True)
-            elif job and job.state in ENDING and now < self.deadline - 1 and not is_preempted(job):
-                self.taken = Taken(f"Slurm ends this job (its state is {job.state})", cancelled=True)
-            return
-        left_s = job.ends - now if job and job.ends else float("inf")
-        at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now + left_s)) if left_s < float("inf") else ""
-        if job and job.restarts > self.restart:
-            self.take(Taken("the job was requeued", is_requeued=True), now + self.grace_s())
-        elif job and job.state in ENDING and is_preempted(job):
-            self.take(Taken("preempted, without any grace"), now + self.grace_s())
-        elif job and job.state in ENDING:
-            self.take(Taken(f"Slurm ends this job (its state is {job.state})", cancelled=True), now + self.grace_s())
-        elif job and is_preempted(job):
-            self.take(Taken(f"preempted: the nodes go to another job at {at}"), now + left_s)
-        elif left_s < lead_s or number in USERS_SIGNALS and left_s < lead_s + SLURMS_SLACK_S:
-            self.take(Taken(f"time limit: the job ends at {at}"), now + left_s)
-        elif number:
-            self.take(Taken(f"{number.name} to the job"), now + (lead_s if number in USERS_SIGNALS else self.grace_s()))
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - one allocation lives as long as its process
-    def grace_s(self) -> float:
-        """From a signal to its processes until Slurm kills them, if nothing better is known."""
-        with contextlib.suppress(ClusterError):
-            return max(slurm.grace_s(self.partition) or 0, slurm.kill_wait_s())
-        return KILL_WAIT_S
-
-    def take(self, taken: Taken, deadline: float) -> None:
-        self.taken, self.deadline = taken, deadline
-        say(f"{taken.why}; the run is asked to save and leave")
-        try:
-            StopRequest(FROM_SLURM + taken.why, deadline).write(self.run.stop)
-        except OSError as error:
-            say(f"warning: {self.run.stop}: cannot be written ({error.strerror}); the last checkpoint stands")
-
     def withdraw_stop(self) -> None:
         """Take away a STOP that an earlier life's shims or job have made for themselves. A person's is honoured."""
         request = StopRequest.read(self.run.stop)
@@ -426,13 +357,12 @@ class Allocation:
             self.run.stop.unlink()
 
     def comment(self, text: str | None = None) -> None:
-        """Step and loss, for `squeue -o %k`. A courtesy: where it is forbidden nobody is told again."""
+        """Step and loss, or how the job ends."""
         self._commented = time.monotonic()
         text = text or progress_line(self.run)
         if text and text != self._comment:
             self._comment = text
-            with contextlib.suppress(ClusterError):
-                slurm.comment_job(self.job_id, text)
+            self.job.comment(text)
 
     # ---- the end of the job
 
@@ -441,7 +371,7 @@ class Allocation:
             return self.requeue(decision)
         self.comment(f"{decision.action}: {decision.why}")
         if decision.action == "stop":
-            self.ledger().append("gave_up", job=self.job_id, why=decision.why, exit_code=decision.exit_code)
+            self.ledger().append("gave_up", job=self.job.id, why=decision.why, exit_code=decision.exit_code)
             say(f"stopped: {decision.why}\n{place(last_commit(self.run))}; when the cause is gone: {self.to_go_on}")
         else:
             say(decision.why)
@@ -451,42 +381,32 @@ class Allocation:
         """By scontrol; by a successor where that is forbidden, or when a node is to be left out. Then to leave at once lets Slurm have the
         nodes, and count the time until the job may begin again, KillWait sooner."""
         by = self.cluster.restarts.by
-        self.ledger().append("requeued", job=self.job_id, why=decision.why, exclude=list(decision.exclude))
+        self.ledger().append("requeued", job=self.job.id, why=decision.why, exclude=list(decision.exclude))
         say(f"requeued: {decision.why}; {place(last_commit(self.run))}")
-        if self.taken and self.taken.is_requeued:
+        if self.job.taken and self.job.taken.is_requeued:
             return Stopped.exit_code
         if by != "successor" and not decision.exclude:
             try:
-                self.patiently(lambda: slurm.requeue_job(self.job_id))
+                self.job.requeue()
                 return Stopped.exit_code
             except ClusterError as error:
-                if self.is_requeued():
-                    # Slurm obeyed, and could not say so.
-                    return Stopped.exit_code
                 if by == "scontrol":
                     say(f"stopped: {error}\nrestarts.by: successor needs no scontrol; to go on: {self.to_go_on}")
                     return Stopped.exit_code
                 say(f"warning: {error}")
         return self.succeed(decision)
 
-    def is_requeued(self) -> bool:
-        with contextlib.suppress(ClusterError):
-            job = slurm.find_job(self.job_id)
-            return job is not None and job.restarts > self.restart
-        return False
-
     def succeed(self, decision: Decision) -> int:
-        """Send the script again, to begin when this job has ended, and have those wait for it that wait for this one."""
-        exclude = ",".join([*self.cluster.exclude, *sorted(self.excluded() | set(decision.exclude))])
-        flags = [f"--dependency=afterany:{self.job_id}", *([f"--exclude={exclude}"] if exclude else [])]
+        """Have another job take the run over, and those wait for it that wait for this one."""
+        exclude = [*self.cluster.exclude, *sorted(self.excluded() | set(decision.exclude))]
         try:
-            job_id = self.patiently(lambda: slurm.submit_script(self.run.path / "job.sbatch", *flags))
+            successor = self.job.send_successor(self.run.path / "job.sbatch", exclude)
         except ClusterError as error:
             say(f"stopped: no successor could be sent: {error}\nto go on, from where sbatch works: {self.to_go_on}")
             return Stopped.exit_code
-        note_job(self.run, job_id, decision.why)
-        hand_on_waiting(self.job_id, job_id)
-        say(f"job {job_id} takes the run over" + (f", without {', '.join(decision.exclude)}" if decision.exclude else ""))
+        note_job(self.run, successor, decision.why)
+        hand_on_waiting(self.job.id, successor)
+        say(f"job {successor} takes the run over" + (f", without {', '.join(decision.exclude)}" if decision.exclude else ""))
         return Stopped.exit_code
 
     @property
@@ -494,12 +414,9 @@ class Allocation:
         return f"harness submit {shlex.quote(str(self.run.path))}"
 
     def ledger(self) -> Ledger:
-        return Ledger(self.run.ledger, (self.run.attempts() or [None])[-1])
-
-
-def is_preempted(job: slurm.SlurmJob) -> bool:
-    """In its present life, that is."""
-    return job.preempted is not None and job.preempted >= (job.started or 0)
+        """One for the whole job: it keeps what a full disk does not take."""
+        self._ledger.attempt = (self.run.attempts() or [None])[-1]
+        return self._ledger
 
 
 def free_port(seed: str) -> int:

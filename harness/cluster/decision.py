@@ -6,9 +6,8 @@
     stop      leave it to a person
 
 A death, a hang, a rollback and a lost node are tried again, in the allocation first, and on other nodes when that brought nothing; what
-Slurm takes away is requeued; an error of the
-recipe, the data or the code stops at once, and so does a run that gets nowhere: so many lives in a row without a newer commit, whoever
-ended them (a time limit that is shorter than the loading would go on for ever), or too many jobs.
+Slurm takes away is requeued; an error of the recipe, the data or the code stops at once, and so does a run that gets nowhere: so many lives
+in a row without a newer commit, whoever ended them (a time limit that is shorter than the loading would go on for ever), or too many jobs.
 """
 
 import signal

@@ -68,14 +68,12 @@ class Step:
             raise ClusterError(
                 f"harness node: {missing[0]} is not set; a job of `harness submit` starts this on its nodes, a person does not"
             )
-        count = int(environment["SLURM_NNODES"])
         machines = Machines(
             processes=int(environment[PROCESSES]),
-            count=count,
+            count=int(environment["SLURM_NNODES"]),
             index=int(environment["SLURM_NODEID"]),
             address=environment[ADDRESS],
-            # One machine's launcher finds a free port by itself.
-            port=int(environment[PORT]) if count > 1 else 0,
+            port=int(environment[PORT]),
         )
         return cls(machines, Path(environment[ATTEMPT]), environment[OWNER], float(environment[GRACE]), float(environment[LEAD]))
 
@@ -107,9 +105,9 @@ def live_on_node(run: RunDir) -> int:
 
 def run_on_node(arguments: list[str]) -> int:
     """`harness ARGUMENTS` in a process of its own, and its exit code in the step's folder: srun's says nothing of a node that was lost."""
-    folder, verb = Path(os.environ[ATTEMPT]), arguments[0]
+    step = Step.from_environment(dict(os.environ))
     code = subprocess.call([sys.executable, "-m", "harness", *arguments])
-    write_text_atomically(folder / f"{verb}.json", json.dumps({"code": code}) + "\n")
+    write_text_atomically(step.attempt / f"{arguments[0]}.json", json.dumps({"code": code}) + "\n")
     return 0
 
 
@@ -124,7 +122,7 @@ def check_this_node(run: RunDir) -> int:
         index=machines.index,
         count=machines.count,
         address=machines.address,
-        port=int(os.environ[PORT]),
+        port=machines.port,
         processes=machines.processes,
     )
 

@@ -90,8 +90,7 @@ def srun_command(
     # --wait: a node whose ranks have ended waits for one that still exports; the site's default may end that one after seconds.
     # --mpi: under pmi2, which may be a site's default, Accelerate takes PMI_SIZE, the number of nodes, for the number of ranks.
     argv = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0", "--mpi=none"]
-    # --cpu-bind: a site's default may bind the one task of a node, and with it all ranks, to one core.
-    argv += ["--cpu-bind=none", "--export=ALL"]
+    argv.append("--export=ALL")
     if cluster.cpus_per_node:
         # Since 22.05 srun does not take it over from the job.
         argv.append(f"--cpus-per-task={cluster.cpus_per_node}")

@@ -28,7 +28,7 @@ import yaml
 from harness.checkpoint.ledger import read_ledger
 from harness.checkpoint.selection import checkpoints
 from harness.cluster.slurm import SlurmJob, is_alive, list_jobs
-from harness.cluster.submission import JOB, last_job, read_job
+from harness.cluster.submission import JOB, last_job, read_job, since_submitted
 from harness.errors import CheckpointError, ClusterError, LaunchError, Stopped
 from harness.failures import explain_failure
 from harness.run import LOCK, RunDir, rank_reports, read_outcome
@@ -142,12 +142,12 @@ def _judge(run: RunDir, job_id: str | None, job: SlurmJob | None, life: Path | N
         return RunStatus(run.path, "done")
     if unasked:
         return RunStatus(run.path, "unknown", unasked)
-    gave_up = next((event for event in reversed(events) if event["event"] in ("gave_up", "job_began", "submitted")), None)
-    if gave_up and gave_up["event"] == "gave_up" and not (job and job.state == "CANCELLED"):
+    last = next((event for event in reversed(since_submitted(events)) if event["event"] in ("gave_up", "job_began")), {})
+    if last.get("event") == "gave_up" and not (job and job.state == "CANCELLED"):
         # The job's own words; Slurm's are gone within minutes.
-        stopped = gave_up["exit_code"] == Stopped.exit_code
+        stopped = last["exit_code"] == Stopped.exit_code
         blamed = _failed(run, life).log if life and not stopped and rank_reports(life, "errors") else None
-        return RunStatus(run.path, "stopped" if stopped else "failed", gave_up["why"], log=blamed)
+        return RunStatus(run.path, "stopped" if stopped else "failed", last["why"], log=blamed)
     if job and job.state == "CANCELLED":
         return RunStatus(run.path, "cancelled", f"job {job.id} was cancelled")
     if outcome and outcome["outcome"] == "stopped":
@@ -224,15 +224,11 @@ def life_of(run: RunDir, job_id: str | None, events: list[dict]) -> Path | None:
 
 def _job_began(events: list[dict]) -> dict | None:
     """The last begin of the run's job since it was submitted."""
-    last = next((event for event in reversed(events) if event["event"] in ("job_began", "submitted")), None)
-    return last if last and last["event"] == "job_began" else None
+    return next((event for event in reversed(since_submitted(events)) if event["event"] == "job_began"), None)
 
 
 def _requeues(events: list[dict]) -> int:
-    began = 0
-    for event in events:
-        began = 0 if event["event"] == "submitted" else began + (event["event"] == "job_began")
-    return max(0, began - 1)
+    return max(0, sum(event["event"] == "job_began" for event in since_submitted(events)) - 1)
 
 
 def _phase(life: Path | None, since: float = 0.0) -> str:

@@ -208,6 +208,11 @@ def note_job(run: RunDir, job_id: str, why: str) -> None:
     write_job(run, content | {"jobs": [*content["jobs"], {"id": job_id, "submitted": time.time(), "why": why}]})
 
 
+def since_submitted(events: list[dict]) -> list[dict]:
+    """What the ledger tells since a person sent the run last, that event first; everything where nobody has."""
+    return events[max((number for number, event in enumerate(events) if event["event"] == "submitted"), default=0) :]
+
+
 def last_job(run: RunDir) -> str | None:
     """The id of the run's present job; None for a run that was never sent."""
     jobs = read_job(run)["jobs"] if (run.path / JOB).is_file() else []

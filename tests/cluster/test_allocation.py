@@ -1,6 +1,7 @@
 """A job's own process without Slurm: what it makes of what Slurm says of its job, of the pre-flight and of what an earlier life has left.
 How it fares in a real job is in tests/slurm/test_lives_*.py."""
 
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+from harness.checkpoint.ledger import Ledger
 from harness.cluster import allocation, node, preflight, slurm
 from harness.cluster.allocation import Allocation, free_port
 from harness.cluster.findings import Finding
@@ -84,15 +86,15 @@ def test_what_slurm_says_of_the_job_becomes_a_reason_and_a_deadline(begin, field
     now = time.time()
     times = {key: now + value for key, value in fields.items() if key in ("ends", "preempted", "started")}
     begun = begin(job=job(**fields | times))
-    begun.look_at_job(number)
+    begun.job.look(number)
     if why is None:
-        assert begun.taken is None and not begun.run.stop.exists()
+        assert begun.job.taken is None and not begun.run.stop.exists()
         return
-    assert begun.taken.why.startswith(why)
-    assert [flag for flag in ("cancelled", "is_requeued") if getattr(begun.taken, flag)] == [*flags]
+    assert begun.job.taken.why.startswith(why)
+    assert [flag for flag in ("cancelled", "is_requeued") if getattr(begun.job.taken, flag)] == [*flags]
     request = StopRequest.read(begun.run.stop)
-    assert request.reason == f"slurm: {begun.taken.why}" and request.deadline == pytest.approx(now + within_s, abs=3)
-    assert begun.deadline == pytest.approx(now + within_s, abs=3)
+    assert request.reason == f"slurm: {begun.job.taken.why}" and request.deadline == pytest.approx(now + within_s, abs=3)
+    assert begun.job.deadline == pytest.approx(now + within_s, abs=3)
 
 
 def test_the_first_answer_counts_but_a_cancellation_and_a_requeue_by_others_are_seen_while_the_run_saves(begin, monkeypatch):
@@ -101,11 +103,11 @@ def test_the_first_answer_counts_but_a_cancellation_and_a_requeue_by_others_are_
 
     def later(**fields):
         begun = begin(job=job(**preempted))
-        begun.look_at_job()
+        begun.job.look()
         monkeypatch.setattr(slurm, "find_job", lambda *_, **__: job(**preempted | fields))
-        begun.look_at_job(signal.SIGTERM)
+        begun.job.look(signal.SIGTERM)
         begun.run.stop.unlink()
-        return begun.taken
+        return begun.job.taken
 
     assert later(ends=taken_at + 90).why.startswith("preempted")
     assert later(state="COMPLETING", preempted=None).cancelled
@@ -125,9 +127,9 @@ def test_a_signal_is_obeyed_though_slurm_does_not_answer_and_the_disk_is_full(be
 
     monkeypatch.setattr(slurm, "find_job", refuse)
     monkeypatch.setattr(StopRequest, "write", full)
-    begun.look_at_job(signal.SIGUSR1)
+    begun.job.look(signal.SIGUSR1)
     said = capsys.readouterr().err
-    assert begun.taken.why == "SIGUSR1 to the job" and "warning: squeue: Connection refused" in said
+    assert begun.job.taken.why == "SIGUSR1 to the job" and "warning: squeue: Connection refused" in said
     assert "STOP: cannot be written (No space left on device); the last checkpoint stands" in said
 
 
@@ -298,11 +300,11 @@ def test_a_controller_that_is_away_is_asked_until_it_answers_or_the_job_must_go(
             raise slurm.NoAnswer("scontrol: Unable to contact slurm controller")
         return "yes"
 
-    assert begun.patiently(answers_late) == "yes" and len(asked) == 3
-    begun.deadline = time.time()
+    assert begun.job.patiently(answers_late) == "yes" and len(asked) == 3
+    begun.job.deadline = time.time()
     asked.clear()
     with pytest.raises(slurm.NoAnswer):
-        begun.patiently(answers_late)
+        begun.job.patiently(answers_late)
 
 
 def test_a_requeue_that_slurm_obeyed_without_saying_so_has_no_successor(begin, monkeypatch):
@@ -318,12 +320,12 @@ def test_a_requeue_that_slurm_obeyed_without_saying_so_has_no_successor(begin, m
 
 def test_a_person_who_asks_while_slurms_stop_is_obeyed_has_the_last_word(begin, monkeypatch):
     begun = begin(job=job(ends=time.time() + 20, preempted=time.time()))
-    begun.look_at_job()
+    begun.job.look()
 
     def saves(nodes, arguments, attempt, *traces):
         # Rank 0 had read Slurm's reason before the person's was written over it.
         StopRequest("cancel: asked by me").write(attempt / "STOP")
-        write_outcome(attempt, "stopped", step=5, checkpoint=5, reason=begun.taken.why)
+        write_outcome(attempt, "stopped", step=5, checkpoint=5, reason=begun.job.taken.why)
         return True
 
     monkeypatch.setattr(begun, "step", saves)
@@ -352,13 +354,40 @@ def test_what_one_node_does_for_all_is_judged_by_what_it_wrote(begin, monkeypatc
     assert (decision and decision.action) == action and (action != "stop" or decision.exit_code == code)
 
 
-def test_a_shared_disk_that_fails_for_a_moment_is_no_end(begin, monkeypatch):
+def failing(number):
+    def fails():
+        raise OSError(number, os.strerror(number), "metrics.jsonl")
+
+    return fails
+
+
+def test_a_shared_disk_that_fails_for_a_moment_is_no_end_and_one_that_is_full_is(begin, monkeypatch):
     begun, requeued = begin(), []
-
-    def stale():
-        raise OSError(116, "Stale file handle", "metrics.jsonl")
-
-    monkeypatch.setattr(begun, "work", stale)
     monkeypatch.setattr(slurm, "requeue_job", requeued.append)
+    monkeypatch.setattr(begun, "work", failing(errno.ESTALE))
     assert begun.main() == 75 and requeued == ["7"]
     assert begun.history()[2][-1]["why"] == "metrics.jsonl: Stale file handle"
+    monkeypatch.setattr(begun, "work", failing(errno.ENOSPC))
+    with pytest.raises(ClusterError, match="metrics.jsonl: No space left on device; when it is mended: harness submit"):
+        begun.main()
+    # The ledger, which counts jobs, may be on that disk: Slurm's own count bounds it as well.
+    monkeypatch.setattr(begun, "work", failing(errno.ESTALE))
+    begun.job.restart = begun.cluster.restarts.max_restarts
+    with pytest.raises(ClusterError, match="Stale file handle"):
+        begun.main()
+    assert requeued == ["7"]
+
+
+def test_what_a_full_disk_did_not_take_of_the_ledger_is_written_when_it_can_be(begin, monkeypatch):
+    begun = begin()
+    write, full = Ledger._write, [True]
+
+    def refuse_once(ledger, data):
+        if full.pop() if full else False:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(ledger, data)
+
+    monkeypatch.setattr(Ledger, "_write", refuse_once)
+    begun.ledger().append("job_began", job="7", restart=0, hosts=[])
+    begun.ledger().append("requeued", job="7", why="", exclude=[])
+    assert [event["event"] for event in begun.history()[2]] == ["job_began", "requeued"]

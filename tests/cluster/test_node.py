@@ -143,8 +143,7 @@ def test_a_step_knows_its_place_from_slurm_and_the_allocation(tmp_path):
     environment = STEP | {node.ATTEMPT: str(tmp_path)}
     step = Step.from_environment(environment)
     assert step.machines == Machines(4, 2, 1, "r1", 20001) and step.machines.world_size == 8
-    # One machine's launcher chooses its port.
-    assert Step.from_environment(environment | {"SLURM_NODEID": "0", "SLURM_NNODES": "1"}).machines == Machines(4, 1, 0, "r1", 0)
+    assert Step.from_environment(environment | {"SLURM_NODEID": "0", "SLURM_NNODES": "1"}).machines == Machines(4, 1, 0, "r1", 20001)
 
 
 def test_the_hidden_verbs_say_what_they_are_for_and_stand_in_no_list():

@@ -403,10 +403,7 @@ def test_without_a_container_a_step_is_python_on_every_node():
     assert command == ["/venv/bin/python", "-m", "harness", "node", "/runs/a b"]
     argv = srun_command(cluster, 3, command, environment=("A",), folders=("/src",), workdir="/work")
     assert argv[-5:] == command
-    assert (
-        argv[:-5]
-        == "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none --export=ALL".split()
-    )
+    assert argv[:-5] == "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 --mpi=none --export=ALL".split()
 
 
 def test_srun_gets_the_sites_own_flags_and_the_cpus_that_it_would_not_take_over():

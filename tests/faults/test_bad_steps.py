@@ -271,4 +271,4 @@ def test_harness_run_begins_the_next_life_by_itself_and_ends_well(tmp_path):
     assert "attempt-1 ended by a rollback; a new life begins: the newest checkpoint is checkpoint-5" in done.output
     events = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert [event["passes_over"] for event in events if event["event"] == "rolled_back"] == [[6, 8]]
-    assert (run / "final").is_dir() and sorted(path.name for path in (run / "logs").iterdir()) == ["attempt-1", "attempt-2"]
+    assert (run / "final").is_dir() and sorted(path.name for path in (run / "logs").glob("attempt-*")) == ["attempt-1", "attempt-2"]

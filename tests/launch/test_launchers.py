@@ -94,7 +94,7 @@ def test_two_machines_share_one_run_folder_and_have_the_losses_of_two_ranks_on_o
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)
     assert ruled(run) == ("ddp", "recipe", 2)
     check_same(run, reference)
-    assert [folder.name for folder in (run / "logs").iterdir()] == ["attempt-1"]
+    assert {folder.name for folder in (run / "logs").iterdir()} == {"attempt-1", "latest"}
     attempt = run / "logs" / "attempt-1"
     assert {path.name for path in attempt.iterdir()} == {
         "alive",

@@ -19,6 +19,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.slurm)
+            # `make test` is for a machine without Slurm as well, and for a quarter of an hour.
+            item.add_marker(pytest.mark.slow)
 
 
 @functools.cache

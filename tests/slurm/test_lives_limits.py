@@ -121,9 +121,10 @@ def test_one_at_a_time_may_work_in_a_run_folder(slurm_cluster, tmp_path):
     run.submit()
     first = run.job
     run.wait_for_phase("training")
-    assert f"job {first} of this run lives (RUNNING)" in run.submit(code=2)
+    lives = f"job {first} of this run lives (RUNNING)"
+    assert lives in run.submit(code=2)
     done = run.harness("run", run.path / "recipe.yaml", "--processes", "2")
-    assert done.code == 2 and "another process is running in it" in done.output
+    assert done.code == 2 and lives in done.output
     rig.run("scancel", first)
     assert run.wait() == "CANCELLED"
     # As if Slurm had forgotten it.

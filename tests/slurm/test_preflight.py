@@ -33,7 +33,7 @@ class Preflight:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = {"ADDRESS": "127.0.0.1", "PORT": free.getsockname()[1]}
-        where |= {"ATTEMPT": self.folder, "OWNER": "1.0", "PROCESSES": 1, "GRACE_S": 10}
+        where |= {"ATTEMPT": self.folder, "OWNER": "1.0", "PROCESSES": 1, "GRACE_S": 10, "LEAD_S": 60}
         exports = [f"export HARNESS_NODE_{name}={shlex.quote(str(value))}" for name, value in where.items()]
         node = shlex.join([sys.executable, "-m", "harness", "node", str(self.run), "--preflight"])
         srun = "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0"
