@@ -6,6 +6,7 @@ runs/<name>/
   logs/attempt-K/        one life of the run: rank-R.log of every rank; alive/rank-R.json: its host, pid, phase and step, written over with
                          every step; errors/rank-R.json if it failed; prepared-R.json: the prepared data that the machine of rank R (the
                          first on it) loads; outcome.json: how the life ended; hang.txt: every rank's stack, if one stood still
+  logs/latest            a link to the newest of them
   metrics.jsonl          every logged point, the same keys and steps as W&B
   wandb.json, wandb/     the W&B id of this run, and its offline files
   init/                  the weights that were drawn, for `model.init`
@@ -18,7 +19,8 @@ runs/<name>/
   final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
   merged/                `harness export --merge`
   .lock                  held by the process that runs in the folder
-  job.sbatch, job.json, cluster.yaml, code.diff     of a run that was submitted to Slurm (harness.cluster.submission)
+  job.sbatch, job.json, cluster.yaml, code.diff, logs/slurm-N.log, logs/owner, logs/nodes.lock
+                         of a run that was submitted to Slurm (harness.cluster)
 
 The prepared data alone lies elsewhere, in the cache, from where it can be made again.
 """

@@ -95,7 +95,7 @@ class CacheHeader:
 
     teacher: Teacher
     tokenizer: str
-    """tokenizer_digest."""
+    """vocabulary_digest."""
     vocabulary: int
     """Ids that the tokenizer has; a model may have more rows, for padding, and these are not the teacher's distribution."""
     settings: Settings
