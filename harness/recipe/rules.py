@@ -169,8 +169,8 @@ def _head_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
         yield f"teacher.floor = {teacher.floor}; cap = {teacher.cap} is the most that is kept; make the floor no larger"
     if distill.divergence != "forward_kl":
         yield (
-            f"distill.divergence = {distill.divergence}; it needs the teacher's probability of all that the student would say; a cache and a "
-            "server hold what the teacher would say; use forward_kl, or teacher.source: resident"
+            f"distill.divergence = {distill.divergence}; it needs the teacher's probability of all that the student would say; a cache "
+            "or a server tells what the teacher would say; use forward_kl, or teacher.source: resident"
         )
     if distill.temperature != 1:
         yield (

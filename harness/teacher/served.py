@@ -163,9 +163,7 @@ class ServedTeacher:
             )
         mass = math.fsum(math.exp(min(log, 1.0)) for log in table.values())
         if mass > 1 + MASS_TOLERANCE:
-            return (
-                f"its probabilities sum to {mass:.4g}; log-probabilities at temperature 1 are needed (vLLM: --logprobs-mode raw_logprobs)"
-            )
+            return f"its probabilities sum to {mass:.4g}; raw log-probabilities are needed (vLLM: --logprobs-mode raw_logprobs)"
         foreign = math.fsum(math.exp(log) for token, log in table.items() if not 0 <= token < self.vocabulary)
         if foreign > MASS_TOLERANCE:
             return f"{foreign:.2%} of the mass is on ids from {self.vocabulary:,} on, which are no tokens of the student; serve its teacher"
@@ -181,7 +179,7 @@ class ServedTeacher:
             best = sorted(table.items(), key=lambda entry: (-entry[1], entry[0]))[:width]
             best = [entry for entry in best if 0 <= entry[0] < vocabulary]
             told[row] = len(best)
-            ids[row, : len(best)], logs[row, : len(best)] = zip(*best, strict=True)
+            ids[row, : len(best)], logs[row, : len(best)] = [token for token, _ in best], [log for _, log in best]
         if (told < min(settings.floor, vocabulary)).any():
             raise TeacherError(
                 f"{self.where}: of {width} entries only {told.min()} are tokens of the student, the rest is padding of the head; "
