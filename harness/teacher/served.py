@@ -97,7 +97,7 @@ class ServedTeacher:
         """The targets of samples, one after another in their order, as a cache reads them; a sample that repeats is asked about once."""
         distinct = {sample.key: sample for sample in samples}
         found = dict(zip(distinct, self.targets_of([*distinct.values()]), strict=True))
-        parts = [self._to_targets([]), *(found[sample.key] for sample in samples)]
+        parts = [self._to_targets([], []), *(found[sample.key] for sample in samples)]
         return Targets(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     def ask(self, sample: Sample, *, patience: int | None = None) -> Targets:
@@ -106,17 +106,14 @@ class ServedTeacher:
         ids = sample.input_ids.tolist()
         answer = self.client.ask("completions", self._question(ids), **options)
         try:
-            tables = self._tables(answer, ids)
+            tables = self._tables(answer, sample)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise TeacherError(f"{self.where}: answers {self.way} in a form that is not known here ({error!r})") from error
-        if len(tables) != len(ids):
-            raise Unscored(f"{self.where}: tells the scores of {len(tables)} tokens, and was given {len(ids)}")
-        heads = []
-        for place in sample.trained_at.tolist():
-            if problem := self._find_problem(tables[place], ids[place]):
+        gold = [ids[place] for place in sample.trained_at.tolist()]
+        for place, table, token in zip(sample.trained_at.tolist(), tables, gold, strict=True):
+            if problem := self._find_problem(table, token):
                 raise TeacherError(f"{self.where}: token {place} of {len(ids)}: {problem}")
-            heads.append((tables[place], ids[place]))
-        return self._to_targets(heads)
+        return self._to_targets(tables, gold)
 
     def _question(self, ids: list[int]) -> dict:
         # No other temperature than 1, though vLLM's scores are the raw ones whatever it is.
@@ -125,19 +122,24 @@ class ServedTeacher:
             return question | {"prompt_logprobs": self.width, "max_tokens": 1}
         return question | {"echo": True, "logprobs": self.width, "max_tokens": 0, "return_tokens_as_token_ids": True}
 
-    def _tables(self, answer: dict, ids: list[int]) -> list[dict[int, float] | None]:
-        """{id: log-probability} at each position; None where there is nothing."""
+    def _tables(self, answer: dict, sample: Sample) -> list[dict[int, float] | None]:
+        """{id: log-probability} for each trained token; None where there is nothing."""
         choice = answer["choices"][0]
         if self.way == "prompt_logprobs":
-            tables = choice.get("prompt_logprobs")
-            if tables is None:
+            told = choice.get("prompt_logprobs")
+            if told is None:
                 raise Unscored(f"{self.where}: answers without prompt_logprobs")
+        else:
+            scores = choice.get("logprobs")
+            if not scores or not scores.get("top_logprobs"):
+                raise Unscored(f"{self.where}: answers echo without logprobs")
+            of_given = zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True)
+            told = [table and table | {token: score} for token, score, table in of_given]
+        if len(told) != len(sample.input_ids):
+            raise Unscored(f"{self.where}: tells the scores of {len(told)} tokens, and was given {len(sample.input_ids)}")
+        tables = (told[place] for place in sample.trained_at.tolist())
+        if self.way == "prompt_logprobs":
             return [table and {int(token): float(entry["logprob"]) for token, entry in table.items()} for table in tables]
-        scores = choice.get("logprobs")
-        if not scores or not scores.get("top_logprobs"):
-            raise Unscored(f"{self.where}: answers echo without logprobs")
-        of_given = zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True)
-        tables = (table and table | {token: score} for token, score, table in of_given)
         return [table and {self._id(token): float(log) for token, log in table.items()} for table in tables]
 
     def _id(self, token: str) -> int:
@@ -169,12 +171,12 @@ class ServedTeacher:
             return f"{foreign:.2%} of the mass is on ids from {self.vocabulary:,} on, which are no tokens of the student; serve its teacher"
         return None
 
-    def _to_targets(self, heads: list[tuple[dict[int, float], int]]) -> Targets:
-        """Of checked tables, each with its given token."""
+    def _to_targets(self, tables: list[dict[int, float]], gold: list[int]) -> Targets:
+        """Of checked tables, and the given tokens."""
         settings, width, vocabulary = self.settings, self.width, self.vocabulary
-        ids, logs = np.zeros((len(heads), width), np.int32), np.full((len(heads), width), -np.inf)
-        told = np.empty(len(heads), np.int64)
-        for row, (table, _) in enumerate(heads):
+        ids, logs = np.zeros((len(tables), width), np.int32), np.full((len(tables), width), -np.inf)
+        told = np.empty(len(tables), np.int64)
+        for row, table in enumerate(tables):
             # The most probable first, and among equals the lowest id. The given token may be one more; rows that pad a head are no tokens.
             best = sorted(table.items(), key=lambda entry: (-entry[1], entry[0]))[:width]
             best = [entry for entry in best if 0 <= entry[0] < vocabulary]
@@ -202,8 +204,8 @@ class ServedTeacher:
             np.where(is_kept, logs, -np.inf).astype(np.float32),
             log_tail.astype(np.float32),
             entropy.astype(np.float32),
-            np.array([table[gold] for table, gold in heads], np.float32),
-            np.zeros((len(heads), 0), np.int32),
+            np.array([table[token] for table, token in zip(tables, gold, strict=True)], np.float32),
+            np.zeros((len(tables), 0), np.int32),
         )
 
 

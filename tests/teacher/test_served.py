@@ -4,17 +4,19 @@ name."""
 import itertools
 import json
 import pickle
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO_TEMPLATE, STORIES, XLAM, needs_shared
+from conftest import MICRO_TEMPLATE, STORIES, XLAM, harness, needs_shared
 from server import TeacherServer
 from test_capture import Captured, code_nats, files_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harness.cli import main
 from harness.data import prepare_recipe
 from harness.errors import ModelError, Stopped, TeacherError
 from harness.model import load_tokenizer
@@ -93,6 +95,15 @@ def resident(tmp_path_factory) -> CapturedHere:
     return captured
 
 
+@pytest.fixture(scope="module")
+def reference(model, tokenizer, tmp_path_factory):
+    """(a recipe, captured; its server, which still answers)"""
+    with TeacherServer(model, tokenizer, name="stories-v7") as server:
+        captured = CapturedHere(tmp_path_factory.mktemp("reference"), *through(server))
+        captured.run()
+        yield captured, server
+
+
 def teacher_at(url: str, way="prompt_logprobs", settings=SETTINGS, vocabulary=512, key_variable=None, timeout_s=20.0) -> ServedTeacher:
     return ServedTeacher(Client(url, key_variable, timeout_s), "teacher", way, settings, vocabulary, 4)
 
@@ -106,10 +117,11 @@ def a_sample(length=20, seed=0) -> Sample:
 
 
 @pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
-def test_a_capture_through_a_server_keeps_what_the_same_model_in_memory_says(serve, resident, tmp_path, way):
-    server = serve()
-    captured = CapturedHere(tmp_path, *through(server, f"teacher.server.scores={way}"))
-    captured.run()
+def test_a_capture_through_a_server_keeps_what_the_same_model_in_memory_says(serve, reference, resident, tmp_path, way):
+    captured = reference[0]
+    if way == "echo":
+        captured = CapturedHere(tmp_path, *through(serve(), "teacher.server.scores=echo"))
+        captured.run()
     ours, theirs = open_cache(captured.folder), open_cache(resident.folder)
     keys = list(theirs.keys())
     assert sorted(ours.keys()) == sorted(keys) and len(keys) >= 9
@@ -139,10 +151,8 @@ def test_a_capture_through_a_server_keeps_what_the_same_model_in_memory_says(ser
     assert written["gold_error"] < 1e-3
 
 
-def test_the_header_says_that_a_server_was_asked_and_what_it_calls_the_model(serve, tmp_path):
-    server = serve(name="stories-v7")
-    captured = CapturedHere(tmp_path, *through(server))
-    captured.run()
+def test_the_header_says_that_a_server_was_asked_and_what_it_calls_the_model(reference):
+    captured, server = reference
     teacher = load_header(captured.folder).teacher
     assert (teacher.kind, teacher.digest, teacher.dtype, teacher.revision) == ("served", "stories-v7", None, None)
     assert teacher.name == str(STORIES)
@@ -233,24 +243,22 @@ def test_token_ids_go_out_and_never_text(serve, way):
 # ---- a capture that breaks off
 
 
-def test_an_interrupted_capture_goes_on_at_another_server_with_what_was_done(serve, tmp_path):
-    dying = serve(dies_after=6)
+def test_an_interrupted_capture_goes_on_at_another_server_with_what_was_done(serve, reference, tmp_path):
+    dying = serve(dies_after=6, name="stories-v7")
     captured = CapturedHere(tmp_path, *through(dying, "teacher.server.concurrency=1"))
     with pytest.raises(TeacherError, match=r"completions: cannot be reached .*, 7 times in a row; start the server, or correct"):
         captured.run()
     done = files_of(captured.folder)
     units = {name for name in done if name.endswith(".tc")}
     assert units and not any(name.endswith(".tmp") for name in done)
-    healthy = serve()
-    again = CapturedHere(tmp_path, *through(healthy))
-    again.run()
-    after = files_of(captured.folder)
+    whole, healthy = reference
+    CapturedHere(tmp_path, *through(healthy)).run()
+    after, expected = files_of(captured.folder), files_of(whole.folder)
     assert len([name for name in after if name.endswith(".tc")]) > len(units)
     assert {name: after[name] for name in units} == {name: done[name] for name in units}
-    whole = CapturedHere(tmp_path / "whole", *through(healthy))
-    whole.run()
-    assert {name: data for name, data in files_of(whole.folder).items() if name.endswith(".tc")} == {
-        name: data for name, data in after.items() if name.endswith(".tc")
+    # One row at a time, in one process: the same bits, from two servers.
+    assert {name: data for name, data in after.items() if name.endswith(".tc")} == {
+        name: data for name, data in expected.items() if name.endswith(".tc")
     }
 
 
@@ -260,12 +268,10 @@ def test_a_capture_that_is_told_to_stop_ends_its_unit(serve, tmp_path):
         captured.run(stop=lambda: "SIGTERM" if next(calls) else None)
 
 
-def test_a_folder_of_a_resident_teacher_and_of_another_served_one_are_not_taken(serve, tmp_path):
-    captured = CapturedHere(tmp_path)
-    captured.run()
+def test_a_folder_of_a_resident_teacher_and_of_another_served_one_are_not_taken(serve, resident, tmp_path):
     server = serve()
-    with pytest.raises(TeacherError, match="teacher: (kind|dtype) is .* belongs to another cache"):
-        CapturedHere(tmp_path, *through(server)).run()
+    with pytest.raises(TeacherError, match="teacher: (kind|dtype|digest) is .* belongs to another cache"):
+        CapturedHere(tmp_path, *through(server, f"teacher.cache={resident.folder}")).run()
     with pytest.raises(Stopped):
         CapturedHere(tmp_path / "2", *through(server)).run(stop=iter([None, "enough"]).__next__)
     server.name = "another"
@@ -284,14 +290,12 @@ def test_that_it_is_served_decides_the_folder_and_where_and_how_it_is_served_doe
     assert here == there == folder("teacher.server.url=http://x", "teacher.server.model=m", "teacher.server.scores=echo") != folder()
 
 
-def test_a_server_that_says_something_else_after_the_capture_is_found_out(serve, tmp_path):
-    server = serve()
-    captured = CapturedHere(tmp_path, *through(server))
-    captured.run()
-    (captured.folder / "fidelity.json").unlink()
-    server.change_logs = lambda logs: (logs * 1.3).log_softmax(-1)
+def test_a_server_that_says_something_else_after_the_capture_is_found_out(serve, reference, tmp_path):
+    shutil.copytree(reference[0].folder, tmp_path / "cache")
+    (tmp_path / "cache" / "fidelity.json").unlink()
+    server = serve(name="stories-v7", change_logs=lambda logs: (logs * 1.3).log_softmax(-1))
     with pytest.raises(TeacherError, match=r"nats away from what the teacher says now, more than rounding \(0.05\)"):
-        captured.run()
+        CapturedHere(tmp_path, *through(server)).run()
 
 
 # ---- servers that do not fit
@@ -465,3 +469,26 @@ def test_one_question_that_fails_ends_the_batch_without_asking_all_others(serve)
     with pytest.raises(TeacherError, match="answers 400"):
         teacher_at(server.url).targets_of([a_sample(seed=seed) for seed in range(60)])
     assert len(server.questions) < 30
+
+
+def test_a_recipe_with_a_server_passes_the_check_and_can_be_captured_only_into_a_cache(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    overrides = ["teacher.server.url=http://host:8000/v1", "teacher.source=served", "teacher.unit_tokens=262144"]
+    with pytest.raises(SystemExit) as left:
+        main(["check", str(tmp_path / "recipe.yaml"), *overrides])
+    assert left.value.code == 0
+    assert "http://host:8000/v1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["capture", str(tmp_path / "recipe.yaml"), *overrides])
+    assert left.value.code == 2
+    assert "teacher.source = served; it is asked beside the student and never captured" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_captures_through_a_server_with_two_workers_under_any_backend(reference, tmp_path):
+    """Under zero3 as well: there is no teacher here to share."""
+    captured, server = reference
+    done = harness("capture", captured.file, *through(server, f"teacher.cache={tmp_path / 'cache'}"), "--backend=zero3", "--processes=2")
+    assert done.code == 0, done.output
+    assert "[0/2]" in done.output and "[1/2]" in done.output and "scores given tokens (prompt_logprobs, 64 entries each)" in done.output
+    assert files_of(tmp_path / "cache").keys() == files_of(captured.folder).keys()
