@@ -51,12 +51,13 @@ class Client:
     key_variable: str | None
     timeout_s: float
 
-    def ask(self, path: str, body: dict | None = None, *, patience: int = len(DELAYS_S)) -> dict:
-        """The answer to `body`, or without one to a GET. patience: how often it is asked again. Threads may share a client.
+    def ask(self, path: str, body: dict | None = None, *, patience: int | None = None) -> dict:
+        """The answer to `body`, or without one to a GET. patience: how often it is asked again; left out: once for each of DELAYS_S.
+        Threads may share a client.
 
         Raises Refused when the server says no, TeacherError when it does not answer or says nothing that can be read.
         """
-        attempt = 0
+        attempt, patience = 0, len(DELAYS_S) if patience is None else patience
         while True:
             try:
                 return self._ask_once(path, body)

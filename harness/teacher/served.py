@@ -12,9 +12,9 @@ told and not kept, and what is missing to 1 beyond them, which is never more tha
 told. The entropy is a lower bound: all that was not told counts as one entry.
 
 Promises. Nothing is taken on trust that an answer can show: each distribution is of the token that was asked about, has as many entries as
-were asked for and sums to no more than 1, or an error says what the server does instead. What no answer can show is whose weights these
-are; that is said. A server adds in the order of its own batches, so that asked twice it may differ in the last bits: of two workers that
-do one unit the first stays, and either is right.
+were asked for and can sum to 1, or an error says what the server does instead. What no answer can show is whose weights these are; that
+is said. A server adds in the order of its own batches, so that asked twice it may differ in the last bits: of two workers that do one unit
+the last one's stays, and either is right.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ CUT_OFF = -9999.0
 """What vLLM writes for a probability of 0, which JSON has no logarithm for."""
 ROUNDING_MASS = 2.0**-24
 """Of a sum near 1 in float32."""
+RAW = "raw log-probabilities, normalised over all tokens, are needed (vLLM: --logprobs-mode raw_logprobs)"
 MORE = "start vLLM with --max-logprobs {0} (its default is 20), or set teacher.cap to what the server allows"
 
 
@@ -70,6 +71,7 @@ class ServedTeacher:
 
     rounding_nats = HALVES_NATS
     dtype = None
+    """Not known."""
 
     @property
     def digest(self) -> str:
@@ -101,10 +103,9 @@ class ServedTeacher:
         return Targets(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
     def ask(self, sample: Sample, *, patience: int | None = None) -> Targets:
-        """The targets of one sample."""
-        options = {} if patience is None else {"patience": patience}
+        """The targets of one sample. patience: as the client's."""
         ids = sample.input_ids.tolist()
-        answer = self.client.ask("completions", self._question(ids), **options)
+        answer = self.client.ask("completions", self._question(ids), patience=patience)
         try:
             tables = self._tables(answer, sample)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -159,13 +160,10 @@ class ServedTeacher:
         if len(table) < self.width:
             return f"{len(table)} entries are told, and {self.width} were asked for; {MORE.format(self.width)}"
         if not all(CUT_OFF < log < math.inf for log in table.values()):
-            return (
-                "some probabilities are 0 or no numbers; the server's own top_k, top_p or bias has changed them: raw scores are needed "
-                "(vLLM: --logprobs-mode raw_logprobs)"
-            )
+            return f"some probabilities are 0 or no numbers, as after the server's own top_k, top_p or bias; {RAW}"
         mass = math.fsum(math.exp(min(log, 1.0)) for log in table.values())
         if mass > 1 + MASS_TOLERANCE:
-            return f"its probabilities sum to {mass:.4g}; raw log-probabilities are needed (vLLM: --logprobs-mode raw_logprobs)"
+            return f"its probabilities sum to {mass:.4g}; {RAW}"
         foreign = math.fsum(math.exp(log) for token, log in table.items() if not 0 <= token < self.vocabulary)
         if foreign > MASS_TOLERANCE:
             return f"{foreign:.2%} of the mass is on ids from {self.vocabulary:,} on, which are no tokens of the student; serve its teacher"
@@ -192,6 +190,11 @@ class ServedTeacher:
         is_kept = np.arange(width) < counts[:, None]
         last = np.take_along_axis(p, np.maximum(told - 1, 0)[:, None], 1)[:, 0]
         most = (vocabulary - told) * last
+        reach = p.sum(1) + most
+        if (reach < 1 - 2 * MASS_TOLERANCE).any():
+            raise TeacherError(
+                f"{self.where}: its probabilities sum to {reach.min():.4g} at most, whatever those have that it does not tell; {RAW}"
+            )
         # Where nothing is told besides the head, a sum that rounding has brought to 1 still leaves something out.
         least = np.where(counts < told, 0, np.minimum(ROUNDING_MASS, most))
         untold = np.clip(1 - p.sum(1), least, most)

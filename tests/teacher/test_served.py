@@ -24,6 +24,7 @@ from harness.recipe import load
 from harness.teacher import client as client_module
 from harness.teacher.client import Client
 from harness.teacher.format import Settings, load_header
+from harness.teacher.probe import find_cache
 from harness.teacher.reader import open_cache
 from harness.teacher.samples import Sample, cache_folder
 from harness.teacher.served import ServedTeacher, connect
@@ -156,6 +157,10 @@ def test_the_header_says_that_a_server_was_asked_and_what_it_calls_the_model(ref
     teacher = load_header(captured.folder).teacher
     assert (teacher.kind, teacher.digest, teacher.dtype, teacher.revision) == ("served", "stories-v7", None, None)
     assert teacher.name == str(STORIES)
+    # Training finds it, and needs no server.
+    said = []
+    assert find_cache(captured.recipe, captured.tokenizer, captured.prepared, said.append) == captured.folder
+    assert "nats on" in said[0]
     assert any("that its weights are those of" in line and "cannot be seen from here" in line for line in captured.said)
     # Complete: nobody is asked any more.
     asked = len(server.questions)
@@ -323,7 +328,12 @@ def recipe_of(tmp_path):
         ({"max_logprobs": 20}, [], r"64, which is greater than max allowed: 20.*vLLM with --max-logprobs 64 .*set teacher.cap"),
         ({"tells": 5}, [], r"token 1 of 16: [56] entries are told, and 64 were asked for; start vLLM with --max-logprobs 64"),
         ({"change_logs": lambda logs: torch.where(logs < -2, -np.inf, logs)}, [], "some probabilities are 0 or no numbers"),
-        ({"change_logs": lambda logs: logs + 3}, [], r"its probabilities sum to .*raw log-probabilities are needed"),
+        (
+            {"change_logs": lambda logs: logs + 3},
+            [],
+            r"its probabilities sum to .*raw log-probabilities, normalised over all tokens, are needed",
+        ),
+        ({"change_logs": lambda logs: logs - 3}, [], r"its probabilities sum to 0\.\d+ at most, whatever those have that it does not tell"),
         ({"change_ids": lambda ids: [1, *ids]}, [], r"scores of 17 tokens, and was given 16"),
         ({"change_ids": lambda ids: [*ids[1:], 3]}, [], r"is not among those told; the server scores something else"),
         ({"max_model_len": 100}, [], r"has room for 100 tokens, and the longest row needs 101; .*--max-model-len 101.*data.max_length"),
