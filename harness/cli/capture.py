@@ -53,11 +53,11 @@ def command(recipe: str, overrides: tuple[str, ...], shards: int, shard: int, ba
         return
     prepared = _prepare(resolved).folder
     argv = [sys.executable, str(shipped("launch", "capture.py")), recipe, *overrides, "--shards", str(shards), "--shard", str(shard)]
-    sys.exit(supervise(argv, machines, prepared, together=shares_teacher(ruling, machines.world_size)))
+    sys.exit(supervise(argv, machines, prepared, together=shares_teacher(resolved, ruling, machines.world_size)))
 
 
 def _default_processes(recipe: Recipe) -> int:
-    return 1 if recipe.teacher and recipe.teacher.device_map else default_processes(recipe)
+    return 1 if recipe.teacher and (recipe.teacher.device_map or recipe.teacher.server) else default_processes(recipe)
 
 
 def check_capture(recipe: Recipe, backend: Backend, processes: int, shards: int, shard: int) -> None:
@@ -73,16 +73,17 @@ def check_capture(recipe: Recipe, backend: Backend, processes: int, shards: int,
             f"teacher.device_map = {recipe.teacher.device_map}; one process takes all GPUs of its machine, and {processes} were asked "
             "for; use --processes 1, or leave it out and use --backend zero3"
         )
-    if backend.kind == "fsdp" and processes > 1:
+    if backend.kind == "fsdp" and processes > 1 and not recipe.teacher.server:
         raise RecipeError(
             f"backend = {recipe.backend}; a teacher is shared out by zero3 alone; give --backend zero3, or --backend ddp for a whole "
             "teacher in each process"
         )
 
 
-def shares_teacher(backend: Backend, processes: int) -> bool:
-    """Whether the processes have one teacher together. One alone has it whole, unless the backend keeps part of it on the host."""
-    return backend.zero_stage == 3 and (processes > 1 or backend.offloads)
+def shares_teacher(recipe: Recipe, backend: Backend, processes: int) -> bool:
+    """Whether the processes have one teacher together. One alone has it whole, unless the backend keeps part of it on the host; a served
+    one is in none of them."""
+    return not recipe.teacher.server and backend.zero_stage == 3 and (processes > 1 or backend.offloads)
 
 
 def _prepare(recipe: Recipe):
@@ -115,7 +116,7 @@ def capture_here(recipe: Recipe, backend: Backend, shards: int, shard: int) -> N
     from harness.model import load_tokenizer
     from harness.teacher.capture import Worker, capture
 
-    together = shares_teacher(backend, world_size())
+    together = shares_teacher(recipe, backend, world_size())
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
     if together:

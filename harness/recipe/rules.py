@@ -4,6 +4,7 @@ A rule yields `dotted.key = value; reason; remedy`. What depends on the machine 
 `harness.launcher`.
 """
 
+import re
 from collections.abc import Iterator
 
 from harness.errors import RecipeError
@@ -135,23 +136,50 @@ def _teacher_rules(recipe: Recipe) -> Iterator[str]:
         yield f"distill.beta = {distill.beta}; {distill.divergence} has none; set divergence: jsd, or remove this"
     if recipe.train.loss_type != "nll":
         yield f"train.loss_type = {recipe.train.loss_type}; the loss of task = distill stands in the section distill; remove this"
-    yield from _cache_rules(teacher, distill) if teacher.source == "cache" else _resident_rules(teacher, distill)
+    if teacher.server:
+        yield from _server_rules(teacher)
+    elif teacher.source == "served":
+        yield "teacher.source = served; say where it is asked: teacher.server.url"
+    yield from _resident_rules(teacher, distill) if teacher.source == "resident" else _head_rules(teacher, distill)
 
 
-def _cache_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
+def _server_rules(teacher: Teacher) -> Iterator[str]:
+    server = teacher.server
+    if not re.match("https?://.", server.url):
+        yield f"teacher.server.url = {server.url}; must begin with http:// or https:// (http://host:8000/v1)"
+    if server.api_key_variable and not re.fullmatch(r"[A-Za-z_]\w*", server.api_key_variable):
+        # Not shown: it may be a key.
+        yield "teacher.server.api_key_variable: is no name of a variable; export the key under a name such as TEACHER_KEY and write that"
+    if teacher.source == "resident":
+        yield "teacher.server: a resident teacher is loaded beside the student; remove it, or set source: served (or cache)"
+    for key in ("revision", "dtype", "attn_implementation", "quantization", "trust_remote_code", "device_map"):
+        if getattr(teacher, key) != Teacher.model_fields[key].default:
+            yield f"teacher.{key}: the server has loaded the teacher as it is; remove it"
+    if teacher.draws:
+        yield f"teacher.draws = {teacher.draws}; a server tells the most probable tokens, and what is left cannot be drawn from; remove it"
+    if teacher.source == "served":
+        for key in ("cache", "unit_tokens"):
+            if (value := getattr(teacher, key)) != Teacher.model_fields[key].default:
+                yield f"teacher.{key} = {value}; with source: served nothing is written down; remove it, or set source: cache"
+
+
+def _head_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
+    """Of teachers of whose distributions a head is known: from a cache or a server."""
     if teacher.floor > teacher.cap:
         yield f"teacher.floor = {teacher.floor}; cap = {teacher.cap} is the most that is kept; make the floor no larger"
     if distill.divergence != "forward_kl":
         yield (
-            f"distill.divergence = {distill.divergence}; it needs the teacher's probability of all that the student would say, and a cache "
-            "holds what the teacher would say; use forward_kl, or teacher.source: resident"
+            f"distill.divergence = {distill.divergence}; it needs the teacher's probability of all that the student would say; a cache "
+            "or a server tells what the teacher would say; use forward_kl, or teacher.source: resident"
         )
     if distill.temperature != 1:
         yield (
-            f"distill.temperature = {distill.temperature}; a cache is of temperature 1, and what it left out cannot be taken to another; "
-            "use 1, or teacher.source: resident"
+            f"distill.temperature = {distill.temperature}; a cache is of temperature 1, as a server's answers are, and what was left out "
+            "cannot be taken to another; use 1, or teacher.source: resident"
         )
-    if distill.tail == "draws" and not teacher.draws:
+    if distill.tail == "draws" and teacher.server:
+        yield "distill.tail = draws; nothing is drawn from a server's answers; use tail: ghost"
+    elif distill.tail == "draws" and not teacher.draws:
         yield "distill.tail = draws; teacher.draws is 0, so the cache has none; set teacher.draws: 8, or tail: ghost"
 
 

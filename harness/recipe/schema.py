@@ -75,11 +75,29 @@ class Model(Section):
     lora: Lora | None = None
 
 
+class Server(Section):
+    """An OpenAI-compatible server that scores the tokens it is given: vLLM, or another whose completions take `echo`."""
+
+    url: str
+    """Up to the version: http://host:8000/v1."""
+    model: str | None = None
+    """What the server calls the teacher; left out: `teacher.name_or_path`."""
+    scores: Literal["auto", "prompt_logprobs", "echo"] = "auto"
+    """How it is asked for scores: vLLM's `prompt_logprobs`, or `echo` with `logprobs`. `auto`: the first of them that it answers."""
+    api_key_variable: str | None = None
+    """The name of the environment variable that holds the key, on every machine that asks; never the key itself."""
+    concurrency: PositiveInt = 8
+    """Questions under way at once, of each process that asks; the server makes its batches of them."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120
+    """So long may one answer take."""
+
+
 class Teacher(Section):
     """Who teaches, and how what it says reaches the student: written down once (`harness capture`), or computed beside it in every step."""
 
     name_or_path: str
-    """A folder or a hub id. Its token ids must be the student's; rows of its head beyond the tokenizer's are left out."""
+    """A folder or a hub id. Its token ids must be the student's; rows of its head beyond the tokenizer's are left out. Of a teacher with a
+    `server` only the tokenizer is read from there."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -90,8 +108,11 @@ class Teacher(Section):
     """The teacher in 4 bits: a quarter of the memory, and distributions that are a little off (the report of a capture does not see it)."""
     trust_remote_code: bool = False
     """Run Python code from the teacher's repository. Off: a model is data."""
-    source: Literal["cache", "resident"] = "cache"
-    """`cache`: its distributions are read from the disk, and it need not be there. `resident`: it runs beside the student."""
+    server: Server | None = None
+    """Where the teacher is asked: by `harness capture` with `source: cache`, in every step with `served`. Left out: it is loaded."""
+    source: Literal["cache", "resident", "served"] = "cache"
+    """`cache`: its distributions are read from the disk, and it need not be there. `resident`: it runs beside the student. `served`: the
+    server is asked about each batch."""
     cache: str | None = None
     """The folder of the cache. Left out: a folder of its own below $HARNESS_CACHE/teachers for whatever decides its content."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.99

@@ -12,7 +12,7 @@ distill/top1_agreement, distill/overlap (mass that both give to the same tokens)
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate.utils import patch_environment
@@ -30,10 +30,11 @@ from harness.recipe.backend import Backend
 from harness.recipe.schema import Distill
 from harness.tasks import sft
 from harness.tasks.sft import HarnessSFTTrainer
-from harness.teacher import resident
+from harness.teacher import resident, served
 from harness.teacher.probe import check_same_distribution, check_two_ways, find_cache
 from harness.teacher.reader import TeacherCache, open_cache
 from harness.teacher.resident import ResidentTeacher
+from harness.teacher.served import ServedTeacher
 from harness.teacher.targets import UNTRAINED, TargetsCollator
 from harness.teacher.vocabulary import true_vocabulary
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from harness.data.store import Prepared
 
+T = TypeVar("T")
 Lesson = Callable[[Tensor, Head, Tensor], object]
 """(hidden states [N, H], head, gold tokens [N]) -> DivergenceLoss, or whatever else is wanted of them. No library sees into it: what looks
 like a tensor is cast to the type of the weights by DeepSpeed's and FSDP's forwards."""
@@ -72,14 +74,14 @@ def add_lessons(model: "PreTrainedModel") -> None:
 
 
 class FromCache:
-    """What a teacher has said of these rows is read with them."""
+    """What a teacher has said of these rows is read with them; or a server is asked when they become a batch."""
 
-    def __init__(self, cache: TeacherCache, distill: Distill):
-        self.vocabulary, self._cache, self._distill = cache.header.vocabulary, cache, distill
+    def __init__(self, teacher: TeacherCache | ServedTeacher, distill: Distill):
+        self.vocabulary, self._teacher, self._distill = teacher.vocabulary, teacher, distill
 
     def collator(self, collate: Callable[[list[dict]], dict]) -> TargetsCollator:
         """A trainer's own, with targets."""
-        return TargetsCollator(collate, self._cache)
+        return TargetsCollator(collate, self._teacher)
 
     def lesson(self, inputs: dict) -> Lesson:
         """For this micro-batch, whose targets are taken out of it."""
@@ -236,20 +238,27 @@ def load_teacher(recipe: Recipe, backend: Backend, tokenizer, prepared: "Prepare
     Raises TeacherError, on every rank, when a cache lacks rows or is not of them, or a teacher does not fit; ModelError when it cannot be
     loaded.
     """
+    splits = [split for split in (prepared.report.train, prepared.report.eval) if split is not None]
+    longest, say = max(split.length_percentiles["max"] for split in splits), functools.partial(print, flush=True)
     if recipe.teacher.source == "resident":
-        splits = [split for split in (prepared.report.train, prepared.report.eval) if split is not None]
-        longest = max(split.length_percentiles["max"] for split in splits)
         # Under FSDP transformers reads weights on one rank alone, and leaves the others to whoever shards the model; this one stays whole.
         with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
             teacher = resident.load_teacher(recipe, tokenizer, longest, sharded_by=backend if backend.zero_stage == 3 else None)
         return Beside(teacher, true_vocabulary(tokenizer), recipe.distill)
-    folder, problem = None, None
+    if recipe.teacher.source == "served":
+        return FromCache(_on_main(lambda: served.connect(recipe, tokenizer, longest, say)), recipe.distill)
+    return FromCache(open_cache(_on_main(lambda: find_cache(recipe, tokenizer, prepared, say))), recipe.distill)
+
+
+def _on_main(look: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank; or its error."""
+    found, problem = None, None
     if distributed.is_main():
         try:
-            folder = find_cache(recipe, tokenizer, prepared, functools.partial(print, flush=True))
+            found = look()
         except HarnessError as error:
             problem = error
-    folder, problem = distributed.broadcast_object((folder, problem))
+    found, problem = distributed.broadcast_object((found, problem))
     if problem:
         raise problem
-    return FromCache(open_cache(folder), recipe.distill)
+    return found

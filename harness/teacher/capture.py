@@ -5,6 +5,7 @@ whatever is not there yet, so that workers may come, go and be killed. A unit is
 byte: doing one twice is harmless, and a kill costs the one that was being done. Nobody talks to anybody; the folder says what is left.
 
 Under ZeRO-3 a group of ranks is one worker that does as many units at once as it has ranks: each rank its own, in step with the others.
+A served teacher (served.py) is asked for the same units; there a worker is a process that waits.
 
 When all units are there, what the cache lost is measured against the teacher and written beside it (fidelity.py).
 """
@@ -29,13 +30,14 @@ from harness.errors import Stopped, TeacherError
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
 from harness.teacher import format as cache_format
-from harness.teacher.fidelity import FIDELITY_FILE, measure_fidelity, render_fidelity, save_fidelity
+from harness.teacher.fidelity import FIDELITY_FILE, measure_fidelity, measure_served_fidelity, render_fidelity, save_fidelity
 from harness.teacher.forecast import MIB, Done, Forecast, most_bytes, render_progress
 from harness.teacher.format import CACHE_FILE, UNIT_FILE, CacheHeader, Settings, Targets, check_same, load_header
 from harness.teacher.head import keep, part_of, uniforms_of
 from harness.teacher.reader import open_cache
 from harness.teacher.resident import ResidentTeacher, load_teacher, weights_digest
 from harness.teacher.samples import Sample, Samples, cache_folder, settings_of, teacher_name
+from harness.teacher.served import ServedTeacher, connect
 from harness.teacher.vocabulary import true_vocabulary, vocabulary_digest
 from harness.teacher.writer import UnitWriter, save_header
 
@@ -79,11 +81,15 @@ def capture(
     if distributed.broadcast_object((folder / FIDELITY_FILE).is_file() and not missing_units(folder, samples.units.plan.units)):
         say(f"complete: {folder}")
         return folder
-    teacher = load_teacher(recipe, tokenizer, int(samples.units.lengths.max()), sharded_by=sharded_by)
+    longest, is_served = int(samples.units.lengths.max()), recipe.teacher.server is not None
+    if is_served:
+        teacher = connect(recipe, tokenizer, longest, say)
+    else:
+        teacher = load_teacher(recipe, tokenizer, longest, sharded_by=sharded_by)
     header = header_of(recipe, tokenizer, samples, teacher.digest, teacher.dtype)
     save_header(folder, header)
-    _Capture(recipe, samples, teacher, header, folder, say).run(worker, stop)
-    fidelity = measure_fidelity(teacher, samples, open_cache(folder))
+    _Capture(recipe, samples, teacher if is_served else _Resident(teacher, header), header, folder, say).run(worker, stop)
+    fidelity = (measure_served_fidelity if is_served else measure_fidelity)(teacher, samples, open_cache(folder))
     if distributed.is_main():
         save_fidelity(folder, fidelity)
     say(render_fidelity(fidelity))
@@ -111,19 +117,20 @@ def check_cache(folder: Path, recipe: Recipe, tokenizer, samples: Samples) -> No
     spent on the units that are missing."""
     there, asked = load_header(folder), recipe.teacher
     source = Path(resolve(asked.name_or_path))
-    # A folder may have been trained anew; on the hub the revision says what it is.
-    digest = weights_digest(source) if source.is_dir() else there.teacher.digest
+    # A folder may have been trained anew; on the hub the revision says what it is. A server is compared when it is asked.
+    digest = weights_digest(source) if source.is_dir() and not asked.server else there.teacher.digest
     dtype = there.teacher.dtype if asked.dtype == "auto" else asked.dtype
     check_same(folder, asdict(header_of(recipe, tokenizer, samples, digest, dtype)), asdict(there))
     open_cache(folder)
 
 
-def header_of(recipe: Recipe, tokenizer, samples: Samples, digest: str, dtype: str) -> CacheHeader:
-    """digest: of the teacher's weights."""
+def header_of(recipe: Recipe, tokenizer, samples: Samples, digest: str, dtype: str | None) -> CacheHeader:
+    """digest, dtype: as in format.Teacher."""
     quantization = recipe.teacher.quantization
-    kind = quantization and " ".join(f"{key}={value}" for key, value in quantization if value is not None)
+    weights = quantization and " ".join(f"{key}={value}" for key, value in quantization if value is not None)
+    kind = "served" if recipe.teacher.server else "resident"
     return CacheHeader(
-        teacher=cache_format.Teacher(teacher_name(recipe), recipe.teacher.revision, digest, dtype, kind),
+        teacher=cache_format.Teacher(teacher_name(recipe), recipe.teacher.revision, digest, dtype, weights, kind),
         tokenizer=vocabulary_digest(tokenizer),
         vocabulary=true_vocabulary(tokenizer),
         settings=settings_of(recipe),
@@ -138,7 +145,7 @@ def header_of(recipe: Recipe, tokenizer, samples: Samples, digest: str, dtype: s
 class _Capture:
     recipe: Recipe
     samples: Samples
-    teacher: ResidentTeacher
+    teacher: _Resident | ServedTeacher
     header: CacheHeader
     folder: Path
     say: Callable[[str], None]
@@ -180,17 +187,17 @@ class _Capture:
     def _do(self, unit: int | None) -> Done:
         """Ask about a unit and commit it; without one, keep the other ranks company."""
         begun, asking_s = time.monotonic(), 0.0
-        batches = [] if unit is None else self.samples.batches(unit)
+        batches = [] if unit is None else self.teacher.batches(self.samples, unit)
         rounds = max(distributed.gather_objects(len(batches)))
         batches += [[]] * (rounds - len(batches))
         if unit is None:
             for batch in batches:
-                self._ask(batch)
+                self.teacher.targets_of(batch)
             return Done()
         with UnitWriter(self.folder, self.header, unit) as writer:
             for batch in batches:
                 asked = time.monotonic()
-                targets = self._ask(batch)
+                targets = self.teacher.targets_of(batch)
                 asking_s += time.monotonic() - asked
                 for sample, of_sample in zip(batch, targets, strict=True):
                     writer.add(sample.key, of_sample)
@@ -199,7 +206,18 @@ class _Capture:
         tokens, positions = sum(len(sample.input_ids) for sample in every), sum(len(sample.trained_at) for sample in every)
         return Done(tokens, positions, size, asking_s, time.monotonic() - begun)
 
-    def _ask(self, batch: list[Sample]) -> list[Targets]:
+
+@dataclass(frozen=True)
+class _Resident:
+    """A teacher in memory, or this rank's share of one."""
+
+    teacher: ResidentTeacher
+    header: CacheHeader
+
+    def batches(self, samples: Samples, unit: int) -> list[list[Sample]]:
+        return samples.batches(unit)
+
+    def targets_of(self, batch: list[Sample]) -> list[Targets]:
         """The targets of each sample. Every rank asks at the same time, also one without samples."""
         settings = self.header.settings
         ids = np.zeros((max(len(batch), 1), max((len(sample.input_ids) for sample in batch), default=8)), np.int64)

@@ -1,8 +1,11 @@
 """What a cache lost of its teacher: measured on a few samples by asking the teacher once more, and kept beside it as fidelity.json.
 
-The teacher answers by its own forward, whole logits, a sample at a time, and not by the way that the capture took: so this is also the
-proof that the targets are of these tokens, at these positions, of this model. The student in it is made up: the teacher's logits with noise
-of standard deviation 1, which is a student that is half on its way.
+A teacher in memory answers by its own forward, whole logits, a sample at a time, and not by the way that the capture took: so this is also
+the proof that the targets are of these tokens, at these positions, of this model. The student in it is made up: the teacher's logits with
+noise of standard deviation 1, which is a student that is half on its way.
+
+A server shows no whole distribution, so that what the head lost of it cannot be measured there, and the report says so: what remains is
+that the server, asked once more, says of the gold tokens what is stored.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from harness.teacher.head import part_of
 from harness.teacher.reader import TeacherCache
 from harness.teacher.resident import ResidentTeacher
 from harness.teacher.samples import Sample, Samples
+from harness.teacher.served import ServedTeacher
 
 FIDELITY_FILE = "fidelity.json"
 POSITIONS = 2048
@@ -42,9 +46,9 @@ class Fidelity:
     entries: float
     retained_mass: float
     """In the entries; the rest is the tail's."""
-    kl: float
+    kl: float | None
     """From the teacher to what is decoded, the tail one entry: what rounding lost."""
-    kl_flat_tail: float
+    kl_flat_tail: float | None
     """The same with the tail's mass spread evenly over all that is in it: what is lost besides when its shape is not known."""
     gradient_error: dict[str, float]
     """Of a student's logits, against the whole distribution: the square of its length by that of the gradient, by kind of tail."""
@@ -53,6 +57,9 @@ class Fidelity:
     gold_error: float
     """Mean distance of the gold tokens' log-probabilities from what is stored."""
     entropy: float
+    """Of a served teacher a lower bound."""
+    not_measured: str | None = None
+    """Which of these are missing, and why."""
 
 
 def measure_fidelity(teacher: ResidentTeacher, samples: Samples, cache: TeacherCache) -> Fidelity:
@@ -70,7 +77,30 @@ def measure_fidelity(teacher: ResidentTeacher, samples: Samples, cache: TeacherC
     squares = measured.pop("gradient")
     errors = {kind: measured.pop(kind) / squares for kind in ("ghost", "draws") if kind in measured}
     positions = sum(len(part["kl"]) for part in parts)
-    fidelity = Fidelity(positions, cache.bytes / cache.positions, gradient_error=errors, **measured)
+    return _check_gold(Fidelity(positions, cache.bytes / cache.positions, gradient_error=errors, **measured), teacher, cache)
+
+
+def measure_served_fidelity(teacher: ServedTeacher, samples: Samples, cache: TeacherCache) -> Fidelity:
+    """As measure_fidelity, as far as a server can be asked."""
+    chosen = list(_some(samples))
+    now, stored = teacher.read_samples(chosen), cache.read_samples(chosen)
+    fidelity = Fidelity(
+        positions=len(stored),
+        bytes_per_token=cache.bytes / cache.positions,
+        entries=float(stored.counts.mean()),
+        retained_mass=float(np.exp(stored.logprobs).sum(1).mean()),
+        kl=None,
+        kl_flat_tail=None,
+        gradient_error={},
+        gold_nll=-float(now.gold.mean()),
+        gold_error=float(np.abs(now.gold - stored.gold).mean()),
+        entropy=float(now.entropy.mean()),
+        not_measured="kl, kl_flat_tail and gradient_error need whole distributions, which a server does not show",
+    )
+    return _check_gold(fidelity, teacher, cache)
+
+
+def _check_gold(fidelity: Fidelity, teacher: ResidentTeacher | ServedTeacher, cache: TeacherCache) -> Fidelity:
     if not fidelity.gold_error <= teacher.rounding_nats:
         raise TeacherError(
             f"{cache.folder}: the gold tokens' log-probabilities are {fidelity.gold_error:.3g} nats away from what the teacher says now, "
@@ -144,11 +174,14 @@ def save_fidelity(folder: Path, fidelity: Fidelity) -> None:
 
 
 def render_fidelity(fidelity: Fidelity) -> str:
-    errors = ", ".join(f"{error:.2g} ({kind})" for kind, error in fidelity.gradient_error.items())
+    lost, least = f"not measured: {fidelity.not_measured}", " or more"
+    if fidelity.not_measured is None:
+        errors = ", ".join(f"{error:.2g} ({kind})" for kind, error in fidelity.gradient_error.items())
+        lost = f"KL to what is decoded {fidelity.kl:.2g} nats ({fidelity.kl_flat_tail:.2g} with a flat tail); gradient error {errors}"
+        least = ""
     return (
         f"cache: {fidelity.bytes_per_token:.1f} bytes per trained token; {fidelity.entries:.1f} entries hold {fidelity.retained_mass:.4%} "
-        f"of the mass; KL to what is decoded {fidelity.kl:.2g} nats ({fidelity.kl_flat_tail:.2g} with a flat tail); gradient error "
-        f"{errors}\n"
-        f"teacher: {fidelity.gold_nll:.3f} nats on the gold tokens, entropy {fidelity.entropy:.3f}; asked again, it is "
+        f"of the mass; {lost}\n"
+        f"teacher: {fidelity.gold_nll:.3f} nats on the gold tokens, entropy {fidelity.entropy:.3f}{least}; asked again, it is "
         f"{fidelity.gold_error:.1g} away from what is stored ({fidelity.positions:,} tokens)"
     )

@@ -61,9 +61,12 @@ class Teacher:
     name: str
     revision: str | None
     digest: str
-    """Of what computes: the weights, or what a server says that it serves."""
-    dtype: str
+    """Of what computes: the weights; of a served teacher all that can be known, the name under which its server has it."""
+    dtype: str | None
+    """None: a server computes, and does not say."""
     quantization: str | None
+    kind: str = "resident"
+    """`resident`: a capture loaded it. `served`: a server was asked."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class Targets:
     log_tail: np.ndarray
     """float32 [P]: of the mass that is not in the head; -inf if there is none."""
     entropy: np.ndarray
-    """float32 [P], in nats; inf where it is not known."""
+    """float32 [P], in nats; inf where it is not known, and of a served teacher a lower bound (served.py)."""
     gold: np.ndarray
     """float32 [P]: log-probability of the trained token itself."""
     draws: np.ndarray

@@ -78,7 +78,7 @@ def _keep_chunk(logits: Tensor, gold: Tensor, uniforms: Tensor, settings: Settin
     log_total = total.log()
     entropy = log_total[:, 0] - logits.mul_(masses).sum(-1) / total[:, 0]
     logprobs = top - highest - log_total
-    counts = _count(logprobs.exp(), settings)
+    counts = count_kept(logprobs.exp(), settings)
 
     # What is not kept is summed by itself: as 1 minus the rest it would be mostly rounding. Unused slots name the first entry once more.
     is_kept = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
@@ -103,7 +103,7 @@ def _sort(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return values.gather(1, by_value), ids.gather(1, by_value)
 
 
-def _count(p: Tensor, settings: Settings) -> Tensor:
+def count_kept(p: Tensor, settings: Settings) -> Tensor:
     """How many of the sorted p [n, K] are kept: the fewest that hold the mass `settings.p`, between floor and cap."""
     most = p.shape[1]
     if settings.p >= 1:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -33,6 +34,9 @@ from harness.teacher.format import (
     decode_blocks,
     load_header,
 )
+
+if TYPE_CHECKING:
+    from harness.teacher.samples import Sample
 
 MOST_MAPPED = 256
 """Units that are mapped at once: each holds a file descriptor, of which a process often has no more than 1,024."""
@@ -75,6 +79,14 @@ class TeacherCache:
         self._files = [(unit.path, unit.bytes, unit.index_offset) for unit in units]
         self._mapped = lru_cache(MOST_MAPPED)(self._map)
 
+    @property
+    def where(self) -> str:
+        return str(self.folder)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.header.vocabulary
+
     def __reduce__(self):
         return open_cache, (self.folder,)
 
@@ -115,6 +127,10 @@ class TeacherCache:
             blocks.append(block)
             positions.append(count)
         return decode_blocks(blocks, positions, self.header.id_bits, self.header.settings.draws)
+
+    def read_samples(self, samples: Sequence[Sample]) -> Targets:
+        """The targets of samples, one after another (see read_many)."""
+        return self.read_many([sample.key for sample in samples])
 
     def _find(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """Where each key is or would be among those that are there, and whether it is."""

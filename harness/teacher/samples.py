@@ -40,6 +40,10 @@ class Sample:
     trained_at: np.ndarray
     """Places of the trained tokens, from 1; int [P]."""
 
+    @classmethod
+    def of(cls, input_ids: np.ndarray, labels: np.ndarray) -> Sample:
+        return cls(sample_key(input_ids, labels), input_ids, np.flatnonzero(labels[1:] != -100) + 1)
+
 
 @dataclass(frozen=True)
 class Units:
@@ -107,6 +111,7 @@ def cache_folder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, plan: Plan)
         return Path(teacher.cache).expanduser()
     quantization = teacher.quantization and teacher.quantization.model_dump(mode="json")
     facts = [teacher_name(recipe), teacher.revision, teacher.dtype, quantization, vocabulary_digest(tokenizer), asdict(settings_of(recipe))]
+    facts += ["served"] if teacher.server else []
     text = json.dumps([VERSION, facts, asdict(plan)], sort_keys=True)
     return cache_root(recipe.data.cache_dir) / "teachers" / hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""A batch's targets: what a cache holds for exactly the trained tokens of the rows that a collator has put together.
+"""A batch's targets: what a cache holds, or a server says, of exactly the trained tokens of the rows that a collator has put together.
 
 Row n of them belongs to the n-th trained token of the batch, as `hidden[:, :-1][labels[:, 1:] != -100]` lists them: row by row, from left
 to right. Where a token stands (its row, its pack, its padding) is not asked: a sample's key is made of its tokens alone.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from harness.errors import TeacherError
 from harness.losses import SparseTargets
 from harness.teacher.format import Targets, sample_key
 from harness.teacher.reader import TeacherCache
+from harness.teacher.samples import Sample
+
+if TYPE_CHECKING:
+    from harness.teacher.served import ServedTeacher
 
 UNTRAINED = -100
 
@@ -40,19 +45,20 @@ class BatchTargets:
 
 
 class TargetsCollator:
-    """A collator that adds `targets` to the batches of another one. Runs in data workers: what it reads is mapped, and forks share it."""
+    """A collator that adds `targets` to the batches of another one. Runs in data workers: what a cache reads is mapped, and forks share it;
+    a server is asked while the model still learns from the batch before."""
 
-    def __init__(self, collate: Callable[[list[dict]], dict], cache: TeacherCache):
-        self._collate, self._cache = collate, cache
+    def __init__(self, collate: Callable[[list[dict]], dict], teacher: TeacherCache | ServedTeacher):
+        self._collate, self._teacher = collate, teacher
 
     def __call__(self, rows: list[dict]) -> dict:
         batch = self._collate(rows)
-        targets = self._cache.read_many([key for row in rows for key in keys_in(row)])
+        targets = self._teacher.read_samples([Sample.of(*sample) for row in rows for sample in samples_of(row)])
         trained = int((batch["labels"][:, 1:] != UNTRAINED).sum())
         if len(targets) != trained:
             raise TeacherError(
-                f"{self._cache.folder}: has {len(targets):,} positions for a batch of {trained:,} trained tokens; it was not captured from "
-                "these rows as they are trained; remove it and run `harness capture RECIPE`"
+                f"{self._teacher.where}: has {len(targets):,} positions for a batch of {trained:,} trained tokens; they are not of these "
+                "rows as they are trained; if it is a cache, remove it and run `harness capture RECIPE`"
             )
         return {**batch, "targets": BatchTargets(as_tensors(targets))}
 

@@ -12,6 +12,8 @@ data:
 
 # A teacher over BASE.
 D = "task=distill teacher.name_or_path=some/teacher"
+# The same behind a server.
+S = f"{D} teacher.server.url=http://host:8000/v1"
 
 # Overrides over BASE, separated by spaces.
 TYPOS = [
@@ -114,6 +116,9 @@ VALUES = [
     ("an unknown divergence", "distill.divergence=kl", "distill.divergence", "must be forward_kl, reverse_kl or jsd"),
     ("a weight over one", "distill.weight=2", "distill.weight", "must be <= 1"),
     ("no weight at all", "distill.weight=0", "distill.weight", "must be > 0"),
+    ("a server without an address", f"{D} teacher.server.model=x", "teacher.server.url", "is required and is not there"),
+    ("a key in a recipe", f"{D} teacher.server.api_key=x", "teacher.server.api_key", "did you mean `api_key_variable`?"),
+    ("nobody asks", f"{D} teacher.server.concurrency=0", "teacher.server.concurrency", "must be > 0"),
     ("a count that is no byte", f"{D} teacher.cap=256", "teacher.cap", "must be <= 255"),
     ("unknown dtype", "model.dtype=fp16", "model.dtype", "auto, float32, bfloat16 or float16"),
     ("unknown scheduler", "train.lr_scheduler_type=cosinus", "train.lr_scheduler_type", "cosine"),
@@ -303,6 +308,21 @@ COMBINATIONS = [
     ("draws that nobody drew", f"{D} distill.tail=draws", "distill.tail", "set teacher.draws: 8"),
     ("a cache of a resident teacher", f"{D} teacher.source=resident teacher.cap=32", "teacher.cap", "a resident teacher is not captured"),
     ("a resident teacher's tail", f"{D} teacher.source=resident distill.tail=draws", "distill.tail", "leaves nothing out"),
+    ("served by nobody", f"{D} teacher.source=served", "teacher.source", "say where it is asked: teacher.server.url"),
+    ("a server without its protocol", f"{D} teacher.server.url=host:8000/v1", "teacher.server.url", "must begin with http:// or https://"),
+    ("a key for its name", f"{S} teacher.server.api_key_variable=sk-1234", "teacher.server.api_key_variable", "is no name of a variable"),
+    ("a server and a resident teacher", f"{S} teacher.source=resident", "teacher.server", "set source: served"),
+    ("the type of a served teacher", f"{S} teacher.dtype=bfloat16", "teacher.dtype", "the server has loaded the teacher as it is"),
+    ("the revision of a served teacher", f"{S} teacher.revision=v1", "teacher.revision", "the server has loaded the teacher as it is"),
+    ("the attention of a served teacher", f"{S} teacher.attn_implementation=sdpa", "teacher.attn_implementation", "remove it"),
+    ("a served teacher in 4 bits", f"{S} teacher.quantization.load_in_4bit=true", "teacher.quantization", "remove it"),
+    ("the code of a served teacher", f"{S} teacher.trust_remote_code=true", "teacher.trust_remote_code", "remove it"),
+    ("the devices of a served teacher", f"{S} teacher.device_map=auto", "teacher.device_map", "remove it"),
+    ("draws through a server", f"{S} teacher.draws=8", "teacher.draws", "what is left cannot be drawn from"),
+    ("a tail of draws from a server", f"{S} distill.tail=draws", "distill.tail", "use tail: ghost"),
+    ("the cache of a served teacher", f"{S} teacher.source=served teacher.cache=there", "teacher.cache", "nothing is written down"),
+    ("reverse KL from a server", f"{S} teacher.source=served distill.divergence=jsd", "distill.divergence", "teacher.source: resident"),
+    ("temperature from a server", f"{S} teacher.source=served distill.temperature=2", "distill.temperature", "as a server's answers are"),
     ("the metric of another task", f"{D} {EVAL} train.metric_for_best_model=eval/entropy", "train.metric_for_best_model", "eval/kl"),
     ("8-bit states on the host", "backend=zero3-offload train.optim=paged_adamw_8bit", "train.optim", "use adamw_torch"),
     ("8-bit states under FSDP2", "backend=fsdp2 train.optim=lion_32bit", "train.optim", "use adamw_torch_fused"),

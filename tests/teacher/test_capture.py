@@ -648,11 +648,17 @@ def test_the_exit_code_is_0_when_the_cache_is_complete_and_else_says_what_went_w
     assert exit_code_of(codes, together=together) == code
 
 
-def test_one_process_shares_its_teacher_with_nobody_unless_the_host_holds_a_part():
+def test_one_process_shares_its_teacher_with_nobody_unless_the_host_holds_a_part(tmp_path):
     from harness.cli.capture import shares_teacher
 
-    shared = {(name, count): shares_teacher(load_backend(name), count) for name in ("ddp", "zero3", "zero3-offload") for count in (1, 2)}
-    assert {key for key, together in shared.items() if together} == {("zero3", 2), ("zero3-offload", 1), ("zero3-offload", 2)}
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+
+    def shared(*overrides):
+        recipe, named = load(tmp_path / "recipe.yaml", list(overrides)), itertools.product(("ddp", "zero3", "zero3-offload"), (1, 2))
+        return {(name, count) for name, count in named if shares_teacher(recipe, load_backend(name), count)}
+
+    assert shared() == {("zero3", 2), ("zero3-offload", 1), ("zero3-offload", 2)}
+    assert shared("teacher.server.url=http://host/v1", "teacher.draws=0") == set()
 
 
 FAIL_OR_WAIT = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '0' else time.sleep(float(sys.argv[1]))"

@@ -105,7 +105,7 @@ def test_data_workers_give_the_same_batches(cache, rows):
     loaders = [torch.utils.data.DataLoader(rows, 2, collate_fn=together, num_workers=workers) for workers in (0, 2)]
     for here, there in zip(*([batch["targets"].sparse for batch in loader] for loader in loaders), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
-    assert pickle.loads(pickle.dumps(together._cache)).read(next(keys_in(rows[0]))).ids.shape[1] > 0
+    assert pickle.loads(pickle.dumps(together._teacher)).read(next(keys_in(rows[0]))).ids.shape[1] > 0
 
 
 def test_a_row_that_was_never_captured_is_an_error_in_the_batch_that_has_it(cache, rows):
