@@ -125,6 +125,25 @@ class Distill(Section):
     average."""
 
 
+class Generate(Section):
+    """How `harness generate` has the model answer the rows of `data.train`."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: the most probable token each time. Above it tokens are drawn, with `data.seed`."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn from the most probable ones that hold this mass together."""
+    samples_per_prompt: PositiveInt = 1
+    """Answers to each prompt; those that are equal are kept once."""
+    max_new_tokens: PositiveInt = 512
+    """An answer that has not come to its end by then is dropped. Prompts have what it leaves of `data.max_length`."""
+    batch_rows: PositiveInt = 32
+    """Answers that are written at the same time. May be changed between two starts; what is there stays as it was written."""
+    unit_rows: PositiveInt = 256
+    """Prompts that are answered and committed at once: what a kill costs, and what workers share out."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: one process spreads the layers over all GPUs of its machine. Left out: a whole model in each process."""
+
+
 class Source(Section):
     """One file, folder, glob or hub data set."""
 
@@ -328,14 +347,16 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    task: Literal["sft", "distill"] = "sft"
+    task: Literal["sft", "distill", "generate"] = "sft"
     model: Model
-    """What is trained: with `task: distill` the student."""
+    """What is trained: with `task: distill` the student. With `task: generate`, which trains nothing, who answers."""
     data: Data
     teacher: Teacher | None = None
     """Of `task: distill`."""
     distill: Distill = Distill()
     """Of `task: distill`."""
+    generate: Generate = Generate()
+    """Of `task: generate`."""
     train: Train = Train()
     backend: str = "single"
     """How the run is sharded: single, ddp, zero1, zero2, zero3, zero3-offload, fsdp2, or the path of an Accelerate config file."""
