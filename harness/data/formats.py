@@ -11,9 +11,9 @@ A canonical row is a JSON-serialisable dict in one of three shapes. What a row d
     Call     {"id": str?, "type": "function", "function": {"name": str, "arguments": OBJECT}}
     Tool     see harness/tools/schema.py
 
-Layouts read: see `LAYOUTS`. Every conversation that leaves here to be trained ends with the assistant, and every call that is trained names
-a tool that its row offers: the opposite teaches a model to make tools up. A call that breaks its tool's *schema* passes (12-19 % of the gold
-calls of public sets do); `broken_calls` lists them, so that they are counted.
+Layouts read: see `LAYOUTS`. Every conversation that leaves here to be trained ends with the assistant, and every call that is trained
+names a tool that its row offers: the opposite teaches a model to make tools up. A call that breaks its tool's *schema* passes (12-19 % of
+the gold calls of public sets do); `broken_calls` lists them, so that they are counted.
 """
 
 from __future__ import annotations

@@ -114,9 +114,9 @@ def _claim(folder: Path, facts: dict) -> None:
         # Another worker may have been here in between.
         if foreign and not header.is_file():
             raise TeacherError(f"{folder}: holds what is not of `harness generate` ({', '.join(foreign[:3])}); choose another output_dir")
-        (folder / UNITS).mkdir(exist_ok=True)
         with committing(header) as stream:
             stream.write(json.dumps(facts, indent=1) + "\n")
+    (folder / UNITS).mkdir(exist_ok=True)
     there = json.loads(header.read_text())
     for name in facts.keys() | there.keys():
         if facts.get(name) != there.get(name):

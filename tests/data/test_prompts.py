@@ -81,8 +81,8 @@ def test_the_order_is_that_of_the_keys_and_not_of_the_rows(ask):
 
 def test_a_prompt_that_leaves_too_little_room_is_left_out_with_the_reason_or_fails(ask):
     rows = [{"messages": [{"role": "user", "content": "joke " * count}]} for count in (3, 60)]
-    (short,), lengths = ask(*rows).prompts, [len(prompt.ids) for prompt in ask(*rows).prompts]
-    exact = {"max_length": len(short.ids) + 16} if len(lengths) == 1 else {"max_length": min(lengths) + 16}
+    lengths = [len(prompt.ids) for prompt in ask(*rows, max_length=2048).prompts]
+    exact = {"max_length": min(lengths) + 16}
     found = ask(*rows, **exact)
     assert [len(prompt.ids) for prompt in found.prompts] == [min(lengths)]
     (left_out,) = found.left_out
@@ -101,12 +101,12 @@ def test_a_prompt_that_leaves_too_little_room_is_left_out_with_the_reason_or_fai
         ({"prompt": "a", "completion": "b"}, "a row of prompt and completion has no turn"),
         ({"messages": [SAID]}, "nobody asks anything"),
         ({"messages": [{"role": "system", "content": "x"}, SAID]}, "nobody asks anything"),
-        ({"messages": [USER, RESULT]}, "a tool result without a call"),
+        ({"messages": [USER, RESULT, SAID]}, "a tool result without a call"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
     ],
 )
 def test_a_row_that_cannot_be_asked_fails_or_is_listed(ask, row, words):
-    with pytest.raises(DataError, match=f"rows.jsonl:1: {words}"):
+    with pytest.raises(DataError, match=f"rows.jsonl:1: .*{words}"):
         ask(row, {"messages": [USER]})
     found = ask(row, {"messages": [USER]}, on_error="skip")
     assert len(found.prompts) == 1
