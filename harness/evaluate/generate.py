@@ -17,11 +17,10 @@ class Continuation:
 
 
 def generate_greedily(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[list[int]], *, max_new_tokens: int, batch_size: int
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[list[int]], **options
 ) -> list[list[int]]:
-    """The most probable continuation of each prompt, token by token, without the token that stopped it."""
-    continuations = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return [continuation.ids for continuation in continuations]
+    """The most probable continuation of each prompt, token by token, without the token that stopped it. options: as of `generate`."""
+    return [continuation.ids for continuation in generate(model, tokenizer, prompts, **options)]
 
 
 def generate(

@@ -17,6 +17,8 @@ METRICS = {
     "sft": ("eval/loss", "eval/mean_token_accuracy", "eval/entropy"),
     "distill": ("eval/loss", "eval/kl", "eval/top1_agreement"),
 }
+CALL_METRICS = ("eval/exact_match", "eval/valid_json", "eval/valid_schema")
+"""Of `train.eval_tool_calls`. Without right_abstention, which a model that never calls has whole."""
 SCHEDULER_KEYS = {
     "cosine": {"num_cycles"},
     "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
@@ -288,7 +290,7 @@ def _precision_rules(recipe: Recipe) -> Iterator[str]:
 def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
     train, data = recipe.train, recipe.data
     held_out = bool(data.eval or data.eval_fraction or data.eval_rows)
-    for key in ("eval_steps", "eval_on_start", "metric_for_best_model", "early_stopping_patience"):
+    for key in ("eval_steps", "eval_on_start", "eval_tool_calls", "metric_for_best_model", "early_stopping_patience"):
         if getattr(train, key) and not held_out:
             yield f"train.{key} = {getattr(train, key)}; {_NO_EVAL_DATA}"
         elif getattr(train, key) and train.eval_strategy == "no":
@@ -305,7 +307,9 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
         yield "train.early_stopping_threshold: has no effect without early_stopping_patience; add it or remove this"
     if train.greater_is_better is not None and not train.metric_for_best_model:
         yield "train.greater_is_better: has no effect without metric_for_best_model; add it or remove this"
-    metrics = METRICS[recipe.task]
+    metrics = METRICS[recipe.task] + CALL_METRICS
+    if train.metric_for_best_model in CALL_METRICS and not train.eval_tool_calls:
+        yield f"train.metric_for_best_model = {train.metric_for_best_model}; nothing measures it; say on how many rows: eval_tool_calls: 99"
     if train.metric_for_best_model and train.metric_for_best_model not in metrics:
         yield f"train.metric_for_best_model = {train.metric_for_best_model}; must be {', '.join(metrics[:-1])} or {metrics[-1]}"
 
@@ -383,3 +387,8 @@ def _engine_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
         yield "train.full_determinism = true; DeepSpeed's reductions are not bound to an order; use single or ddp"
     if backend.kind == "fsdp" and train.fp16:
         yield "train.fp16 = true; FSDP2 has no gradient scaler for shards; use bf16"
+    if backend.kind == "fsdp" and train.eval_tool_calls:
+        yield (
+            f"train.eval_tool_calls = {train.eval_tool_calls}; under FSDP2 all shards would be gathered anew for every token; use ddp or "
+            "ZeRO, or evaluate what is exported"
+        )

@@ -270,8 +270,11 @@ class Train(Section):
     """Left out: `steps` when `eval_steps` is given, else `epoch` when there is held-out data, else `no`."""
     eval_steps: PositiveInt | None = None
     eval_on_start: bool = False
+    eval_tool_calls: PositiveInt | None = None
+    """At each evaluation the model also answers so many of the held-out rows that offer tools, and its calls are scored:
+    `eval/exact_match`, `eval/valid_json`, `eval/valid_schema`, `eval/right_abstention`. Costs what writing so many answers costs."""
     metric_for_best_model: str | None = None
-    """Such as `eval/loss`. The best model by it is kept and exported in place of the last."""
+    """Such as `eval/loss`, or `eval/exact_match` with `eval_tool_calls`. The best model by it is kept and exported in place of the last."""
     greater_is_better: bool | None = None
     """Left out: false for a metric that ends in `loss` or `kl`, true for others."""
     early_stopping_patience: PositiveInt | None = None

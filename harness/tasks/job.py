@@ -132,6 +132,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
     from harness.model import check_positions, load_tokenizer
     from harness.tasks import sft
     from harness.tasks.arguments import eval_strategy, training_arguments
+    from harness.tasks.calls import load_held_out_calls, measure_teacher
     from harness.tasks.export import export
     from harness.tracking.progress import ProgressCallback
 
@@ -169,10 +170,13 @@ def _train(job: Job, resumed: Selected | None) -> None:
         resume.check_facts(resumed.manifest, facts, job.allowed)
 
     job.report.enter("building trainer")
-    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, build)
+    calls = load_held_out_calls(recipe, tokenizer, args.per_device_eval_batch_size)
+    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, build, calls)
 
     exit_code = 1
     try:
+        if calls and not resumed:
+            measure_teacher(calls, trainer, tracking)
         job.report.enter("training")
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
         if trainer.stopped:
@@ -273,6 +277,7 @@ def _smoke(recipe: Recipe, rows, world_size: int):
             "eval_strategy": "no",
             "eval_steps": None,
             "eval_on_start": False,
+            "eval_tool_calls": None,
         }
         | {"metric_for_best_model": None, "early_stopping_patience": None, "warmup_steps": None, "warmup_ratio": None}
     )
@@ -341,9 +346,20 @@ def load_model(recipe: Recipe, backend: Backend, settled: Settled, source: str, 
 
 
 def build_trainer(
-    job: Job, recipe: Recipe, settled: Settled, args, model, tokenizer, train_rows, eval_rows, facts: dict, resumed: Selected | None, build
+    job: Job,
+    recipe: Recipe,
+    settled: Settled,
+    args,
+    model,
+    tokenizer,
+    train_rows,
+    eval_rows,
+    facts: dict,
+    resumed: Selected | None,
+    build,
+    calls,
 ):
-    """(trainer, tracking), and a line that says what is about to be trained and how. build: of the task."""
+    """(trainer, tracking), and a line that says what is about to be trained and how. build: of the task. calls: HeldOutCalls or None."""
     from transformers import PrinterCallback
 
     from harness.data.order import EpochOrder
@@ -362,7 +378,7 @@ def build_trainer(
     callbacks, tracking, throughput = build_callbacks(job, model, history, resumed)
     trainer = build(args, model, tokenizer, train_rows, eval_rows, callbacks)
     trainer.remove_callback(PrinterCallback)
-    trainer.configure(throughput=throughput, isolates=settled.flattens)
+    trainer.configure(throughput=throughput, isolates=settled.flattens, calls=calls)
     trainer.live(build_lives(job, recipe, model, order, facts, history, resumed, tracking))
     if recipe.model.lora:
         settle_adapter_dtype(model, job.backend, settled.dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_heart import learn_by_heart
 from conftest import harness, metrics
 from transformers import AutoModelForCausalLM
 
@@ -51,24 +52,7 @@ def world(tmp_path_factory) -> Path:
     (folder / "known.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows[:KNOWN] if row["messages"][-1]["role"] == "assistant")
     )
-    shutil.copytree(resolve("embedded:tiny-llama"), folder / "teacher")
-    recipe = load("tiny/sft-full", [f"data.train={folder / 'known.jsonl'}", "data.eval=[]", "train.eval_steps=null"])
-    tokenizer = load_tokenizer(recipe)
-    prepared = prepare_recipe(recipe, tokenizer, packing=False, say=lambda text: None).train
-    width = max(prepared["length"])
-    ids, labels = (
-        torch.tensor([[*row[key], *[filler] * (width - len(row[key]))] for row in prepared])
-        for key, filler in (("input_ids", tokenizer.pad_token_id), ("labels", -100))
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder / "teacher").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    for _ in range(70):
-        loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.05
-    model.save_pretrained(folder / "teacher")
+    learn_by_heart(folder / "teacher", folder / "known.jsonl")
     return folder
 
 
