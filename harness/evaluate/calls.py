@@ -89,8 +89,8 @@ def choose_questions(rows: Sequence[SourceRow], renderer: Renderer, count: int, 
             break
     if not any(question.gold for question in chosen):
         raise EvaluationError(
-            f"train.eval_tool_calls = {count}; of {len(rows)} held-out rows {len(offering)} offer tools, and of {len(chosen)} that were chosen "
-            "none wants a call; give held-out rows with calls, or remove it"
+            f"train.eval_tool_calls = {count}; of {len(rows)} held-out rows {len(offering)} offer tools, and of {len(chosen)} that were "
+            "chosen none wants a call; give held-out rows with calls, or remove it"
         )
     return chosen
 

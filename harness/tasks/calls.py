@@ -87,14 +87,14 @@ def attends_to_padded_batches(model: "PreTrainedModel"):
             base.set_attn_implementation(own)
 
 
-def measure_teacher(calls: HeldOutCalls, trainer: "HarnessTrainer", tracking) -> None:
+def measure_teacher(trainer: "HarnessTrainer", tracking) -> None:
     """Before the first step: what the teacher makes of the same questions, as eval/teacher_exact_match and so on. Only of one that is
     resident and whole; none is loaded for it."""
     teacher = getattr(trainer, "whole_teacher", None)
-    if teacher is None:
+    if teacher is None or trainer.calls is None:
         return
     follow_tokenizer(teacher, trainer.processing_class, end_of_turn_ids(trainer.processing_class))
-    rates = calls.measure(teacher)
+    rates = trainer.calls.measure(teacher)
     tracking.log(0, {f"eval/teacher_{key}": rate for key, rate in rates.items()})
     if distributed.is_main():
         print(f"the teacher's calls on the held-out rows: {rates['exact_match']:.1%} exactly right", flush=True)

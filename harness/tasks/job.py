@@ -170,13 +170,13 @@ def _train(job: Job, resumed: Selected | None) -> None:
         resume.check_facts(resumed.manifest, facts, job.allowed)
 
     job.report.enter("building trainer")
-    calls = load_held_out_calls(recipe, tokenizer, args.per_device_eval_batch_size)
-    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, build, calls)
+    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, build)
+    trainer.calls = load_held_out_calls(recipe, tokenizer, args.per_device_eval_batch_size)
 
     exit_code = 1
     try:
-        if calls and not resumed:
-            measure_teacher(calls, trainer, tracking)
+        if not resumed:
+            measure_teacher(trainer, tracking)
         job.report.enter("training")
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
         if trainer.stopped:
@@ -277,9 +277,8 @@ def _smoke(recipe: Recipe, rows, world_size: int):
             "eval_strategy": "no",
             "eval_steps": None,
             "eval_on_start": False,
-            "eval_tool_calls": None,
         }
-        | {"metric_for_best_model": None, "early_stopping_patience": None, "warmup_steps": None, "warmup_ratio": None}
+        | dict.fromkeys(("eval_tool_calls", "metric_for_best_model", "early_stopping_patience", "warmup_steps", "warmup_ratio"))
     )
     checkpoint = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None, "auto": False})
     return recipe.model_copy(update={"train": train, "checkpoint": checkpoint}), rows.select(longest), None
@@ -346,20 +345,9 @@ def load_model(recipe: Recipe, backend: Backend, settled: Settled, source: str, 
 
 
 def build_trainer(
-    job: Job,
-    recipe: Recipe,
-    settled: Settled,
-    args,
-    model,
-    tokenizer,
-    train_rows,
-    eval_rows,
-    facts: dict,
-    resumed: Selected | None,
-    build,
-    calls,
+    job: Job, recipe: Recipe, settled: Settled, args, model, tokenizer, train_rows, eval_rows, facts: dict, resumed: Selected | None, build
 ):
-    """(trainer, tracking), and a line that says what is about to be trained and how. build: of the task. calls: HeldOutCalls or None."""
+    """(trainer, tracking), and a line that says what is about to be trained and how. build: of the task."""
     from transformers import PrinterCallback
 
     from harness.data.order import EpochOrder
@@ -378,7 +366,7 @@ def build_trainer(
     callbacks, tracking, throughput = build_callbacks(job, model, history, resumed)
     trainer = build(args, model, tokenizer, train_rows, eval_rows, callbacks)
     trainer.remove_callback(PrinterCallback)
-    trainer.configure(throughput=throughput, isolates=settled.flattens, calls=calls)
+    trainer.configure(throughput=throughput, isolates=settled.flattens)
     trainer.live(build_lives(job, recipe, model, order, facts, history, resumed, tracking))
     if recipe.model.lora:
         settle_adapter_dtype(model, job.backend, settled.dtype)

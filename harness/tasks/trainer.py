@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 class HarnessTrainer:
     """Mixed in before a trainer of TRL. `configure` must follow construction."""
 
-    def configure(self, *, throughput, isolates: bool = False, calls: "HeldOutCalls | None" = None) -> None:
-        """throughput: counts tokens and waits (harness.tracking). isolates: batches are flattened, so samples must not see each other.
-        calls: questions that are answered at each evaluation."""
-        self._throughput, self._calls = throughput, calls
+    calls: "HeldOutCalls | None" = None
+    """Questions that are answered at each evaluation."""
+
+    def configure(self, *, throughput, isolates: bool = False) -> None:
+        """throughput: counts tokens and waits (harness.tracking). isolates: batches are flattened, so samples must not see each other."""
+        self._throughput = throughput
         self._checks_isolation = isolates
         self._first_step = self._gradients_unchecked = True
         self._eval_nll: list[torch.Tensor] = []
@@ -102,8 +104,8 @@ class HarnessTrainer:
         for values in self._metrics["eval"].values():
             if len(values) == batches:
                 values[:] = [sum(value * count for value, count in zip(values, tokens, strict=True)) / max(sum(tokens), 1)]
-        if self._calls is not None:
-            output.metrics.update({f"{metric_key_prefix}_{key}": rate for key, rate in self._calls.measure_in_training(self).items()})
+        if self.calls is not None:
+            output.metrics.update({f"{metric_key_prefix}_{key}": rate for key, rate in self.calls.measure_in_training(self).items()})
         return output
 
     def after_evaluation_batch(self) -> None:
