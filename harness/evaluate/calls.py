@@ -23,8 +23,6 @@ class Question:
     location: str
     ids: list[int]
     """As a server would ask."""
-    gold_tokens: int
-    """Of the gold turn, with its end."""
     asked: str
     """The last words of the user."""
     gold: list[ToolCall]
@@ -71,20 +69,22 @@ def question_of(source: SourceRow, renderer: Renderer) -> Question:
     ids = renderer.render_prompt({**row, "messages": asked}, source.location)
     gold = [ToolCall(call["function"]["name"], call["function"]["arguments"]) for call in answer.get("tool_calls", ())]
     words = next((message["content"] for message in reversed(asked) if message["role"] == "user"), "")
-    return Question(source.location, ids, len(renderer.render(row).ids) - len(ids), words, gold, row.get("tools", []))
+    return Question(source.location, ids, words, gold, row.get("tools", []))
 
 
-def choose_questions(rows: Sequence[SourceRow], renderer: Renderer, count: int, max_length: int) -> list[Question]:
-    """`count` of the distinct conversations that offer tools and fit into max_length tokens, by their content: the same in any order.
+def choose_questions(rows: Sequence[SourceRow], renderer: Renderer, count: int, max_length: int) -> tuple[list[Question], int]:
+    """(questions, tokens of the longest gold call): `count` of the distinct conversations that offer tools and fit into max_length tokens,
+    by their content, so that they are the same in any order of the rows.
 
     Raises EvaluationError when none of them wants a call.
     """
     offering = {content_digest(row.row): row for row in rows if row.row.get("tools")}
-    chosen: list[Question] = []
+    chosen, longest_call = [], 0
     for _, row in sorted(offering.items()):
-        question = question_of(row, renderer)
-        if len(question.ids) + question.gold_tokens <= max_length:
+        question, tokens = question_of(row, renderer), len(renderer.render(row.row, row.location).ids)
+        if tokens <= max_length:
             chosen.append(question)
+            longest_call = max(longest_call, tokens - len(question.ids)) if question.gold else longest_call
         if len(chosen) == count:
             break
     if not any(question.gold for question in chosen):
@@ -92,7 +92,7 @@ def choose_questions(rows: Sequence[SourceRow], renderer: Renderer, count: int, 
             f"train.eval_tool_calls = {count}; of {len(rows)} held-out rows {len(offering)} offer tools, and of {len(chosen)} that were "
             "chosen none wants a call; give held-out rows with calls, or remove it"
         )
-    return chosen
+    return chosen, longest_call
 
 
 def answer_questions(

@@ -34,8 +34,8 @@ LEAST_TOKENS = 32
 class HeldOutCalls:
     """Held-out questions, of which each rank has its share."""
 
-    def __init__(self, questions: Sequence[Question], tokenizer, batch_size: int):
-        """batch_size: of one rank."""
+    def __init__(self, questions: Sequence[Question], longest_call: int, tokenizer, batch_size: int):
+        """longest_call: tokens of the longest gold. batch_size: of one rank."""
         rank, world = distributed.rank(), distributed.world_size()
         rounds = -(-len(questions) // world)
         self._mine = list(questions[rank::world])
@@ -45,7 +45,7 @@ class HeldOutCalls:
         self._tokenizer, self._batch_size = tokenizer, batch_size
         # Whoever writes twice as much as the longest gold call has not made the call. An answer in words may be cut: it counts that there
         # is one and that it calls nothing.
-        self._most_tokens = max(LEAST_TOKENS, 2 * max(question.gold_tokens for question in questions if question.gold))
+        self._most_tokens = max(LEAST_TOKENS, 2 * longest_call)
 
     def measure(self, model: "PreTrainedModel", after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
         """The rates of a model that is whole on every rank; all ranks call it. A rate over nothing is left out.
@@ -110,14 +110,14 @@ def load_held_out_calls(recipe: Recipe, tokenizer, batch_size: int) -> HeldOutCa
     """
     if not recipe.train.eval_tool_calls:
         return None
-    questions, problem = [], None
+    chosen, problem = None, None
     if distributed.is_main():
         try:
             renderer = Renderer(tokenizer, training_template, recipe.data.train_on)
-            questions = choose_questions(held_out_rows(recipe.data), renderer, recipe.train.eval_tool_calls, recipe.data.max_length)
+            chosen = choose_questions(held_out_rows(recipe.data), renderer, recipe.train.eval_tool_calls, recipe.data.max_length)
         except HarnessError as error:
             problem = error
-    questions, problem = distributed.broadcast_object((questions, problem))
+    chosen, problem = distributed.broadcast_object((chosen, problem))
     if problem:
         raise problem
-    return HeldOutCalls(questions, tokenizer, batch_size)
+    return HeldOutCalls(*chosen, tokenizer, batch_size)
