@@ -64,7 +64,9 @@ def _whole_number(environment: dict[str, str], name: str, default: int) -> int:
 
 
 def plan_launch(recipe: Recipe, machines: Machines, arguments: list[str], python: str = sys.executable) -> list[str]:
-    """The argv that starts the ranks on this machine. `arguments` go to launch/train.py."""
+    """The argv that starts the ranks on this machine. `arguments` go to launch/train.py. Raises LaunchError for what cannot be started."""
+    if recipe.task == "generate":
+        raise LaunchError("task = generate; it trains nothing; use `harness generate RECIPE`")
     backend = load_backend(recipe.backend)
     check_world(recipe, backend, machines.world_size)
     script = [str(shipped("launch", "train.py")), *arguments]

@@ -429,7 +429,7 @@ FAMILIAR = {
     "qos": "As sbatch's `--qos`.",
     "reservation": "As sbatch's `--reservation`.",
     "gpus_per_node": "One rank for each.",
-    "task": "What is done: supervised fine-tuning, or distillation.",
+    "task": "What is done: supervised fine-tuning, distillation, or answers for a student.",
     "model.quantization.bnb_4bit_quant_type": "As in `BitsAndBytesConfig`.",
     "teacher.quantization.bnb_4bit_quant_type": "As in `BitsAndBytesConfig`.",
     "model.lora.r": "Rank of the adapter.",

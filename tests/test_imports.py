@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "harness"
 # From left to right: a module imports only from layers before its own. Names are those of files and folders in harness/.
 LAYERS = [
     {"__init__", "errors"},
-    {"resources", "overrides", "logs"},
+    {"resources", "overrides", "logs", "units"},
     {"recipe"},
     {"run", "tools", "planner", "distributed", "losses"},
     {"launcher", "failures", "watchdog", "attention", "operators", "guard", "quickstart"},
@@ -55,6 +55,7 @@ LIGHT = {
     "resources",
     "overrides",
     "logs",
+    "units",
     "recipe",
     "run",
     "tools",

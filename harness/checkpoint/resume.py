@@ -20,9 +20,9 @@ from harness.run import RunDir
 FREE = (
     "output_dir backend tracking checkpoint guard watchdog data train.per_device_train_batch_size train.per_device_eval_batch_size "
     "train.gradient_accumulation_steps train.global_batch_size train.gradient_checkpointing train.gradient_checkpointing_kwargs "
-    "train.logging_steps train.eval_strategy train.eval_steps train.eval_on_start train.dataloader_num_workers train.ddp_timeout "
-    "train.use_liger_kernel train.torch_compile model.attn_implementation model.trust_remote_code "
-    "teacher.cache teacher.unit_tokens teacher.device_map teacher.attn_implementation teacher.trust_remote_code"
+    "train.logging_steps train.eval_strategy train.eval_steps train.eval_on_start train.eval_tool_calls train.dataloader_num_workers "
+    "train.ddp_timeout train.use_liger_kernel train.torch_compile model.attn_implementation model.trust_remote_code "
+    "teacher.cache teacher.unit_tokens teacher.device_map teacher.attn_implementation teacher.trust_remote_code teacher.server"
 ).split()
 """Fields that may change freely: they do not decide what the weights become (but for rounding), or something else is compared in their
 place: the prepared data, the engine, the global batch."""

@@ -15,6 +15,7 @@ VERBS = {
     "prepare": "Tokenise a recipe's data once, on a CPU.",
     "preview": "Show a few rows with the trained tokens marked.",
     "capture": "Run a teacher once over a recipe's data, for every student to come.",
+    "generate": "Have a teacher answer a recipe's prompts, for a student's fine-tuning.",
     "run": "Train: start the ranks of a recipe on this machine.",
     "submit": "Send a recipe to Slurm, or render the script that would be sent.",
     "status": "Say how runs stand: state, step, time left, restarts, last commit.",

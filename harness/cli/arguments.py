@@ -21,6 +21,12 @@ def load_recipe(recipe: str, overrides: tuple[str, ...]) -> Recipe:
     return load(recipe, read_overrides(overrides))
 
 
+def check_trains(recipe: Recipe) -> None:
+    """Raises RecipeError for a recipe whose data are not rows to be trained."""
+    if recipe.task == "generate":
+        raise RecipeError("task = generate; its rows are prompts, which are tokenised as they are asked; use `harness generate RECIPE`")
+
+
 def read_overrides(overrides: tuple[str, ...]) -> list[str]:
     """Those of the command line, all as `key.path=value`. Raises RecipeError, also for an option that the verb does not have."""
     _check_options(overrides)

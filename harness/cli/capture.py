@@ -1,26 +1,20 @@
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import click
 
 from harness.checkpoint.door import Signals
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
-from harness.cli.run import ONE_CAUSE_S, default_processes
+from harness.cli.run import default_processes
+from harness.cli.workers import supervise
 from harness.distributed import world_size
-from harness.errors import RecipeError, Stopped
+from harness.errors import RecipeError
 from harness.launcher import Machines
-from harness.life import noted_signals, say, start_launcher
 from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend, load_backend
 from harness.resources import shipped
 
-LOOK_EVERY_S = 0.2
 PREPARED_VARIABLE = "HARNESS_PREPARED"
 """Set for the processes that this command starts: the folder of the data, which they need not prepare again."""
 
@@ -53,7 +47,8 @@ def command(recipe: str, overrides: tuple[str, ...], shards: int, shard: int, ba
         return
     prepared = _prepare(resolved).folder
     argv = [sys.executable, str(shipped("launch", "capture.py")), recipe, *overrides, "--shards", str(shards), "--shard", str(shard)]
-    sys.exit(supervise(argv, machines, prepared, together=shares_teacher(resolved, ruling, machines.world_size)))
+    variables = {PREPARED_VARIABLE: str(prepared)}
+    sys.exit(supervise(argv, machines, variables, together=shares_teacher(resolved, ruling, machines.world_size)))
 
 
 def _default_processes(recipe: Recipe) -> int:
@@ -114,7 +109,8 @@ def capture_here(recipe: Recipe, backend: Backend, shards: int, shard: int) -> N
 
     from harness import distributed
     from harness.model import load_tokenizer
-    from harness.teacher.capture import Worker, capture
+    from harness.teacher.capture import capture
+    from harness.units import Worker
 
     together = shares_teacher(recipe, backend, world_size())
     if torch.cuda.is_available():
@@ -159,61 +155,3 @@ def _join(recipe: Recipe) -> None:
         release_abandoned_locks(offloads=ruled.backend.offloads, say=click.echo)
     patience_s = max(recipe.train.ddp_timeout, recipe.watchdog.start_s)
     distributed.start(recipe.train.ddp_timeout, decisions_s=patience_s, group_of_one=True)
-
-
-# ---- several on this machine
-
-
-def supervise(argv: list[str], machines: Machines, prepared: Path, *, together: bool) -> int:
-    """Run `argv` in so many processes, and hand signals on to them. Returns the exit code.
-
-    together: they share one teacher, so that all end when one fails. Otherwise the others do the work of one that failed.
-    """
-    address, port = (machines.address, machines.port) if machines.count > 1 else ("127.0.0.1", _free_port())
-    processes, asked_at = [], None
-    with noted_signals() as signals:
-        for local in range(machines.processes):
-            place = {
-                "RANK": machines.index * machines.processes + local,
-                "LOCAL_RANK": local,
-                "WORLD_SIZE": machines.world_size,
-                "LOCAL_WORLD_SIZE": machines.processes,
-                "MASTER_ADDR": address,
-                "MASTER_PORT": port,
-            }
-            environment = {**os.environ, **{key: str(value) for key, value in place.items()}, PREPARED_VARIABLE: str(prepared)}
-            processes.append(start_launcher(argv, environment, []))
-        while any(process.poll() is None for process in processes):
-            now = time.monotonic()
-            if signals and asked_at is None:
-                asked_at = now
-                say("stopping: each worker ends its unit and leaves; press Ctrl-C again to leave at once")
-                _signal(processes, signal.SIGTERM)
-            elif signals and now - asked_at > ONE_CAUSE_S:
-                _signal(processes, signal.SIGKILL)
-            signals.clear()
-            if together and any(process.returncode not in (None, 0, Stopped.exit_code) for process in processes):
-                _signal(processes, signal.SIGKILL)
-            time.sleep(LOOK_EVERY_S)
-    return exit_code_of([process.returncode for process in processes], together=together)
-
-
-def exit_code_of(codes: list[int], *, together: bool) -> int:
-    """0 when the cache is complete: one that ends with it has found every unit there. Else what went wrong, and 75 if nothing did."""
-    if 0 in codes and not together:
-        return 0
-    wrong = [code for code in codes if code not in (0, Stopped.exit_code)]
-    # Those that were killed for another's failure come after it.
-    return next((code for code in wrong if code > 0), 128 - wrong[0] if wrong else max(codes))
-
-
-def _signal(processes: list[subprocess.Popen], number: signal.Signals) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

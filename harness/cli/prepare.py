@@ -1,6 +1,6 @@
 import click
 
-from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.cli.arguments import RECIPE_CONTEXT, check_trains, load_recipe, recipe_argument
 from harness.logs import quieten
 
 
@@ -9,6 +9,7 @@ from harness.logs import quieten
 def command(recipe: str, overrides: tuple[str, ...]):
     """Tokenise RECIPE's data once, on a CPU, into a cache that every rank maps into memory."""
     resolved = load_recipe(recipe, overrides)
+    check_trains(resolved)
     quieten()
     from harness.data import prepare_recipe
     from harness.data.report import render_report

@@ -2,7 +2,7 @@ import sys
 
 import click
 
-from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.cli.arguments import RECIPE_CONTEXT, check_trains, load_recipe, recipe_argument
 from harness.logs import quieten
 
 
@@ -12,6 +12,7 @@ from harness.logs import quieten
 def command(recipe: str, overrides: tuple[str, ...], rows: int):
     """Show a few rows of RECIPE as the model will see them, with the trained tokens coloured, and the counts."""
     resolved = load_recipe(recipe, overrides)
+    check_trains(resolved)
     quieten()
     from harness.data import prepare_recipe
     from harness.data.preview import render_preview

@@ -136,10 +136,14 @@ def default_processes(recipe: Recipe) -> int:
     """One per visible GPU where the backend takes several ranks, else one."""
     if load_backend(recipe.backend).kind == "single":
         return 1
+    return max(1, visible_gpus())
+
+
+def visible_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([device for device in visible.split(",") if device.strip()]))
-    return max(1, len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+        return len([device for device in visible.split(",") if device.strip()])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def run_recipe(

@@ -51,6 +51,16 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     return prepared
 
 
+def held_out_rows(data):
+    """The rows that a recipe's `data` section holds out, as its sources say them: not shortened, not tokenised."""
+    from harness.data.sources import load_rows, mix
+
+    sources = data.eval or data.train
+    fractions = {} if data.eval else {"eval_fraction": data.eval_fraction, "eval_rows": data.eval_rows}
+    mixture = mix(sources, [load_rows(source, data.on_error) for source in sources], seed=data.seed, **fractions)
+    return mixture.train if data.eval else mixture.held_out
+
+
 def list_skipped(parts, folder: Path) -> Path:
     """Write every skipped row, `location: reason`, beside the prepared data."""
     path = folder.with_name(f"{folder.name}.skipped.txt")

@@ -11,9 +11,9 @@ A canonical row is a JSON-serialisable dict in one of three shapes. What a row d
     Call     {"id": str?, "type": "function", "function": {"name": str, "arguments": OBJECT}}
     Tool     see harness/tools/schema.py
 
-Layouts read: see `LAYOUTS`. Every conversation that leaves here ends with the assistant, and every call that is trained names a tool that
-its row offers: the opposite teaches a model to make tools up. A call that breaks its tool's *schema* passes (12-19 % of the gold calls of
-public sets do); `broken_calls` lists them, so that they are counted.
+Layouts read: see `LAYOUTS`. Every conversation that leaves here to be trained ends with the assistant, and every call that is trained
+names a tool that its row offers: the opposite teaches a model to make tools up. A call that breaks its tool's *schema* passes (12-19 % of
+the gold calls of public sets do); `broken_calls` lists them, so that they are counted.
 """
 
 from __future__ import annotations
@@ -52,14 +52,22 @@ def detect_format(row: dict) -> str:
     raise DataError(f"{seen}; must be one of the layouts {accepted}")
 
 
-def to_canonical(row: dict, layout: str = "auto") -> dict:
-    """Converts one raw row. Raises DataError saying what is wrong in it (the caller knows where it stands)."""
+def to_canonical(row: dict, layout: str = "auto", *, asks: bool = False) -> dict:
+    """Converts one raw row. Raises DataError saying what is wrong in it (the caller knows where it stands).
+
+    asks: the row is a question, which may end with the user or a tool and must be a conversation.
+    """
     if layout == "auto":
         layout = detect_format(row)
     keys, shown, convert = LAYOUTS[layout]
     if not any(key_set <= row.keys() for key_set in keys):
         raise DataError(f"the row's keys are {', '.join(map(str, row)) or 'none'}; {layout} rows have {shown}")
-    return convert(row)
+    canonical = convert(row)
+    if "messages" in canonical:
+        _check_conversation(canonical, asks=asks)
+    elif asks:
+        raise DataError(f"a row of {' and '.join(canonical)} has no turn that could be answered; must be messages")
+    return canonical
 
 
 # ---- the layouts
@@ -290,15 +298,18 @@ def _conversation(messages: list[dict], tools: object, train_from: int | None = 
         row["tools"] = tools
     if train_from is not None:
         row["train_from"] = train_from
-    _check_conversation(row)
     return row
 
 
-def _check_conversation(row: dict) -> None:
+def _check_conversation(row: dict, *, asks: bool) -> None:
     messages, start = row["messages"], row.get("train_from", 0)
     if not messages:
         raise DataError("there are no messages")
-    if messages[-1]["role"] != "assistant":
+    if asks:
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not any(message["role"] in ("user", "tool") for message in messages):
+            raise DataError("nobody asks anything; there must be a message of the user or a tool to answer")
+    elif messages[-1]["role"] != "assistant":
         raise DataError(f"the last message is the {messages[-1]['role']}'s; must be the assistant's, whose words are trained")
     open_calls: list[dict] = []
     for i, message in enumerate(messages):

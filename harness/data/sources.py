@@ -233,9 +233,10 @@ def _value(value: object, kind: pa.DataType) -> object:
 # ---- loading
 
 
-def load_rows(source: Source, on_error: str = "fail", base_dir: str | Path = ".") -> LoadedRows:
+def load_rows(source: Source, on_error: str = "fail", base_dir: str | Path = ".", *, asks: bool = False) -> LoadedRows:
     """Reads a source into canonical rows. `on_error`: "fail" raises DataError for the first bad row, "skip" leaves bad rows out, listed.
 
+    asks: rows are questions, as in `to_canonical`.
     Raises DataError in both cases where a file cannot be read at all and where no row is left.
     """
     if on_error not in ("fail", "skip"):
@@ -243,23 +244,23 @@ def load_rows(source: Source, on_error: str = "fail", base_dir: str | Path = "."
     loaded = LoadedRows()
     raw_rows = _read(source.path, source.name, source.split, Path(base_dir))
     for location, raw in raw_rows:
-        _take(location, raw, source.format, loaded)
+        _take(location, raw, source.format, loaded, asks)
         if loaded.skipped and on_error == "fail":
-            raise _first_bad(location, raw_rows, source.format, loaded)
+            raise _first_bad(location, raw_rows, source.format, loaded, asks)
     if not loaded.rows:
         first = f"; the first: {loaded.skipped[0].location}: {loaded.skipped[0].reason}" if loaded.skipped else ""
         raise DataError(f"{source.path}: no row is left of {loaded.counts['read']}{first}")
     return loaded
 
 
-def _take(location: str, raw: dict | DataError, layout: str, loaded: LoadedRows) -> None:
+def _take(location: str, raw: dict | DataError, layout: str, loaded: LoadedRows, asks: bool) -> None:
     counts = loaded.counts
     counts["read"] += 1
     try:
         if isinstance(raw, DataError):
             raise raw
         layout = detect_format(raw) if layout == "auto" else layout
-        row = to_canonical(raw, layout)
+        row = to_canonical(raw, layout, asks=asks)
     except (DataError, RecursionError) as error:
         loaded.skipped.append(Skipped(location, str(error) if isinstance(error, DataError) else "nested too deeply"))
         counts["skipped"] += 1
@@ -275,12 +276,12 @@ def _take(location: str, raw: dict | DataError, layout: str, loaded: LoadedRows)
         counts["unparsable_answers"] += 1
 
 
-def _first_bad(location: str, rest: Iterator[tuple[str, dict | DataError]], layout: str, loaded: LoadedRows) -> DataError:
+def _first_bad(location: str, rest: Iterator[tuple[str, dict | DataError]], layout: str, loaded: LoadedRows, asks: bool) -> DataError:
     """The error for the first bad row, saying whether it is alone: one broken row is repaired by hand, a thousand are another layout."""
     reason = loaded.skipped[0].reason
     seen = 0
     for seen, (where, raw) in enumerate(islice(rest, LOOK_AHEAD), 1):  # noqa: B007, the count is read after the loop
-        _take(where, raw, layout, loaded)
+        _take(where, raw, layout, loaded, asks)
     others = len(loaded.skipped) - 1
     more = f"\n{others} of the next {seen} rows are bad too; `data.on_error: skip` leaves bad rows out and lists them" if others else ""
     return DataError(f"{location}: {reason}{more}")

@@ -150,6 +150,12 @@ class Renderer:
             return self._render_conversation(row, location)
         return self._render_text(row.get("prompt", ""), row["completion"] if "completion" in row else row["text"], location)
 
+    def render_prompt(self, row: dict, location: str = "row") -> list[int]:
+        """Ids of a conversation that the assistant is to answer, with the words that begin its turn. Raises DataError."""
+        tools = row.get("tools") or None
+        text, _ = self._write(self.template(tools), _with_content(row["messages"]), tools, location, prompt=True)
+        return self._tokenise(text, location).ids
+
     # ---- plain text -------------------------------------------------------------------------------------------------------
 
     def _render_text(self, prompt: str, completion: str, location: str) -> Rendered:
@@ -166,8 +172,7 @@ class Renderer:
     # ---- conversations ----------------------------------------------------------------------------------------------------
 
     def _render_conversation(self, row: dict, location: str) -> Rendered:
-        # Many templates add or test message.content; for a turn that only calls tools, "" is what servers hand them too.
-        messages = [m if "content" in m else {**m, "content": ""} for m in row["messages"]]
+        messages = _with_content(row["messages"])
         tools = row.get("tools") or None  # templates write boilerplate for an empty list
         template = self.template(tools)
         text, spans = self._write(template, messages, tools, location)
@@ -411,6 +416,11 @@ class Renderer:
         if starts and add_special_tokens and offsets[-1] == (0, 0):  # an EOS that the tokenizer adds stands at the end, not at 0
             starts[-1] = ends[-1] = len(text)
         return _Tokens(text, list(encoded["input_ids"]), starts, ends)
+
+
+def _with_content(messages: list[dict]) -> list[dict]:
+    """Many templates add or test message.content; for a turn that only calls tools, "" is what servers hand them too."""
+    return [message if "content" in message else {**message, "content": ""} for message in messages]
 
 
 def has_markers(template: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from harness.errors import RecipeError
 from harness.recipe.backend import Backend, load_backend
-from harness.recipe.schema import Checkpoint, Distill, Recipe, Teacher
+from harness.recipe.schema import Checkpoint, Data, Distill, Generate, Recipe, Teacher
 from harness.resources import find_config
 
 HEADS = ("lm_head", "embed_out", "output")
@@ -18,6 +18,8 @@ METRICS = {
     "sft": ("eval/loss", "eval/mean_token_accuracy", "eval/entropy"),
     "distill": ("eval/loss", "eval/kl", "eval/top1_agreement"),
 }
+CALL_METRICS = ("eval/exact_match", "eval/valid_json", "eval/valid_schema")
+"""Of `train.eval_tool_calls`. Without right_abstention, which a model that never calls has whole."""
 SCHEDULER_KEYS = {
     "cosine": {"num_cycles"},
     "cosine_with_min_lr": {"num_cycles", "min_lr", "min_lr_rate"},
@@ -30,15 +32,21 @@ _NO_EVAL_DATA = "there is nothing to evaluate on; give data.eval, data.eval_frac
 def check_rules(recipe: Recipe) -> list[str]:
     """Every rule that the recipe breaks, in the order of its sections; empty when all hold."""
     rules = (
-        _model_rules,
-        _lora_rules,
-        _data_rules,
-        _teacher_rules if recipe.task == "distill" else _no_teacher_rules,
-        _schedule_rules,
-        _batch_rules,
-        _precision_rules,
-        _evaluation_rules,
-        _checkpoint_rules,
+        _GENERATE_RULES
+        if recipe.task == "generate"
+        else (
+            _model_rules,
+            _compute_type_rules,
+            _lora_rules,
+            _data_rules,
+            _teacher_rules if recipe.task == "distill" else _no_teacher_rules,
+            _no_generate_rules,
+            _schedule_rules,
+            _batch_rules,
+            _precision_rules,
+            _evaluation_rules,
+            _checkpoint_rules,
+        )
     )
     problems = [problem for rule in rules for problem in rule(recipe)]
     try:
@@ -67,6 +75,10 @@ def _model_rules(recipe: Recipe) -> Iterator[str]:
         yield (
             "model.quantization: 4-bit weights cannot be trained; add a `model.lora` section (QLoRA), or remove this for full fine-tuning"
         )
+
+
+def _compute_type_rules(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
     if model.quantization and model.quantization.bnb_4bit_compute_dtype == "float16" and model.dtype == "bfloat16":
         yield (
             "model.quantization.bnb_4bit_compute_dtype = float16; model.dtype is bfloat16 and the two would mix in every layer; "
@@ -191,6 +203,57 @@ def _resident_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
         yield f"distill.tail = {distill.tail}; a resident teacher leaves nothing out; remove it, or set teacher.source: cache"
 
 
+def _no_generate_rules(recipe: Recipe) -> Iterator[str]:
+    for key, value in recipe.generate:
+        if value != Generate.model_fields[key].default:
+            yield f"generate.{key} = {value}; task = {recipe.task} writes no answers; set task: generate, or remove this"
+
+
+def _generate_model_rules(recipe: Recipe) -> Iterator[str]:
+    model = recipe.model
+    if model.init or not model.name_or_path:
+        yield "model.name_or_path: is required with task = generate; random weights (`init`) have nothing to say; give who answers"
+    if model.lora:
+        yield (
+            "model.lora: a new adapter has learnt nothing; remove it (for an adapter that was trained, model.name_or_path takes its folder)"
+        )
+    if model.attn_implementation == "varlen":
+        yield "model.attn_implementation = varlen; it takes no padded batches, and answers are written in such; leave it out"
+
+
+def _generate_data_rules(recipe: Recipe) -> Iterator[str]:
+    data, generate = recipe.data, recipe.generate
+    for key in ("eval", "eval_fraction", "eval_rows", "train_on", "packing", "num_proc", "cache_dir"):
+        if (value := getattr(data, key)) != Data.model_fields[key].default:
+            yield f"data.{key} = {value}; task = generate asks every row of data.train, and trains and holds out none; remove it"
+    if generate.max_new_tokens >= data.max_length:
+        yield (
+            f"generate.max_new_tokens = {generate.max_new_tokens}; data.max_length = {data.max_length} is for prompt and answer together; "
+            "raise it, or ask for less"
+        )
+    for key, without in (("samples_per_prompt", 1), ("top_p", 1.0)):
+        if not generate.temperature and getattr(generate, key) != without:
+            yield f"generate.{key} = {getattr(generate, key)}; at temperature 0 nothing is drawn; set generate.temperature, or remove this"
+
+
+def _generate_only_rules(recipe: Recipe) -> Iterator[str]:
+    if recipe.teacher:
+        yield f"teacher.name_or_path = {recipe.teacher.name_or_path}; with task = generate the teacher is the model; set model.name_or_path"
+    for name in ("distill", "train", "checkpoint", "guard", "watchdog", "tracking"):
+        section = getattr(recipe, name)
+        for key, value in section:
+            if value != type(section).model_fields[key].default:
+                yield f"{name}.{key} = {value}; task = generate trains nothing; remove it"
+    if recipe.backend != "single":
+        yield (
+            f"backend = {recipe.backend}; task = generate shards nothing: for every token all shards would be gathered anew; leave it out "
+            "(a whole model in each of --processes), or use generate.device_map: auto or model.quantization for one that does not fit"
+        )
+
+
+_GENERATE_RULES = (_generate_model_rules, _compute_type_rules, _data_rules, _generate_data_rules, _generate_only_rules)
+
+
 def _schedule_rules(recipe: Recipe) -> Iterator[str]:
     train, scheduler = recipe.train, recipe.train.lr_scheduler_type
     if train.max_steps and train.num_train_epochs:
@@ -255,7 +318,7 @@ def _precision_rules(recipe: Recipe) -> Iterator[str]:
 def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
     train, data = recipe.train, recipe.data
     held_out = bool(data.eval or data.eval_fraction or data.eval_rows)
-    for key in ("eval_steps", "eval_on_start", "metric_for_best_model", "early_stopping_patience"):
+    for key in ("eval_steps", "eval_on_start", "eval_tool_calls", "metric_for_best_model", "early_stopping_patience"):
         if getattr(train, key) and not held_out:
             yield f"train.{key} = {getattr(train, key)}; {_NO_EVAL_DATA}"
         elif getattr(train, key) and train.eval_strategy == "no":
@@ -272,7 +335,9 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
         yield "train.early_stopping_threshold: has no effect without early_stopping_patience; add it or remove this"
     if train.greater_is_better is not None and not train.metric_for_best_model:
         yield "train.greater_is_better: has no effect without metric_for_best_model; add it or remove this"
-    metrics = METRICS[recipe.task]
+    metrics = METRICS[recipe.task] + CALL_METRICS
+    if train.metric_for_best_model in CALL_METRICS and not train.eval_tool_calls:
+        yield f"train.metric_for_best_model = {train.metric_for_best_model}; nothing measures it; say on how many rows: eval_tool_calls: 99"
     if train.metric_for_best_model and train.metric_for_best_model not in metrics:
         yield f"train.metric_for_best_model = {train.metric_for_best_model}; must be {', '.join(metrics[:-1])} or {metrics[-1]}"
 
@@ -350,3 +415,8 @@ def _engine_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
         yield "train.full_determinism = true; DeepSpeed's reductions are not bound to an order; use single or ddp"
     if backend.kind == "fsdp" and train.fp16:
         yield "train.fp16 = true; FSDP2 has no gradient scaler for shards; use bf16"
+    if backend.kind == "fsdp" and train.eval_tool_calls:
+        yield (
+            f"train.eval_tool_calls = {train.eval_tool_calls}; under FSDP2 all shards would be gathered anew for every token; use ddp or "
+            "ZeRO, or evaluate what is exported"
+        )

@@ -146,6 +146,25 @@ class Distill(Section):
     average."""
 
 
+class Generate(Section):
+    """How `harness generate` has the model answer the rows of `data.train`."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0: the most probable token each time. Above it tokens are drawn, with `data.seed`."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Tokens are drawn from the most probable ones that hold this mass together."""
+    samples_per_prompt: PositiveInt = 1
+    """Answers to each prompt; those that are equal are kept once."""
+    max_new_tokens: PositiveInt = 512
+    """An answer that has not come to its end by then is dropped. Prompts have what it leaves of `data.max_length`."""
+    batch_rows: PositiveInt = 32
+    """Answers that are written at the same time. May be changed between two starts; what is there stays as it was written."""
+    unit_rows: PositiveInt = 256
+    """Prompts that are answered and committed at once: what a kill costs, and what workers share out."""
+    device_map: Literal["auto"] | None = None
+    """`auto`: one process spreads the layers over all GPUs of its machine. Left out: a whole model in each process."""
+
+
 class Source(Section):
     """One file, folder, glob or hub data set."""
 
@@ -272,8 +291,11 @@ class Train(Section):
     """Left out: `steps` when `eval_steps` is given, else `epoch` when there is held-out data, else `no`."""
     eval_steps: PositiveInt | None = None
     eval_on_start: bool = False
+    eval_tool_calls: PositiveInt | None = None
+    """At each evaluation the model also answers so many of the held-out rows that offer tools, and its calls are scored:
+    `eval/exact_match`, `eval/valid_json`, `eval/valid_schema`, `eval/right_abstention`. Costs what writing so many answers costs."""
     metric_for_best_model: str | None = None
-    """Such as `eval/loss`. The best model by it is kept and exported in place of the last."""
+    """Such as `eval/loss`, or `eval/exact_match` with `eval_tool_calls`. The best model by it is kept and exported in place of the last."""
     greater_is_better: bool | None = None
     """Left out: false for a metric that ends in `loss` or `kl`, true for others."""
     early_stopping_patience: PositiveInt | None = None
@@ -349,14 +371,16 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    task: Literal["sft", "distill"] = "sft"
+    task: Literal["sft", "distill", "generate"] = "sft"
     model: Model
-    """What is trained: with `task: distill` the student."""
+    """What is trained: with `task: distill` the student. With `task: generate`, which trains nothing, who answers."""
     data: Data
     teacher: Teacher | None = None
     """Of `task: distill`."""
     distill: Distill = Distill()
     """Of `task: distill`."""
+    generate: Generate = Generate()
+    """Of `task: generate`."""
     train: Train = Train()
     backend: str = "single"
     """How the run is sharded: single, ddp, zero1, zero2, zero3, zero3-offload, fsdp2, or the path of an Accelerate config file."""

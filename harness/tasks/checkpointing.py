@@ -5,7 +5,7 @@ _run_epoch                     leaves before the first step when a stop is asked
 training_step                  data that a rollback passes over
 _get_grad_norm, engine.step    the vote before the optimiser: is the step sound, is a stop or a save asked for, is a save due
 _determine_best_metric         transformers would take back a save that was asked for where the metric has not improved
-_evaluate, prediction_step     an evaluation leaves no trace in the random numbers, and ends early when a stop is asked for
+_evaluate                      an evaluation leaves no trace in the random numbers, and ends early when a stop is asked for
 
 What is written is in harness.tasks.saving, what is read back in harness.tasks.restoring.
 """
@@ -280,10 +280,13 @@ class CheckpointedTrainer(RestoringTrainer, SavingTrainer):
             self.lives.report.enter("training")
 
     def prediction_step(self, *args, **kwargs):
+        self.after_evaluation_batch()
+        return super().prediction_step(*args, **kwargs)
+
+    def after_evaluation_batch(self) -> None:
         self.lives.report.beat()
         if self._stop_if_asked():
             raise _EvaluationStopped
-        return super().prediction_step(*args, **kwargs)
 
     def _make_owed_evaluation(self, trial, ignore_keys_for_eval) -> None:
         """Of the checkpoint that this life began from."""

@@ -76,6 +76,8 @@ def add_lessons(model: "PreTrainedModel") -> None:
 class FromCache:
     """What a teacher has said of these rows is read with them; or a server is asked when they become a batch."""
 
+    whole_model = None
+
     def __init__(self, teacher: TeacherCache | ServedTeacher, distill: Distill):
         self.vocabulary, self._teacher, self._distill = teacher.vocabulary, teacher, distill
 
@@ -107,6 +109,12 @@ class Beside:
     def __init__(self, teacher: ResidentTeacher, vocabulary: int, distill: Distill):
         self.vocabulary, self._teacher, self._distill = vocabulary, teacher, distill
         self._beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5 if distill.beta is None else distill.beta}[distill.divergence]
+
+    @property
+    def whole_model(self) -> "PreTrainedModel | None":
+        """The teacher, to be asked for answers of its own; None where ranks have shares of it."""
+        is_shared = any(hasattr(parameter, "ds_id") for parameter in self._teacher.model.parameters())
+        return None if is_shared else self._teacher.model
 
     def collator(self, collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
         """A trainer's own: the rows are all that this teacher wants."""
@@ -186,6 +194,7 @@ class HarnessDistillTrainer(HarnessSFTTrainer):
             )
         add_lessons(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
         self._teacher, self._unchecked = teacher, True
+        self.whole_teacher = teacher.whole_model
         # TRL takes no other collator than its own for flattened batches.
         self.data_collator = teacher.collator(self.data_collator)
 

@@ -132,6 +132,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
     from harness.model import check_positions, load_tokenizer
     from harness.tasks import sft
     from harness.tasks.arguments import eval_strategy, training_arguments
+    from harness.tasks.calls import load_held_out_calls, measure_teacher
     from harness.tasks.export import export
     from harness.tracking.progress import ProgressCallback
 
@@ -170,9 +171,12 @@ def _train(job: Job, resumed: Selected | None) -> None:
 
     job.report.enter("building trainer")
     trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, build)
+    trainer.calls = load_held_out_calls(recipe, tokenizer, args.per_device_eval_batch_size)
 
     exit_code = 1
     try:
+        if not resumed:
+            measure_teacher(trainer, tracking)
         job.report.enter("training")
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
         if trainer.stopped:
@@ -274,7 +278,7 @@ def _smoke(recipe: Recipe, rows, world_size: int):
             "eval_steps": None,
             "eval_on_start": False,
         }
-        | {"metric_for_best_model": None, "early_stopping_patience": None, "warmup_steps": None, "warmup_ratio": None}
+        | dict.fromkeys(("eval_tool_calls", "metric_for_best_model", "early_stopping_patience", "warmup_steps", "warmup_ratio"))
     )
     checkpoint = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None, "auto": False})
     return recipe.model_copy(update={"train": train, "checkpoint": checkpoint}), rows.select(longest), None

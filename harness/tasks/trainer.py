@@ -2,7 +2,7 @@
 
 get_batch_samples    measures the wait for data
 training_step        counts tokens; checks isolation before the first step, and gradients before the optimiser first uses them
-evaluation_loop      a held-out loss that is the mean over tokens, whatever the batches and ranks
+evaluation_loop      a held-out loss that is the mean over tokens, whatever the batches and ranks; and the rates of tool calls
 """
 
 from typing import TYPE_CHECKING
@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset
 
+    from harness.tasks.calls import HeldOutCalls
+
 
 class HarnessTrainer:
     """Mixed in before a trainer of TRL. `configure` must follow construction."""
+
+    calls: "HeldOutCalls | None" = None
+    """Questions that are answered at each evaluation."""
 
     def configure(self, *, throughput, isolates: bool = False) -> None:
         """throughput: counts tokens and waits (harness.tracking). isolates: batches are flattened, so samples must not see each other."""
@@ -99,7 +104,12 @@ class HarnessTrainer:
         for values in self._metrics["eval"].values():
             if len(values) == batches:
                 values[:] = [sum(value * count for value, count in zip(values, tokens, strict=True)) / max(sum(tokens), 1)]
+        if self.calls is not None:
+            output.metrics.update({f"{metric_key_prefix}_{key}": rate for key, rate in self.calls.measure_in_training(self).items()})
         return output
+
+    def after_evaluation_batch(self) -> None:
+        """Called on every rank, as often on each, while an evaluation goes on."""
 
 
 def padding_share(lengths: list[int], batch_size: int, seed: int = 0) -> float:

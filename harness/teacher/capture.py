@@ -12,8 +12,6 @@ When all units are there, what the cache lost is measured against the teacher an
 
 from __future__ import annotations
 
-import os
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -40,21 +38,7 @@ from harness.teacher.samples import Sample, Samples, cache_folder, settings_of, 
 from harness.teacher.served import ServedTeacher, connect
 from harness.teacher.vocabulary import true_vocabulary, vocabulary_digest
 from harness.teacher.writer import UnitWriter, save_header
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Which part of a capture is this process's, or this group's of ranks."""
-
-    index: int = 0
-    count: int = 1
-
-    def order(self, units: int) -> list[int]:
-        """All units: its own first, and then those of others in an order of its own, in which workers that help seldom meet."""
-        own = range(self.index, units, self.count)
-        rest = sorted(set(range(units)) - set(own))
-        random.Random(self.index).shuffle(rest)
-        return [*own, *rest]
+from harness.units import Worker, missing_units
 
 
 def capture(
@@ -78,7 +62,7 @@ def capture(
     if (folder / CACHE_FILE).is_file():
         check_cache(folder, recipe, tokenizer, samples)
     # Rank 0 looks for all: two that look at a shared disk may not see the same.
-    if distributed.broadcast_object((folder / FIDELITY_FILE).is_file() and not missing_units(folder, samples.units.plan.units)):
+    if distributed.broadcast_object((folder / FIDELITY_FILE).is_file() and not missing_units(folder, UNIT_FILE, samples.units.plan.units)):
         say(f"complete: {folder}")
         return folder
     longest, is_served = int(samples.units.lengths.max()), recipe.teacher.server is not None
@@ -105,11 +89,6 @@ def describe(samples: Samples, settings: Settings, vocabulary: int, folder: Path
         f"capture: {units.plan.samples:,} distinct samples, {units.tokens:,} tokens, {positions:,} of them trained, in "
         f"{units.plan.units:,} units; at most {most / MIB:,.1f} MiB in {folder}"
     )
-
-
-def missing_units(folder: Path, units: int) -> set[int]:
-    there = set(os.listdir(folder)) if folder.is_dir() else set()
-    return {unit for unit in range(units) if UNIT_FILE.format(unit) not in there}
 
 
 def check_cache(folder: Path, recipe: Recipe, tokenizer, samples: Samples) -> None:
@@ -153,10 +132,10 @@ class _Capture:
     def run(self, worker: Worker, stop: Callable[[], str | None]) -> None:
         """Round after round, a unit for each rank. Raises Stopped when it was told to stop before all units are there."""
         units, ranks, rank = self.header.plan.units, distributed.world_size(), distributed.rank()
-        order, begun, found = worker.order(units), time.monotonic(), len(missing_units(self.folder, units))
+        order, begun, found = worker.order(units), time.monotonic(), len(missing_units(self.folder, UNIT_FILE, units))
         is_first = True
         while True:
-            missing, asked = distributed.broadcast_object(missing_units(self.folder, units)), distributed.gather_objects(stop())
+            missing, asked = distributed.broadcast_object(missing_units(self.folder, UNIT_FILE, units)), distributed.gather_objects(stop())
             if not missing:
                 return
             if reason := next(filter(None, asked), None):
@@ -167,7 +146,7 @@ class _Capture:
             units_of_ranks = [unit for unit in order if unit in missing][:ranks]
             mine = units_of_ranks[rank] if rank < len(units_of_ranks) else None
             done = Done.together(distributed.gather_objects(self._do(mine)))
-            left = len(missing_units(self.folder, units))
+            left = len(missing_units(self.folder, UNIT_FILE, units))
             if is_first:
                 self._look_ahead(done, left / units)
                 is_first = False

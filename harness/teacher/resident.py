@@ -119,7 +119,7 @@ def load_teacher(recipe: Recipe, tokenizer, longest: int, *, sharded_by: Backend
     asked, name = teacher_recipe(recipe), recipe.teacher.name_or_path
     try:
         check_same_vocabulary(tokenizer, models.load_tokenizer(asked), name)
-        teacher = _load(asked, recipe.teacher.device_map, sharded_by)
+        teacher = load_frozen(asked, recipe.teacher.device_map, sharded_by)
         models.check_vocabulary(teacher.model, tokenizer)
         models.check_positions(teacher.model, longest)
     except ModelError as error:
@@ -128,8 +128,8 @@ def load_teacher(recipe: Recipe, tokenizer, longest: int, *, sharded_by: Backend
     return teacher
 
 
-def _load(recipe: Recipe, device_map: str | None, sharded_by: Backend | None) -> ResidentTeacher:
-    """recipe: teacher_recipe."""
+def load_frozen(recipe: Recipe, device_map: str | None, sharded_by: Backend | None = None) -> ResidentTeacher:
+    """The recipe's model (of a teacher: teacher_recipe), to be asked and never trained. Raises ModelError."""
     has_gpu, asked = torch.cuda.is_available(), recipe.model
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     dtype = asked.dtype
@@ -151,8 +151,8 @@ def _load(recipe: Recipe, device_map: str | None, sharded_by: Backend | None) ->
         device = model.get_input_embeddings().weight.device
         if "meta" in (device.type, model.get_output_embeddings().weight.device.type):
             raise ModelError(
-                "model.device_map = auto; the GPUs of this machine do not hold it, and its head or its embedding was left on the host; "
-                "use model.quantization, or zero3 over more GPUs"
+                "device_map = auto; the GPUs of this machine do not hold it, and its head or its embedding was left on the host; "
+                "use model.quantization or more GPUs (a capture: zero3 over several machines)"
             )
     elif not asked.quantization:
         module.to(device)

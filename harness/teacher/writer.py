@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import secrets
-import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,6 +35,7 @@ from harness.teacher.format import (
     load_header,
     render_header,
 )
+from harness.units import flush, publish, temporary_name
 
 MASS_TOLERANCE = 1e-3
 """By so much may head and tail of a distribution miss 1: rounding is far below it, and logits or another temperature far above."""
@@ -50,11 +48,11 @@ def save_header(folder: str | Path, header: CacheHeader) -> None:
     with _naming(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            temporary = _temporary(file)
+            temporary = temporary_name(file)
             with open(temporary, "w", encoding="utf-8") as stream:
                 stream.write(render_header(header))
-                _flush(stream)
-            _publish(temporary, file)
+                flush(stream)
+            publish(temporary, file)
     # Also after writing: another process may have been there in between.
     check_same(folder, asdict(header), asdict(load_header(folder)))
 
@@ -68,7 +66,7 @@ class UnitWriter:
         self.path, self.header = Path(folder) / UNIT_FILE.format(unit), header
         text = render_header(header, unit).encode()
         start = START.pack(MAGIC, VERSION, len(text)) + text
-        self._temporary, self._start_check = _temporary(self.path), xxhash.xxh3_64_intdigest(start)
+        self._temporary, self._start_check = temporary_name(self.path), xxhash.xxh3_64_intdigest(start)
         self._index: dict[bytes, bytes] = {}
         self._offset = len(start)
         with _naming(self.path):
@@ -107,9 +105,9 @@ class UnitWriter:
         footer = FOOTER.pack(self._offset, len(self._index), self._start_check, xxhash.xxh3_64_intdigest(index))
         with _naming(self.path):
             self._stream.write(index + footer + xxhash.xxh3_64_intdigest(footer).to_bytes(8, "little") + MAGIC)
-            _flush(self._stream)
+            flush(self._stream)
             self._stream.close()
-            _publish(self._temporary, self.path)
+            publish(self._temporary, self.path)
         return self.path
 
 
@@ -160,32 +158,6 @@ def _find_problem(targets: Targets, header: CacheHeader) -> str | None:
 def _first(wrong: np.ndarray, what: str) -> str | None:
     at = np.argwhere(wrong)
     return f"position {at[0][0]}: {what}" if len(at) else None
-
-
-def _temporary(path: Path) -> Path:
-    # On a shared disk two machines, or two containers of one, may have the same process id.
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-
-
-def _flush(stream) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    try:
-        os.rename(temporary, path)
-    except FileNotFoundError:
-        # Another writer of the same was faster, and took this file for a leftover.
-        if not path.exists():
-            raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

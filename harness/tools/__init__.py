@@ -1,11 +1,14 @@
 """Tool schemas, calls read from text, and the one scorer. No torch: it runs on a login node."""
 
+from harness.tools.answers import FAULTS, Fault, read_answer
 from harness.tools.calls import ParsedCalls, ToolCall, parse_calls, read_call
 from harness.tools.match import FAILURES, Match, Score, json_equal, match_calls, same_call, score, summarise
 from harness.tools.schema import Problem, check_call, did_you_mean, normalise_tool, normalise_tools, parse_type
 
 __all__ = [
     "FAILURES",
+    "FAULTS",
+    "Fault",
     "Match",
     "ParsedCalls",
     "Problem",
@@ -19,6 +22,7 @@ __all__ = [
     "normalise_tools",
     "parse_calls",
     "parse_type",
+    "read_answer",
     "read_call",
     "same_call",
     "score",

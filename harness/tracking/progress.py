@@ -44,6 +44,8 @@ def training_facts(logs: dict[str, Any], eta_s: float | None) -> list[str]:
 
 def evaluation_facts(logs: dict[str, Any]) -> list[str]:
     facts = [f"eval loss {logs['eval_loss']:#.4g}"]
+    if "eval_exact_match" in logs:
+        facts.append(f"calls exactly right {logs['eval_exact_match']:.1%}")
     if "eval_runtime" in logs:
         facts.append(f"in {logs['eval_runtime']:.1f} s")
     return facts

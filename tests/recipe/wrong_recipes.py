@@ -10,6 +10,8 @@ data:
   train: rows.jsonl
 """
 
+# A model that answers, over BASE.
+G = "task=generate"
 # A teacher over BASE.
 D = "task=distill teacher.name_or_path=some/teacher"
 # The same behind a server.
@@ -324,6 +326,38 @@ COMBINATIONS = [
     ("reverse KL from a server", f"{S} teacher.source=served distill.divergence=jsd", "distill.divergence", "teacher.source: resident"),
     ("temperature from a server", f"{S} teacher.source=served distill.temperature=2", "distill.temperature", "as a server's answers are"),
     ("the metric of another task", f"{D} {EVAL} train.metric_for_best_model=eval/entropy", "train.metric_for_best_model", "eval/kl"),
+    ("calls without data", "train.eval_tool_calls=50", "train.eval_tool_calls", "nothing to evaluate on"),
+    (
+        "the best by calls that nobody counts",
+        f"{EVAL} train.metric_for_best_model=eval/exact_match",
+        "train.metric_for_best_model",
+        "say on how many rows: eval_tool_calls",
+    ),
+    ("calls under FSDP2", f"{EVAL} backend=fsdp2 train.eval_tool_calls=50", "train.eval_tool_calls", "use ddp or ZeRO"),
+    ("answers of sft", "generate.temperature=1", "generate.temperature", "task = sft writes no answers"),
+    ("answers of random weights", f"{G} model.name_or_path=null model.init=x", "model.name_or_path", "have nothing to say"),
+    ("answers of a new adapter", f"{G} model.lora.r=8", "model.lora", "model.name_or_path takes its folder"),
+    ("answers in a flattened batch", f"{G} model.attn_implementation=varlen", "model.attn_implementation", "takes no padded batches"),
+    (
+        "fp16 products in bf16 weights, which answer",
+        f"{G} model.dtype=bfloat16 model.quantization.bnb_4bit_compute_dtype=float16",
+        "model.quantization.bnb_4bit_compute_dtype",
+        "make them equal",
+    ),
+    ("prompts that are held out", f"{G} {EVAL}", "data.eval", "trains and holds out none"),
+    ("prompts that are packed", f"{G} data.packing=true", "data.packing", "trains and holds out none"),
+    ("no room for a prompt", f"{G} data.max_length=512", "generate.max_new_tokens", "is for prompt and answer together"),
+    (
+        "several answers, all greedy",
+        f"{G} generate.samples_per_prompt=4",
+        "generate.samples_per_prompt",
+        "at temperature 0 nothing is drawn",
+    ),
+    ("a nucleus, greedy", f"{G} generate.top_p=0.9", "generate.top_p", "at temperature 0 nothing is drawn"),
+    ("a teacher of the teacher", f"{G} teacher.name_or_path=x", "teacher.name_or_path", "the teacher is the model"),
+    ("a rate for answers", f"{G} train.learning_rate=1e-3", "train.learning_rate", "trains nothing"),
+    ("a divergence for answers", f"{G} distill.weight=0.9", "distill.weight", "trains nothing"),
+    ("sharded answers", f"{G} backend=zero3", "backend", "generate.device_map: auto"),
     ("8-bit states on the host", "backend=zero3-offload train.optim=paged_adamw_8bit", "train.optim", "use adamw_torch"),
     ("8-bit states under FSDP2", "backend=fsdp2 train.optim=lion_32bit", "train.optim", "use adamw_torch_fused"),
     ("compiled hooks", "backend=zero2 train.torch_compile=true", "train.torch_compile", "use single, ddp or fsdp2"),

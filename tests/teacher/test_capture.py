@@ -28,13 +28,14 @@ from harness.recipe import load
 from harness.recipe.backend import load_backend
 from harness.teacher import capture as capture_module
 from harness.teacher import resident, samples
-from harness.teacher.capture import Worker, capture
+from harness.teacher.capture import capture
 from harness.teacher.format import UNIT_FILE, Settings
 from harness.teacher.head import keep, uniforms_of
 from harness.teacher.reader import open_cache
 from harness.teacher.samples import Samples, cache_folder, keys_of, plan_units
 from harness.teacher.vocabulary import check_same_vocabulary, true_vocabulary, vocabulary_digest
 from harness.teacher.writer import UnitWriter
+from harness.units import Worker
 
 pytestmark = needs_shared
 
@@ -643,7 +644,7 @@ def test_two_ranks_that_share_a_teacher_by_zero3_write_the_bytes_of_one_process(
     ],
 )
 def test_the_exit_code_is_0_when_the_cache_is_complete_and_else_says_what_went_wrong(codes, together, code):
-    from harness.cli.capture import exit_code_of
+    from harness.cli.workers import exit_code_of
 
     assert exit_code_of(codes, together=together) == code
 
@@ -666,20 +667,20 @@ DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); prin
 
 
 def test_a_process_that_fails_ends_those_that_share_its_teacher_and_no_others(tmp_path):
-    from harness.cli.capture import supervise
+    from harness.cli.workers import supervise
 
     two = Machines(2)
     begun = time.monotonic()
-    assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "60"], two, tmp_path, together=True) == 3
+    assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "60"], two, {}, together=True) == 3
     assert time.monotonic() - begun < 30
-    assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "0.5"], two, tmp_path, together=False) == 0
+    assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "0.5"], two, {}, together=False) == 0
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
-    from harness.cli import capture as command
+    from harness.cli import workers as command
 
     for after_s in (3.0, 3.0 + command.ONE_CAUSE_S + 1.0):
         threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT)).start()
     begun = time.monotonic()
-    assert command.supervise([sys.executable, "-c", DEAF], Machines(1), tmp_path, together=False) == 128 + signal.SIGKILL
+    assert command.supervise([sys.executable, "-c", DEAF], Machines(1), {}, together=False) == 128 + signal.SIGKILL
     assert time.monotonic() - begun < 30

@@ -1,0 +1,58 @@
+"""What a model wrote, as an assistant turn that a student can be trained on; or why it is none.
+
+The turn is structured: calls as objects, so that the student's own template writes them, and what was said before them. Reasoning is left
+out, as the scorer leaves it out. An answer is invalid when it was cut off, is empty, holds a call that cannot be read or that breaks its
+tool, or says what no assistant turn can hold: words after a call, and control tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from harness.tools.calls import parse_calls
+from harness.tools.schema import check_call
+
+FAULTS = ("cut_off", "empty", "unparsable", "unknown_tool", "schema")
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    """One of FAULTS."""
+    reason: str
+
+
+def read_answer(text: str, tools: list[dict], *, ended: bool, control_tokens: Collection[str] = ()) -> dict | Fault:
+    """The assistant's message {"role", "content"?, "tool_calls"?} that `text` is, or the first thing that is wrong with it.
+
+    text: decoded with its special tokens, without the one that ended it. ended: the model stopped by itself. control_tokens: the
+    tokenizer's special tokens, which in words would end or open a turn.
+    """
+    if not ended:
+        return Fault("cut_off", "did not stop within max_new_tokens")
+    parsed = parse_calls(text)
+    if parsed.malformed:
+        return Fault("unparsable", f"a call that cannot be read: {parsed.malformed[0][:200]}")
+    if not parsed.calls and not parsed.text:
+        return Fault("empty", "says nothing and calls nothing")
+    if parsed.calls and not _stands_first(parsed.text, text):
+        return Fault("unparsable", f"words after a call, which a turn cannot hold: {parsed.text[-200:]}")
+    for call in parsed.calls:
+        if problems := check_call(call, tools):
+            kind = "unknown_tool" if problems[0].kind == "unknown_tool" else "schema"
+            return Fault(kind, "; ".join(map(str, problems)))
+    calls = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in parsed.calls]
+    said = {"content": parsed.text, "tool_calls": calls}
+    message = {"role": "assistant"} | {key: value for key, value in said.items() if value}
+    if found := re.search("|".join(map(re.escape, control_tokens)) or "(?!)", json.dumps(message, ensure_ascii=False)):
+        return Fault("unparsable", f"the control token {found.group()} in what it says")
+    return message
+
+
+def _stands_first(words: str, text: str) -> bool:
+    """Whether no call comes before the last of the words."""
+    before, found, _ = text.rpartition(words) if words else ("", "", "")
+    return found == words and not parse_calls(before).attempted
