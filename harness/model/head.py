@@ -17,7 +17,9 @@ def head_of(model: "PreTrainedModel") -> Head:
     """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if layer is None or not hasattr(layer, "weight"):
-        raise ModelError(f"model: {type(model).__name__} has no linear head over its vocabulary; distillation needs a causal language model")
+        raise ModelError(
+            f"model: {type(model).__name__} has no linear head over its vocabulary; distillation needs a causal language model"
+        )
     return Head(layer.weight, getattr(layer, "bias", None), _logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
 

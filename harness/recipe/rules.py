@@ -136,6 +136,7 @@ def _teacher_rules(recipe: Recipe) -> Iterator[str]:
     if recipe.train.loss_type != "nll":
         yield f"train.loss_type = {recipe.train.loss_type}; the loss of task = distill stands in the section distill; remove this"
     yield from _cache_rules(teacher, distill) if teacher.source == "cache" else _resident_rules(teacher, distill)
+    yield from _on_policy_rules(recipe) if distill.on_policy else ()
 
 
 def _cache_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
@@ -161,6 +162,34 @@ def _resident_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
             yield f"teacher.{key} = {value}; a resident teacher is not captured; remove it, or set source: cache"
     if distill.tail != "ghost":
         yield f"distill.tail = {distill.tail}; a resident teacher leaves nothing out; remove it, or set teacher.source: cache"
+
+
+def _on_policy_rules(recipe: Recipe) -> Iterator[str]:
+    distill, attention = recipe.distill, recipe.model.attn_implementation
+    if recipe.teacher.source != "resident":
+        yield (
+            f"distill.on_policy: with teacher.source = {recipe.teacher.source}; what the student will write is known to nobody beforehand; "
+            "set teacher.source: resident, or remove on_policy"
+        )
+    if distill.on_policy.fraction == 1 and distill.weight != 1:
+        yield (
+            f"distill.weight = {distill.weight}; with on_policy.fraction = 1 no token is gold, and there is nothing to weigh the "
+            "divergence against; set weight: 1, or a smaller fraction"
+        )
+    if recipe.data.train_on == "all":
+        yield "data.train_on = all; on_policy wants prompts, and here all of a row is answer; use assistant"
+    if recipe.data.packing is True:
+        yield "data.packing = true; on_policy takes rows apart into prompts and pads them at the left; use false or auto"
+    if attention in ("varlen", "flex_attention"):
+        yield (
+            f"model.attn_implementation = {attention}; on_policy writes from prompts that are padded at the left, which it does not read; "
+            "use auto, sdpa or flash_attention_2"
+        )
+    if recipe.model.lora and distill.on_policy.use_vllm is True:
+        yield (
+            "distill.on_policy.use_vllm = true; for vLLM TRL merges an adapter into its base and takes it out again, which rounds the base "
+            "a little in every step; use auto or false, or train without model.lora"
+        )
 
 
 def _schedule_rules(recipe: Recipe) -> Iterator[str]:
@@ -322,3 +351,8 @@ def _engine_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
         yield "train.full_determinism = true; DeepSpeed's reductions are not bound to an order; use single or ddp"
     if backend.kind == "fsdp" and train.fp16:
         yield "train.fp16 = true; FSDP2 has no gradient scaler for shards; use bf16"
+    if backend.kind == "fsdp" and recipe.distill.on_policy:
+        yield (
+            f"distill.on_policy: under backend {backend.name} all weights would be gathered anew for every token that is written; use ddp "
+            "or zero2, or zero3, which gathers them once a step"
+        )

@@ -154,7 +154,16 @@ def _train(job: Job, resumed: Selected | None) -> None:
         from harness.tasks import distill
 
         job.report.enter("loading teacher")
-        build = functools.partial(distill.build_trainer, teacher=distill.load_teacher(recipe, backend, tokenizer, prepared))
+        teaching = functools.partial(distill.load_teacher, recipe, backend, tokenizer, prepared)
+        if recipe.distill.on_policy:
+            from harness.tasks import on_policy
+
+            by_vllm = on_policy.uses_vllm(recipe, has_gpu=settled.has_gpu)
+            build = functools.partial(
+                on_policy.build_trainer, teacher=teaching(), on_policy=recipe.distill.on_policy, by_vllm=by_vllm, fills=job.smoke
+            )
+        else:
+            build = functools.partial(distill.build_trainer, teacher=teaching())
 
     # Before the model: under ZeRO-3 these make `from_pretrained` read weights straight into shards.
     arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=settled.has_gpu, bf16_hardware=settled.bf16_hardware)
@@ -229,8 +238,10 @@ def settle(recipe: Recipe, backend: Backend) -> Settled:
     bf16_hardware = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
     computes = "float16" if recipe.train.fp16 else "bfloat16" if autocasts_bf16(recipe, bf16_hardware) else dtype
-    attention = choose_attention(recipe.model.attn_implementation, computes, has_gpu)
-    packing = attention in PACKING_KERNELS if recipe.data.packing == "auto" else recipe.data.packing
+    asked, writes = recipe.model.attn_implementation, bool(recipe.distill.on_policy)
+    # A student that writes reads prompts that are padded at the left, which kernels for packs do not.
+    attention = choose_attention("sdpa" if writes and asked == "auto" else asked, computes, has_gpu)
+    packing = attention in PACKING_KERNELS and not writes if recipe.data.packing == "auto" else recipe.data.packing
     return Settled(has_gpu, bf16_hardware, dtype, attention, packing)
 
 
