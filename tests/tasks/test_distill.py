@@ -84,10 +84,10 @@ def cache_of(tmp_path):
 
 @pytest.fixture
 def build(tmp_path):
-    """build(student, teacher, rows, held-out rows, *overrides) -> trainer. teacher: a cache, or a model that is resident. fills: what the
-    student writes is as long as it may be."""
+    """build(student, teacher, rows, held-out rows, *overrides) -> trainer. teacher: a cache, or a model that is resident. writing:
+    what on_policy.build_trainer takes besides."""
 
-    def build(student, teacher, train, held_out=None, *overrides, flattens=False, fills=False):
+    def build(student, teacher, train, held_out=None, *overrides, flattens=False, **writing):
         from transformers import AutoTokenizer
 
         file = tmp_path / "recipe.yaml"
@@ -111,7 +111,7 @@ train: {{per_device_train_batch_size: 4, max_steps: 2, logging_steps: 1, eval_st
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
         make = distill.build_trainer
         if recipe.distill.on_policy:
-            make = partial(on_policy.build_trainer, on_policy=recipe.distill.on_policy, by_vllm=False, fills=fills)
+            make = partial(on_policy.build_trainer, on_policy=recipe.distill.on_policy, **{"by_vllm": False, "fills": False, **writing})
         trainer = make(args, student, tokenizer, train, held_out, [], teacher=teaches)
         trainer.configure(throughput=Throughput(), isolates=flattens)
         rows_of_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
