@@ -275,6 +275,11 @@ def _smoke(recipe: Recipe, rows, world_size: int):
 
     needed = 2 * recipe.train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
     lengths = row_lengths(rows)
+    if writes := recipe.distill.on_policy:
+        from harness.tasks.on_policy import prompt_lengths
+
+        written = prompt_lengths(rows) + writes.max_new_tokens
+        lengths = written.tolist() if writes.fraction == 1 else [*map(max, lengths, written.tolist())]
     longest = sorted(range(len(rows)), key=lambda index: -lengths[index])[:needed]
     train = recipe.train.model_copy(
         update={

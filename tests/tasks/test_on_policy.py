@@ -3,7 +3,7 @@
 import pytest
 import small_vllm
 import torch
-from conftest import needs_shared
+from conftest import harness, needs_shared
 from datasets import Dataset
 from test_distill import VOCABULARY, build, logged, plain_losses, quarter, rows_of, stories  # noqa: F401
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
@@ -12,13 +12,16 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from harness.data.store import SAMPLE_FEATURES
 from harness.errors import ModelError
 from harness.recipe import load
+from harness.tasks.job import _smoke
 from harness.tasks.on_policy import OnPolicyTrainer, is_written, prompt_lengths, prompts_of, until_end, uses_vllm
 from harness.tasks.trainer import with_filler
+from harness.tracking.metrics import read_metrics
 
 pytestmark = needs_shared
 
 WRITES = ("distill.on_policy.max_new_tokens=12", "distill.weight=1")
 ONE_STEP = ("train.eval_steps=null", "data.eval=[]", "train.max_steps=1")
+SMALL = ("train.per_device_train_batch_size=1", "train.global_batch_size=1")
 END = 2
 """Of the stories' tokenizer."""
 
@@ -316,6 +319,37 @@ def test_a_student_says_from_bare_prompts_what_is_more_like_its_teacher(build): 
     trainer.train()
     losses, overlaps = logged(trainer, "loss"), logged(trainer, "distill/on_policy_overlap")
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3]) and sum(overlaps[-3:]) > 1.1 * sum(overlaps[:3]), (losses, overlaps)
+
+
+# ---- whole runs
+
+
+@pytest.mark.slow
+def test_the_tiny_recipe_runs_and_logs_both_kinds_of_what_it_learns_from(tmp_path):
+    done = harness("run", "tiny/distill-on-policy", f"output_dir={tmp_path / 'run'}", "tracking.mode=disabled", "train.max_steps=10")
+    assert done.code == 0, done.output
+    assert {key for line in read_metrics(tmp_path / "run") for key in line} >= {
+        *("distill/kl", "distill/cross_entropy", "distill/on_policy_kl", "distill/on_policy_top1_agreement", "distill/on_policy_overlap"),
+        *("distill/on_policy_share", "distill/completion_length", "distill/ended", "speed/generation_s", "eval/kl"),
+    }
+
+
+def test_a_smoke_test_takes_the_prompts_after_which_the_rows_can_become_longest():
+    """The row that is longest now has the shortest prompt."""
+    ids = [[1] * 90, [1] * 60, [1] * 40]
+    labels = [[-100] * 5 + [1] * 85, [-100] * 50 + [1] * 10, [-100] * 39 + [1]]
+    rows = [
+        {"input_ids": row, "labels": trained, "length": len(row), "sample": "", "location": ""}
+        for row, trained in zip(ids, labels, strict=True)
+    ]
+    rows = Dataset.from_list(rows, features=SAMPLE_FEATURES)
+    for fraction, weight, longest in ((1.0, 1, [60, 40]), (0.5, 0.5, [60, 90])):
+        recipe = load(
+            "tiny/distill-on-policy",
+            [f"distill.on_policy={{fraction: {fraction}, max_new_tokens: 30}}", f"distill.weight={weight}", *SMALL],
+        )
+        _, chosen, _ = _smoke(recipe, rows, 1)
+        assert sorted(map(len, chosen["input_ids"])) == sorted(longest), fraction
 
 
 # ---- what is refused
