@@ -12,8 +12,8 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss
 from harness.data.store import SAMPLE_FEATURES
 from harness.errors import ModelError
 from harness.recipe import load
-from harness.tasks.job import _smoke
 from harness.tasks.on_policy import OnPolicyTrainer, is_written, prompt_lengths, prompts_of, until_end, uses_vllm
+from harness.tasks.smoke import smoke_test
 from harness.tasks.trainer import with_filler
 from harness.tracking.metrics import read_metrics
 
@@ -348,7 +348,7 @@ def test_a_smoke_test_takes_the_prompts_after_which_the_rows_can_become_longest(
             "tiny/distill-on-policy",
             [f"distill.on_policy={{fraction: {fraction}, max_new_tokens: 30}}", f"distill.weight={weight}", *SMALL],
         )
-        _, chosen, _ = _smoke(recipe, rows, 1)
+        _, chosen, _ = smoke_test(recipe, rows, 1)
         assert sorted(map(len, chosen["input_ids"])) == sorted(longest), fraction
 
 
