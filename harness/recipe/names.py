@@ -43,7 +43,9 @@ ELSEWHERE = {
     "kd_ratio": "distill.weight",
     "kd_temperature": "distill.temperature",
     "loss_top_k": "teacher.cap",
-    "top_k": "teacher.cap",
+    "lmbda": "distill.on_policy.fraction",
+    "max_completion_length": "distill.on_policy.max_new_tokens",
+    "top_k": "teacher.cap (of a student that writes: distill.on_policy.top_k)",
     "cutoff_len": "data.max_length",
     "sequence_len": "data.max_length",
     "max_seq_length": "data.max_length",
@@ -114,10 +116,11 @@ def advise_key(key: str, siblings: list[str], everywhere: dict[str, str], elsewh
     siblings: the keys of the section that the key stands in. everywhere: leaf key -> dotted key, over the whole file.
     elsewhere: other people's names -> what is written here instead.
     """
-    if key in everywhere:
-        return f"`{key}` stands at `{everywhere[key]}`"
+    # First: what others call top_k is not what a student that writes has under this name.
     if key in elsewhere:
         return f"`{key}` is `{elsewhere[key]}` here"
+    if key in everywhere:
+        return f"`{key}` stands at `{everywhere[key]}`"
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
     if close:
         return f"did you mean `{close[0]}`?"

@@ -153,6 +153,7 @@ def _teacher_rules(recipe: Recipe) -> Iterator[str]:
     elif teacher.source == "served":
         yield "teacher.source = served; say where it is asked: teacher.server.url"
     yield from _resident_rules(teacher, distill) if teacher.source == "resident" else _head_rules(teacher, distill)
+    yield from _on_policy_rules(recipe) if distill.on_policy else ()
 
 
 def _server_rules(teacher: Teacher) -> Iterator[str]:
@@ -252,6 +253,34 @@ def _generate_only_rules(recipe: Recipe) -> Iterator[str]:
 
 
 _GENERATE_RULES = (_generate_model_rules, _compute_type_rules, _data_rules, _generate_data_rules, _generate_only_rules)
+
+
+def _on_policy_rules(recipe: Recipe) -> Iterator[str]:
+    distill, attention = recipe.distill, recipe.model.attn_implementation
+    if recipe.teacher.source != "resident":
+        yield (
+            f"distill.on_policy: with teacher.source = {recipe.teacher.source}; what the student will write is known to nobody beforehand; "
+            "set teacher.source: resident, or remove on_policy"
+        )
+    if distill.on_policy.fraction == 1 and distill.weight != 1:
+        yield (
+            f"distill.weight = {distill.weight}; with on_policy.fraction = 1 no token is gold, and there is nothing to weigh the "
+            "divergence against; set weight: 1, or a smaller fraction"
+        )
+    if recipe.data.train_on == "all":
+        yield "data.train_on = all; on_policy wants prompts, and here all of a row is answer; use assistant"
+    if recipe.data.packing is True:
+        yield "data.packing = true; on_policy takes rows apart into prompts and pads them at the left; use false or auto"
+    if attention in ("varlen", "flex_attention"):
+        yield (
+            f"model.attn_implementation = {attention}; on_policy writes from prompts that are padded at the left, which it does not read; "
+            "use auto, sdpa or flash_attention_2"
+        )
+    if recipe.model.lora and distill.on_policy.use_vllm is True:
+        yield (
+            "distill.on_policy.use_vllm = true; for vLLM TRL merges an adapter into its base and takes it out again, which rounds the base "
+            "a little in every step; use auto or false, or train without model.lora"
+        )
 
 
 def _schedule_rules(recipe: Recipe) -> Iterator[str]:
@@ -419,4 +448,9 @@ def _engine_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
         yield (
             f"train.eval_tool_calls = {train.eval_tool_calls}; under FSDP2 all shards would be gathered anew for every token; use ddp or "
             "ZeRO, or evaluate what is exported"
+        )
+    if backend.kind == "fsdp" and recipe.distill.on_policy:
+        yield (
+            f"distill.on_policy: under backend {backend.name} all weights would be gathered anew for every token that is written; use ddp "
+            "or zero2, or zero3, which gathers them once a step"
         )

@@ -130,6 +130,25 @@ class Teacher(Section):
     share where the backend is zero3."""
 
 
+class OnPolicy(Section):
+    """The student writes and the teacher scores: of some micro-batches the prompts are kept (all before the first trained token; of several
+    turns the first answer alone), and what follows is drawn from the student as it is in that step. Rows are not packed."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the micro-batches that the student writes, drawn by `train.seed`; the others are of the data (GKD's lmbda)."""
+    max_new_tokens: PositiveInt = 256
+    """The student writes until it ends its turn, or so many tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """At which it writes. Another one than `distill.temperature`, which is of the loss."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Drawn from the most probable tokens that hold this mass together."""
+    top_k: NonNegativeInt = 0
+    """Drawn from so many of the most probable tokens; 0: from all, 1: always the most probable."""
+    use_vllm: Literal["auto"] | bool = "auto"
+    """Write by vLLM, on the GPU that trains, which takes 0.3 of its memory. `auto`: where the package and a GPU are there, and all weights
+    are trained; else by transformers. A run by vLLM that is killed and continued is not bit for bit the same."""
+
+
 class Distill(Section):
     """The loss: weight * divergence from the teacher + (1 - weight) * cross-entropy with the gold token, per trained token."""
 
@@ -144,6 +163,9 @@ class Distill(Section):
     tail: Literal["ghost", "draws"] = "ghost"
     """What a cache did not keep. `ghost`: one entry that holds all of its mass. `draws`: what was drawn from it; noisy, and right on
     average."""
+    on_policy: OnPolicy | None = None
+    """Learn from what the student itself writes, of which there is no gold: there the loss is weight * divergence alone. Needs a resident
+    teacher."""
 
 
 class Generate(Section):

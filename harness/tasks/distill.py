@@ -111,20 +111,24 @@ class Beside:
         self._beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5 if distill.beta is None else distill.beta}[distill.divergence]
 
     @property
+    def model(self) -> "PreTrainedModel":
+        return self._teacher.model
+
+    @property
     def whole_model(self) -> "PreTrainedModel | None":
         """The teacher, to be asked for answers of its own; None where ranks have shares of it."""
-        is_shared = any(hasattr(parameter, "ds_id") for parameter in self._teacher.model.parameters())
-        return None if is_shared else self._teacher.model
+        is_shared = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
+        return None if is_shared else self.model
 
     def collator(self, collate: Callable[[list[dict]], dict]) -> Callable[[list[dict]], dict]:
         """A trainer's own: the rows are all that this teacher wants."""
         return collate
 
-    def lesson(self, inputs: dict) -> Lesson:
-        """For this micro-batch, about which the teacher is asked here, before the student."""
+    def lesson(self, inputs: dict, *, has_gold: bool = True) -> Lesson:
+        """For this micro-batch, about which the teacher is asked here, before the student. Without gold only the divergence counts."""
         trained = inputs["labels"][:, 1:] != UNTRAINED
         taught = self._ask(inputs, lambda hidden, head: hidden[:, :-1][trained])
-        taught_head = head_of(self._teacher.model)
+        taught_head = head_of(self.model)
 
         def lesson(hidden: Tensor, head: Head, gold: Tensor) -> DivergenceLoss:
             with maybe_gather_lm_head_ctx(taught_head.weight, taught_head.bias):
@@ -135,7 +139,7 @@ class Beside:
                     taught_head,
                     gold,
                     beta=self._beta,
-                    cross_entropy_weight=1 - self._distill.weight,
+                    cross_entropy_weight=(1 - self._distill.weight) * has_gold,
                     divergence_weight=self._distill.weight,
                     temperature=self._distill.temperature,
                     vocabulary=self.vocabulary,
@@ -207,7 +211,7 @@ class HarnessDistillTrainer(HarnessSFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
-        lesson = self._teacher.lesson(inputs)
+        lesson = self._lesson(inputs)
         losses: DivergenceLoss = model(**inputs, lesson=lesson)
         trained = (inputs["labels"][:, 1:] != UNTRAINED).sum()
         self._note(losses, trained, inputs, num_items_in_batch)
@@ -216,24 +220,38 @@ class HarnessDistillTrainer(HarnessSFTTrainer):
         # Whatever wraps the model takes the mean over the ranks.
         return losses.loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
+    def _lesson(self, inputs: dict) -> Lesson:
+        return self._teacher.lesson(inputs)
+
     def _note(self, losses: DivergenceLoss, trained: Tensor, inputs: dict, num_items_in_batch) -> None:
         """Keep what is logged: the mean of what a step's micro-batches leave here is the mean over the tokens of the step, of all ranks."""
         read = inputs["attention_mask"].sum() if "attention_mask" in inputs else trained.new_tensor(inputs["input_ids"].numel())
-        logged = (losses.kl, losses.cross_entropy, losses.agreement, losses.overlap)
-        *sums, trained, read = distributed.all_reduce_sum(torch.stack([*(value.double() for value in (*logged, trained, read))]).tolist())
+        logged = {"kl": losses.kl, "cross_entropy": losses.cross_entropy, "top1_agreement": losses.agreement, "overlap": losses.overlap}
+        *sums, trained, read = distributed.all_reduce_sum(
+            torch.stack([*(value.double() for value in (*logged.values(), trained, read))]).tolist()
+        )
         training = self.model.training
         metrics = self._metrics["train" if training else "eval"]
-        share = trained if num_items_in_batch is None else float(num_items_in_batch) / self.current_gradient_accumulation_steps
-        for name, value in zip(("kl", "cross_entropy", "top1_agreement", "overlap"), sums, strict=True):
+        share = trained if num_items_in_batch is None else self._tokens_of_a_micro_batch(num_items_in_batch)
+        for name, value in self._named(dict(zip(logged, sums, strict=True))).items():
             metrics[f"distill/{name}" if training else name].append(value / max(share, 1))
         if training:
             self._total_train_tokens += int(read)
         metrics["num_tokens"] = [self._total_train_tokens]
 
+    def _tokens_of_a_micro_batch(self, num_items_in_batch) -> float:
+        """Trained ones, of all ranks, on average over the step."""
+        return float(num_items_in_batch) / self.current_gradient_accumulation_steps
 
-def build_trainer(*arguments, teacher: FromCache | Beside) -> HarnessDistillTrainer:
+    def _named(self, measured: dict[str, float]) -> dict[str, float]:
+        return measured
+
+
+def build_trainer(
+    *arguments, teacher: FromCache | Beside, kind: type[HarnessDistillTrainer] = HarnessDistillTrainer
+) -> HarnessDistillTrainer:
     """arguments: those of sft.build_trainer."""
-    trainer = sft.build_trainer(*arguments, kind=HarnessDistillTrainer)
+    trainer = sft.build_trainer(*arguments, kind=kind)
     trainer.teach(teacher)
     return trainer
 

@@ -134,6 +134,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
     from harness.tasks.arguments import eval_strategy, training_arguments
     from harness.tasks.calls import load_held_out_calls, measure_teacher
     from harness.tasks.export import export
+    from harness.tasks.smoke import report_smoke, smoke_test
     from harness.tracking.progress import ProgressCallback
 
     recipe, backend, world_size = job.recipe, job.backend, distributed.world_size()
@@ -148,14 +149,23 @@ def _train(job: Job, resumed: Selected | None) -> None:
     prepared = load_data(job, tokenizer, settled.packing)
     train_rows, eval_rows = prepared.train, prepared.eval if eval_strategy(recipe) != "no" else None
     if job.smoke:
-        recipe, train_rows, eval_rows = _smoke(recipe, train_rows, world_size)
+        recipe, train_rows, eval_rows = smoke_test(recipe, train_rows, world_size)
 
     build = sft.build_trainer
     if recipe.task == "distill":
         from harness.tasks import distill
 
         job.report.enter("loading teacher")
-        build = functools.partial(distill.build_trainer, teacher=distill.load_teacher(recipe, backend, tokenizer, prepared))
+        teaching = functools.partial(distill.load_teacher, recipe, backend, tokenizer, prepared)
+        if recipe.distill.on_policy:
+            from harness.tasks import on_policy
+
+            by_vllm = on_policy.uses_vllm(recipe, has_gpu=settled.has_gpu)
+            build = functools.partial(
+                on_policy.build_trainer, teacher=teaching(), on_policy=recipe.distill.on_policy, by_vllm=by_vllm, fills=job.smoke
+            )
+        else:
+            build = functools.partial(distill.build_trainer, teacher=teaching())
 
     # Before the model: under ZeRO-3 these make `from_pretrained` read weights straight into shards.
     arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=settled.has_gpu, bf16_hardware=settled.bf16_hardware)
@@ -233,8 +243,10 @@ def settle(recipe: Recipe, backend: Backend) -> Settled:
     bf16_hardware = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
     computes = "float16" if recipe.train.fp16 else "bfloat16" if autocasts_bf16(recipe, bf16_hardware) else dtype
-    attention = choose_attention(recipe.model.attn_implementation, computes, has_gpu)
-    packing = attention in PACKING_KERNELS if recipe.data.packing == "auto" else recipe.data.packing
+    asked, writes = recipe.model.attn_implementation, bool(recipe.distill.on_policy)
+    # A student that writes reads prompts that are padded at the left, which kernels for packs do not.
+    attention = choose_attention("sdpa" if writes and asked == "auto" else asked, computes, has_gpu)
+    packing = attention in PACKING_KERNELS and not writes if recipe.data.packing == "auto" else recipe.data.packing
     return Settled(has_gpu, bf16_hardware, dtype, attention, packing)
 
 
@@ -260,47 +272,6 @@ def load_data(job: Job, tokenizer, packing: bool):
             time.sleep(PREPARED_POLL_S)
     distributed.barrier()
     return load_prepared(json.loads(marker.read_text())["folder"])
-
-
-def _smoke(recipe: Recipe, rows, world_size: int):
-    """Two steps on the longest rows: if they fit, every batch of the run does."""
-    from harness.launcher import accumulation_steps
-
-    needed = 2 * recipe.train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
-    lengths = row_lengths(rows)
-    longest = sorted(range(len(rows)), key=lambda index: -lengths[index])[:needed]
-    train = recipe.train.model_copy(
-        update={
-            "max_steps": 2,
-            "num_train_epochs": None,
-            "logging_steps": 1,
-            "eval_strategy": "no",
-            "eval_steps": None,
-            "eval_on_start": False,
-        }
-        | dict.fromkeys(("eval_tool_calls", "metric_for_best_model", "early_stopping_patience", "warmup_steps", "warmup_ratio"))
-    )
-    checkpoint = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None, "auto": False})
-    return recipe.model_copy(update={"train": train, "checkpoint": checkpoint}), rows.select(longest), None
-
-
-def row_lengths(rows) -> list[int]:
-    """Tokens of each row; a pack has as many as its samples together."""
-    return list(rows["length"]) if "length" in rows.column_names else [sum(lengths) for lengths in rows["seq_lengths"]]
-
-
-def report_smoke(rows) -> None:
-    """The last line of a smoke test: what was run, and the memory that the fullest rank took."""
-    from harness.tracking.throughput import peak_memory
-
-    names = {"memory/peak_gib": "peak", "memory/peak_reserved_gib": "reserved by torch"}
-    measured = peak_memory()
-    highest = distributed.all_reduce_max(list(measured.values()))
-    memory = ", ".join(f"{names[key]} {value:.2f} GiB" for key, value in zip(measured, highest, strict=True))
-    kind = "GPU memory" if "memory/peak_reserved_gib" in measured else "resident memory"
-    if distributed.is_main():
-        longest = max(row_lengths(rows))
-        say(f"smoke: 2 steps on the {len(rows)} longest rows (longest {longest} tokens); {kind} of the fullest rank: {memory}")
 
 
 # ---- model
@@ -352,7 +323,7 @@ def build_trainer(
 
     from harness.data.order import EpochOrder
     from harness.model import check_4bit_is_sharded, describe_parameters, settle_adapter_dtype
-    from harness.tasks.trainer import pad_for_ranks, padding_share, with_filler
+    from harness.tasks.trainer import pad_for_ranks, padding_share, row_lengths, with_filler
 
     world_size, quantization = distributed.world_size(), recipe.model.quantization
     if eval_rows is not None:

@@ -112,6 +112,11 @@ class HarnessTrainer:
         """Called on every rank, as often on each, while an evaluation goes on."""
 
 
+def row_lengths(rows: "Dataset") -> list[int]:
+    """Tokens of each row; a pack has as many as its samples together."""
+    return list(rows["length"]) if "length" in rows.column_names else [sum(lengths) for lengths in rows["seq_lengths"]]
+
+
 def padding_share(lengths: list[int], batch_size: int, seed: int = 0) -> float:
     """Share of tokens that would be padding in random batches of `batch_size` rows, padded to the longest of each."""
     import random

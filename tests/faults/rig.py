@@ -614,7 +614,9 @@ def keep_samples() -> None:
 
         def stepping(trainer, model, inputs, *args, **kwargs):
             names.update({} if names else names_of(trainer))
-            keep("samples", {"step": trainer.state.global_step + 1, "samples": [names[name_of(tokens)] for tokens in samples_in(inputs)]})
+            found = [name_of(tokens) for tokens in samples_in(inputs)]
+            # A student's own words are in no data set.
+            keep("samples", {"step": trainer.state.global_step + 1, "samples": [names.get(name, f"written {name}") for name in found]})
             return training_step(trainer, model, inputs, *args, **kwargs)
 
         return stepping

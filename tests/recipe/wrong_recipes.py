@@ -16,6 +16,8 @@ G = "task=generate"
 D = "task=distill teacher.name_or_path=some/teacher"
 # The same behind a server.
 S = f"{D} teacher.server.url=http://host:8000/v1"
+# A student that writes for a resident one.
+W = f"{D} teacher.source=resident distill.weight=1 distill.on_policy.fraction=1"
 
 # Overrides over BASE, separated by spaces.
 TYPOS = [
@@ -73,7 +75,9 @@ TYPOS = [
 FROM_ELSEWHERE = [
     ("TRL's teacher", "teacher_model_name_or_path=x", "teacher_model_name_or_path", "is `teacher.name_or_path` here"),
     ("axolotl's alpha", "distill.kd_ce_alpha=0.5", "distill.kd_ce_alpha", "is `distill.weight (of the divergence;"),
-    ("everybody's top k", f"{D} teacher.top_k=64", "teacher.top_k", "`top_k` is `teacher.cap` here"),
+    ("GKD's share", f"{W} distill.lmbda=0.5", "distill.lmbda", "`lmbda` is `distill.on_policy.fraction` here"),
+    ("TRL's length", f"{W} distill.max_completion_length=9", "distill.max_completion_length", "`distill.on_policy.max_new_tokens` here"),
+    ("everybody's top k", f"{D} teacher.top_k=64", "teacher.top_k", "`top_k` is `teacher.cap (of a student that writes"),
     ("LLaMA-Factory's length", "cutoff_len=2048", "cutoff_len", "`cutoff_len` is `data.max_length` here"),
     ("LLaMA-Factory's length, in place", "data.cutoff_len=2048", "data.cutoff_len", "`cutoff_len` is `data.max_length` here"),
     ("LLaMA-Factory's rank", "model.lora.lora_rank=8", "model.lora.lora_rank", "`lora_rank` is `model.lora.r` here"),
@@ -116,6 +120,7 @@ VALUES = [
     ("unknown task", "task=sfft", "task", "must be sft"),
     ("a teacher without a name", "task=distill teacher.dtype=float32", "teacher.name_or_path", "is required and is not there"),
     ("an unknown divergence", "distill.divergence=kl", "distill.divergence", "must be forward_kl, reverse_kl or jsd"),
+    ("a student that writes nothing", "distill.on_policy.fraction=0", "distill.on_policy.fraction", "must be > 0"),
     ("a weight over one", "distill.weight=2", "distill.weight", "must be <= 1"),
     ("no weight at all", "distill.weight=0", "distill.weight", "must be > 0"),
     ("a server without an address", f"{D} teacher.server.model=x", "teacher.server.url", "is required and is not there"),
@@ -309,6 +314,18 @@ COMBINATIONS = [
     ("temperature from a cache", f"{D} distill.temperature=2", "distill.temperature", "a cache is of temperature 1"),
     ("draws that nobody drew", f"{D} distill.tail=draws", "distill.tail", "set teacher.draws: 8"),
     ("a cache of a resident teacher", f"{D} teacher.source=resident teacher.cap=32", "teacher.cap", "a resident teacher is not captured"),
+    ("words that no cache knows", f"{D} distill.on_policy.fraction=0.5", "distill.on_policy", "set teacher.source: resident"),
+    ("a weight against nothing", f"{W} distill.weight=0.5", "distill.weight", "set weight: 1, or a smaller fraction"),
+    ("no prompts", f"{W} data.train_on=all", "data.train_on", "here all of a row is answer"),
+    ("packs of prompts", f"{W} data.packing=true", "data.packing", "pads them at the left; use false or auto"),
+    (
+        "attention without padding",
+        f"{W} model.attn_implementation=varlen",
+        "model.attn_implementation",
+        "use auto, sdpa or flash_attention_2",
+    ),
+    ("an adapter for vLLM", f"{W} model.lora.r=8 distill.on_policy.use_vllm=true", "distill.on_policy.use_vllm", "rounds the base"),
+    ("gathered for every token", f"{W} backend=fsdp2", "distill.on_policy", "use ddp or zero2, or zero3"),
     ("a resident teacher's tail", f"{D} teacher.source=resident distill.tail=draws", "distill.tail", "leaves nothing out"),
     ("served by nobody", f"{D} teacher.source=served", "teacher.source", "say where it is asked: teacher.server.url"),
     ("a server without its protocol", f"{D} teacher.server.url=host:8000/v1", "teacher.server.url", "must begin with http:// or https://"),

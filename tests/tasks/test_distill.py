@@ -1,6 +1,7 @@
 """Distillation through real trainers: what a student learns from a cache and from a resident teacher, on one process and on two."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from harness.recipe import load
 from harness.recipe.backend import load_backend
 from harness.recipe.schema import Checkpoint
 from harness.run import RankReport
-from harness.tasks import distill, sft
+from harness.tasks import distill, on_policy, sft
 from harness.tasks.arguments import training_arguments
 from harness.tasks.lives import Lives
 from harness.tasks.trainer import pad_for_ranks
@@ -83,9 +84,10 @@ def cache_of(tmp_path):
 
 @pytest.fixture
 def build(tmp_path):
-    """build(student, teacher, rows, held-out rows, *overrides) -> trainer. teacher: a cache, or a model that is resident."""
+    """build(student, teacher, rows, held-out rows, *overrides) -> trainer. teacher: a cache, or a model that is resident. writing:
+    what on_policy.build_trainer takes besides."""
 
-    def build(student, teacher, train, held_out=None, *overrides, flattens=False):
+    def build(student, teacher, train, held_out=None, *overrides, flattens=False, **writing):
         from transformers import AutoTokenizer
 
         file = tmp_path / "recipe.yaml"
@@ -107,7 +109,10 @@ train: {{per_device_train_batch_size: 4, max_steps: 2, logging_steps: 1, eval_st
         else:
             teaches = distill.FromCache(teacher, recipe.distill)
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
-        trainer = distill.build_trainer(args, student, tokenizer, train, held_out, [], teacher=teaches)
+        make = distill.build_trainer
+        if recipe.distill.on_policy:
+            make = partial(on_policy.build_trainer, on_policy=recipe.distill.on_policy, **{"by_vllm": False, "fills": False, **writing})
+        trainer = make(args, student, tokenizer, train, held_out, [], teacher=teaches)
         trainer.configure(throughput=Throughput(), isolates=flattens)
         rows_of_a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         trainer.live(
