@@ -37,7 +37,7 @@ def command(run: str, save: bool, root: Path):
         else:
             click.echo(f"{status.run}: nothing to cancel; it is {status.text}")
             continue
-        click.echo(f"{status.run}: {done}; {place(status.commit)}; to go on: {status.go_on}")
+        click.echo(f"{status.run}: {done}; {place(RunDir(status.run))}; to go on: {status.go_on}")
 
 
 def check_can_cancel(status: RunStatus, save: bool) -> None:

@@ -64,15 +64,20 @@ def capture(
     sharded_by: Backend | None,
     stop: Callable[[], str | None],
     say: Callable[[str], None],
+    begun: Callable[[Path, int], None] = lambda folder, units: None,
+    beat: Callable[[int], None] = lambda done: None,
 ) -> Path:
     """Do units until all are there; returns the cache's folder. Every rank of a group calls it.
 
     prepared: the recipe's data, unpacked. sharded_by: the ZeRO-3 backend of this group; None: this process has the whole teacher.
-    stop: asked between two units; a reason ends the capture. Raises Stopped then, TeacherError for what does not fit, ModelError.
+    stop: asked between two units; a reason ends the capture. begun: told where how many units are to lie. beat: called at every batch,
+    with the number of units that this process has done since. Raises Stopped when it was told to stop, TeacherError for what does not
+    fit, ModelError.
     """
     samples = Samples(prepared, recipe.teacher.unit_tokens)
     folder = cache_folder(recipe, tokenizer, samples.units.plan)
     say(describe(samples, settings_of(recipe), true_vocabulary(tokenizer), folder))
+    begun(folder, samples.units.plan.units)
     if (folder / CACHE_FILE).is_file():
         check_cache(folder, recipe, tokenizer, samples)
     # Rank 0 looks for all: two that look at a shared disk may not see the same.
@@ -82,7 +87,7 @@ def capture(
     teacher = load_teacher(recipe, tokenizer, int(samples.units.lengths.max()), sharded_by=sharded_by)
     header = header_of(recipe, tokenizer, samples, teacher.digest, teacher.dtype)
     save_header(folder, header)
-    _Capture(recipe, samples, teacher, header, folder, say).run(worker, stop)
+    _Capture(recipe, samples, teacher, header, folder, say, beat).run(worker, stop)
     fidelity = measure_fidelity(teacher, samples, open_cache(folder))
     if distributed.is_main():
         save_fidelity(folder, fidelity)
@@ -142,6 +147,7 @@ class _Capture:
     header: CacheHeader
     folder: Path
     say: Callable[[str], None]
+    beat: Callable[[int], None]
 
     def run(self, worker: Worker, stop: Callable[[], str | None]) -> None:
         """Round after round, a unit for each rank. Raises Stopped when it was told to stop before all units are there."""
@@ -160,6 +166,7 @@ class _Capture:
             units_of_ranks = [unit for unit in order if unit in missing][:ranks]
             mine = units_of_ranks[rank] if rank < len(units_of_ranks) else None
             done = Done.together(distributed.gather_objects(self._do(mine)))
+            self.beat(int(mine is not None))
             left = len(missing_units(self.folder, units))
             if is_first:
                 self._look_ahead(done, left / units)
@@ -201,6 +208,7 @@ class _Capture:
 
     def _ask(self, batch: list[Sample]) -> list[Targets]:
         """The targets of each sample. Every rank asks at the same time, also one without samples."""
+        self.beat(0)
         settings = self.header.settings
         ids = np.zeros((max(len(batch), 1), max((len(sample.input_ids) for sample in batch), default=8)), np.int64)
         for row, sample in enumerate(batch):
