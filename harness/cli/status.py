@@ -7,7 +7,8 @@ import click
 
 from harness.cli.checkpoints import format_age
 from harness.cli.tables import print_table
-from harness.cluster.pipeline import PIPELINE, draw_pipeline
+from harness.cluster.drawing import draw_pipeline
+from harness.cluster.pipeline import PIPELINE
 from harness.cluster.status import RunStatus, find_runs, format_left, read_statuses
 
 

@@ -12,9 +12,9 @@ from sent import CountingSlurm, answer, ask, finish, finish_merge
 
 from harness.cli import run as run_verb
 from harness.cli import status, submit
+from harness.cluster.drawing import draw_pipeline
 from harness.cluster.pipeline import (
     Pipeline,
-    draw_pipeline,
     find_pipeline,
     is_made_from,
     load_pipeline,
@@ -395,7 +395,7 @@ def trained(monkeypatch):
     """The runs that `harness run` would have trained, by name; `codes` are how they end."""
     names, codes = [], {}
 
-    def run_recipe(recipe, machines, *, fresh):
+    def run_recipe(recipe, machines, *, fresh, share):
         folder = RunDir.of(recipe).path
         names.append(folder.name)
         code = codes.get(folder.name, 0)
