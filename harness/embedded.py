@@ -1,6 +1,7 @@
 """What a recipe may name without a file or a hub: `embedded:NAME`, made by our own code and kept in the cache.
 
     embedded:tiny-llama        a folder: config, tokenizer with a chat template, and weights drawn with seed 0 (they know nothing)
+    embedded:tiny-student      the same with less than a third of its parameters
     embedded:base-train        questions over the first world of tools, with gold calls; base-eval: held-out ones
     embedded:adapt-train       the same over tools that the first world does not have; adapt-eval: held-out ones
 
@@ -17,6 +18,8 @@ from harness.resources import cache_root
 
 PREFIX = "embedded:"
 WORLD_SEED = 0
+MODELS = {"tiny-llama": 64, "tiny-student": 32}
+"""And how wide they are."""
 
 
 def resolve(name: str) -> str:
@@ -28,11 +31,11 @@ def resolve(name: str) -> str:
     files = {file.removesuffix(".jsonl"): file for file in ("base-train.jsonl", "base-eval.jsonl", "adapt-train.jsonl", "adapt-eval.jsonl")}
     if wanted in files:
         return str(_once(folder / "world", _make_world) / files[wanted])
-    if wanted == "tiny-llama":
+    if wanted in MODELS:
         world = _once(folder / "world", _make_world)
-        return str(_once(folder / "tiny-llama", lambda target: _make_model(target, world)))
+        return str(_once(folder / wanted, lambda target: _make_model(target, world, MODELS[wanted])))
     raise RecipeError(
-        f"{name}: nothing of that name is embedded; there are {', '.join(PREFIX + known for known in ('tiny-llama', *files))}"
+        f"{name}: nothing of that name is embedded; there are {', '.join(PREFIX + known for known in (*MODELS, *files))}"
     )
 
 
@@ -63,7 +66,7 @@ def _make_world(folder: Path) -> None:
     write_world(folder, WORLD_SEED)
 
 
-def _make_model(folder: Path, world: Path) -> None:
+def _make_model(folder: Path, world: Path, width: int) -> None:
     import json
 
     import torch
@@ -73,7 +76,7 @@ def _make_model(folder: Path, world: Path) -> None:
     from harness.quickstart.tokenizer import save_base
 
     rows = [json.loads(line) for name in ("base-train", "adapt-train") for line in (world / f"{name}.jsonl").open(encoding="utf-8")]
-    save_base(folder, rows)
+    save_base(folder, rows, width)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)

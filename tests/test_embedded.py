@@ -17,7 +17,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_a_name_that_is_not_embedded_is_left_alone_and_an_unknown_one_is_refused_with_the_list():
     assert resolve("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
-    with pytest.raises(RecipeError, match="embedded:tiny-lama: .*embedded:tiny-llama, embedded:base-train"):
+    with pytest.raises(RecipeError, match="embedded:tiny-lama: .*embedded:tiny-llama, embedded:tiny-student, embedded:base-train"):
         resolve("embedded:tiny-lama")
 
 

@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import click
 from harness.errors import HarnessError
 from harness.launcher import Machines
 from harness.logs import quieten
-from harness.recipe import load
+from harness.recipe import Recipe, load
+from harness.recipe.schema import Distill
 from harness.run import write_text_atomically
 
 STAGES = (
@@ -28,7 +31,8 @@ MAX_NEW_TOKENS = 48
 @click.command("quickstart")
 @click.option("--output-dir", default="runs/quickstart", show_default=True, type=click.Path(path_type=Path), help="Where all is written.")
 def command(output_dir: Path):
-    """Train a tiny tool-calling model here, adapt it to new tools, and score it on held-out questions before and after each stage."""
+    """Train a tiny tool-calling model here, adapt it to new tools, distill it into one of a third its size, and score each of them on
+    held-out questions."""
     # Before torch starts its threads; harness.cli.run says why.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     begun = time.monotonic()
@@ -37,28 +41,64 @@ def command(output_dir: Path):
         click.secho(f"\n{name}: {what}", bold=True)
         stages.append(run_stage(name, recipe, questions, output_dir, base))
         base = output_dir / name / "final"
+    click.secho("\ndistill: the adapted model teaches one of a third its size; beside it the same one without a teacher", bold=True)
+    sizes = distill(output_dir, STAGES[-1][2])
     seconds = time.monotonic() - begun
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(output_dir / "results.json", json.dumps({"stages": stages, "seconds": round(seconds, 1)}, indent=2) + "\n")
+    results = {"stages": stages, "distill": sizes, "seconds": round(seconds, 1)}
+    write_text_atomically(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     from harness.tracking import plot_losses
 
     picture = plot_losses([output_dir / name for name, *_ in STAGES], output_dir / "losses.png")
-    show(stages, seconds, output_dir, picture)
+    show(stages, sizes, seconds, output_dir, picture)
 
 
 def run_stage(name: str, recipe: str, questions: str, output_dir: Path, base: Path | None) -> dict:
-    """Score, train through the same command as any run, score again."""
-    from harness.cli.run import run_recipe
-
+    """Score, train, score again."""
     overrides = [f"output_dir={output_dir / name}"] + ([f"model.name_or_path={base}"] if base else [])
     loaded = load(recipe, overrides)
     # Before: the weights that training starts from. The first stage draws them with the run's seed, as the run itself will.
     before = score(base or drawn_weights(loaded, output_dir), questions)
-    code = run_recipe(loaded, Machines(1), fresh=True)
-    if code:
-        raise HarnessError(f"quickstart: the stage {name} failed with exit code {code}; its error stands above")
+    train(name, loaded)
     after = score(output_dir / name / "final", questions)
     return {"name": name, "before": before, "after": after}
+
+
+def train(name: str, recipe: Recipe) -> None:
+    """As `harness run` does."""
+    from harness.cli.run import run_recipe
+
+    succeed(name, run_recipe(recipe, Machines(1), fresh=True))
+
+
+def succeed(name: str, code: int) -> None:
+    if code:
+        raise HarnessError(f"quickstart: the stage {name} failed with exit code {code}; its error stands above")
+
+
+def distill(output_dir: Path, questions: str) -> dict:
+    """{"teacher", "taught", "alone"}: parameters and scores of the adapted model, of a student that it taught, and of the same student that
+    saw the gold tokens alone."""
+    adapted, recipe = output_dir / STAGES[-1][0], "quickstart/distill"
+    overrides = [f"output_dir={output_dir / 'distill'}", f"teacher.name_or_path={adapted / 'merged'}"]
+    # Processes of their own, as by hand: a capture takes signals and ranks for itself.
+    for arguments in (["export", str(adapted), "--merge", "--force"], ["capture", recipe, *overrides]):
+        succeed("distill", subprocess.run([sys.executable, "-m", "harness", *arguments], check=False).returncode)
+    taught = load(recipe, overrides)
+    alone = taught.model_copy(update={"task": "sft", "teacher": None, "distill": Distill(), "output_dir": str(output_dir / "alone")})
+    train("distill", taught)
+    train("distill", alone)
+    models = {"teacher": adapted / "merged", "taught": Path(taught.output_dir) / "final", "alone": Path(alone.output_dir) / "final"}
+    return {name: {"parameters": parameters(folder)} | score(folder, questions) for name, folder in models.items()}
+
+
+def parameters(folder: Path) -> int:
+    """That a model's files hold."""
+    import math
+
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 - no mapping
 
 
 def drawn_weights(recipe, output_dir: Path) -> Path:
@@ -86,7 +126,7 @@ def score(folder: Path, questions: str) -> dict:
     return {key: metrics[key] for key in METRICS} | {"questions": metrics["count"]}
 
 
-def show(stages: list[dict], seconds: float, output_dir: Path, picture: Path) -> None:
+def show(stages: list[dict], sizes: dict, seconds: float, output_dir: Path, picture: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -99,14 +139,23 @@ def show(stages: list[dict], seconds: float, output_dir: Path, picture: Path) ->
     console = Console()
     console.print()
     console.print(table)
+    table = Table(title="the adapter's questions, with a third of the parameters")
+    table.add_column("measured")
+    for label, name in (("teacher", "teacher"), ("student, taught", "taught"), ("student, without it", "alone")):
+        table.add_column(f"{label} ({sizes[name]['parameters']:,})", justify="right")
+    for key, label in METRICS.items():
+        table.add_row(label, *(f"{scores[key]:.1%}" for scores in sizes.values()))
+    console.print(table)
     click.echo(
         f"""in {seconds:.0f} s. Before training the model calls nothing, so it is right wherever nothing should be called.
 The adapter is for its own six tools: it was never shown the first six again, and calls them no more.
+Both students begin at the same weights and see the same rows in the same order.
 
 written to {output_dir}/
   results.json          the numbers above
   {picture.name}            training and held-out loss of both stages
-  base/final            the fine-tuned model, adapt/final the adapter; recipe, logs and metrics.jsonl beside each
+  base/final            the fine-tuned model, adapt/final the adapter, adapt/merged the teacher, distill/final its student,
+                        alone/final the student without it; recipe, logs and metrics.jsonl beside each
 
 next, with a real model and your own tool calls (data/tools.jsonl, in the layout `messages` + `tools` or xLAM):
   harness preview sft/llama3-8b-tools-qlora data.train=data/tools.jsonl    what will be trained, token by token

@@ -17,5 +17,12 @@ def test_the_quickstart_learns_its_tools_and_adapts_to_new_ones_and_writes_what_
         assert stage["after"]["right_abstention"] >= 0.9
         # The table on the screen shows the file's numbers.
         assert f"{stage['before']['exact_match']:.1%} → {stage['after']['exact_match']:.1%}" in done.output
+    teacher, taught, alone = (results["distill"][name] for name in ("teacher", "taught", "alone"))
+    assert taught["parameters"] == alone["parameters"] <= teacher["parameters"] / 3
+    assert teacher["exact_match"] >= 0.9
+    # What a teacher is for: the same student at the same step is better with it.
+    assert taught["exact_match"] > alone["exact_match"]
+    assert taught["valid_schema"] >= 0.95
+    assert f"{taught['exact_match']:.1%}" in done.output and f"{alone['exact_match']:.1%}" in done.output
     assert (tmp_path / "runs" / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert results["seconds"] < 480

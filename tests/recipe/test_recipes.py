@@ -16,6 +16,7 @@ from harness.recipe.names import ELSEWHERE
 from harness.recipe.schema import Section
 from harness.resources import find_config, shipped, shipped_names
 
+REFERENCE = ("sft/", "distill/")
 RECIPES = [name for name in shipped_names("") if not name.startswith(NO_RECIPES)]
 BACKENDS = shipped_names("backends")
 
@@ -157,7 +158,7 @@ def test_a_shipped_recipe_loads_by_name_and_by_path_and_comes_back_from_its_own_
     assert recipe.output_dir == read_yaml(shipped("configs", f"{name}.yaml")).get("output_dir", f"runs/{name.replace('/', '-')}")
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sft/")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(REFERENCE)])
 def test_a_reference_recipe_says_its_hardware_its_command_and_whether_it_has_been_run(name):
     header = [line for line in shipped("configs", f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     for heading in ("# Hardware: ", "# Data: ", "# Expect, ", "# Run so far: "):
@@ -165,7 +166,7 @@ def test_a_reference_recipe_says_its_hardware_its_command_and_whether_it_has_bee
     assert any(f"harness run {name}" in line for line in header)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("sft/")])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(REFERENCE)])
 def test_the_ranks_that_a_reference_recipe_names_can_make_its_batch(name):
     from harness.launcher import accumulation_steps
 
