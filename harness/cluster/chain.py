@@ -25,6 +25,7 @@ from harness.cluster.submission import (
     read_job,
     save_submission,
     send_submission,
+    unshared_cache,
 )
 from harness.errors import LaunchError
 from harness.life import say
@@ -84,6 +85,9 @@ def build_work(plan: StagePlan, cluster: Cluster, fresh: bool) -> Submission | A
 def _check_work(work: Submission | Array) -> None:
     if isinstance(work, Array):
         array.check_can_begin_array(work)
+        first = work.elements[0]
+        if first.share and (place := unshared_cache(first.recipe, first.cluster)):
+            say(f"warning: the cache goes to {place}, which is in none of the cluster file's `shared` folders; all nodes must see it there")
     else:
         check_can_begin(work)
 

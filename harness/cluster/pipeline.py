@@ -396,10 +396,12 @@ def done_stages(plans: list[StagePlan]) -> set[str]:
 def check_order(plans: list[StagePlan], done: set[str], live: set[str]) -> None:
     """Raises LaunchError for a stage that cannot be left as it is: one that is done or lives, though what it needs will be made anew, and
     one that was made from another model than the one that is there now."""
+    # Units are the same whenever they are made; what was made from them stays what it is.
+    shared_out = {plan.name for plan in plans if plan.stage.shares}
     for plan in plans:
         folder = plan.runs[0].path.parent if plan.stage.elements else plan.runs[0].path
         for need in plan.stage.all_needs:
-            if plan.name in done and need not in done:
+            if plan.name in done and need not in done | shared_out:
                 raise LaunchError(
                     f"stage {plan.name}: is complete, but {need}, which it needs, is not (any more); delete {folder} to have it made again"
                 )

@@ -28,7 +28,6 @@ from harness.cluster.schema import Cluster, render_cluster
 from harness.cluster.secrets import check_secrets
 from harness.errors import ClusterError, LaunchError
 from harness.launcher import Machines, check_device, plan_launch
-from harness.life import say
 from harness.model.export import MANIFEST
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
@@ -146,8 +145,6 @@ def check_can_begin(submission: Submission) -> None:
     for folder in cluster.shared:
         if not Path(folder).expanduser().is_dir():
             raise ClusterError(f"cluster {cluster.name}: shared: {folder} is no folder here; it must be seen from the login node too")
-    if submission.share and (place := unshared_cache(recipe, cluster)):
-        say(f"warning: the cache goes to {place}, which is in none of the cluster file's `shared` folders; all nodes must see it there")
     check_inputs(recipe, submission.awaited)
     if not (submission.fresh or submission.share):
         check_continuation(submission.run, recipe, load_backend(recipe.backend), submission.allowed, must_exist=False)
