@@ -34,9 +34,7 @@ def resolve(name: str) -> str:
     if wanted in MODELS:
         world = _once(folder / "world", _make_world)
         return str(_once(folder / wanted, lambda target: _make_model(target, world, MODELS[wanted])))
-    raise RecipeError(
-        f"{name}: nothing of that name is embedded; there are {', '.join(PREFIX + known for known in (*MODELS, *files))}"
-    )
+    raise RecipeError(f"{name}: nothing of that name is embedded; there are {', '.join(PREFIX + known for known in (*MODELS, *files))}")
 
 
 def _version() -> str:

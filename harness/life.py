@@ -170,6 +170,11 @@ def place(run: RunDir) -> str:
     return "no checkpoint was made yet" if checkpoint is None else f"the newest checkpoint is checkpoint-{checkpoint}"
 
 
+def stopped_where(outcome: dict) -> str:
+    """What the outcome of a life says of the place where it was told to leave."""
+    return "stopped between two units" if outcome["step"] is None else f"stopped at step {outcome['step']}"
+
+
 def record_hang(hang: Hang, watchdog: Watchdog, run: RunDir, attempt: Path | None, *, first_machine: bool) -> None:
     """Say on the screen, in hang.txt, the ledger and outcome.json what stands still. A full disk keeps nobody from ending it."""
     say(f"\nhang: {hang.text}")

@@ -16,7 +16,7 @@ from harness.cluster.submission import JOB, check_are_free, check_inputs, check_
 from harness.errors import RecipeError, Stopped
 from harness.failures import explain_failure
 from harness.launcher import Machines
-from harness.life import FRUITLESS_LIVES, Life, has_nvidia_gpu, live, noted_signals, own_environment, place, progress, say
+from harness.life import FRUITLESS_LIVES, Life, has_nvidia_gpu, live, noted_signals, own_environment, place, progress, say, stopped_where
 from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
@@ -245,8 +245,7 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
                 say(f"stopped by {life.ended_for.name} without saving; logs: {life.attempt or run.path}")
                 return 128 + life.ended_for
             if life.outcome == "stopped":
-                at = "" if life.facts["step"] is None else f" at step {life.facts['step']}"
-                say(f"stopped{at} ({life.facts['reason']}); {place(run)}; the same command continues")
+                say(f"{stopped_where(life.facts)} ({life.facts['reason']}); {place(run)}; the same command continues")
                 return Stopped.exit_code
             if (life.outcome == "done" and life.hang) or (life.outcome in ("done", None) and life.code == 0):
                 return 0

@@ -19,7 +19,7 @@ from typing import Literal
 from harness.cluster.schema import Restarts
 from harness.errors import Stopped
 from harness.failures import Failure
-from harness.life import FRUITLESS_LIVES
+from harness.life import FRUITLESS_LIVES, stopped_where
 
 FRUITLESS_HERE = 2
 """So many lives in a row of one job may get nowhere; what keeps them may be the node, which a next job's pre-flight sees."""
@@ -58,8 +58,7 @@ def decide(
     if taken and taken.cancelled:
         return Decision("stop", taken.why, Stopped.exit_code)
     if name == "stopped" and not is_slurms(outcome["reason"]):
-        at = "" if outcome["step"] is None else f" at step {outcome['step']}"
-        return Decision("stop", f"stopped{at}: {outcome['reason']}", Stopped.exit_code)
+        return Decision("stop", f"{stopped_where(outcome)}: {outcome['reason']}", Stopped.exit_code)
     if failure and not failure.may_pass:
         return Decision("stop", failure.summary, failure.exit_code)
     if fruitless >= FRUITLESS_LIVES:

@@ -26,6 +26,7 @@ def ended(outcome, step=7, reason="why"):
         (ended("stopped", reason="slurm: why"), None, LIMIT, {}, "requeue", 0, "time limit"),
         (ended("stopped", reason="slurm: why"), None, LIMIT, {"lives_here": 99}, "requeue", 0, "time limit"),
         (ended("stopped", reason="cancel: asked by me"), None, None, {}, "stop", 75, "step 7: cancel: asked by me"),
+        (ended("stopped", step=None, reason="cancel: asked by me"), None, None, {}, "stop", 75, "stopped between two units: cancel"),
         # A person's word counts, whatever Slurm does meanwhile.
         (ended("stopped", reason="cancel: asked by me"), None, LIMIT, {}, "stop", 75, "cancel: asked by me"),
         # What reaches ranks themselves under proctrack/linuxproc.

@@ -48,16 +48,17 @@ PATIENCE_S = 240
 class Asked:
     """`harness` with its jobs in a folder of their own, and units that take as long as the file `pace` says."""
 
-    def __init__(self, rig: Rig, tmp_path: Path):
+    def __init__(self, rig: Rig, tmp_path: Path, alone: Path):
         self.rig, self.folder, self.pace, self._place = rig, tmp_path / "runs" / "chain", tmp_path / "pace", tmp_path
+        self._alone = alone
         self.pace.write_text("0")
         (tmp_path / "inside").mkdir()
         (tmp_path / "inside" / "sitecustomize.py").write_text(INSIDE.format(pace=str(self.pace)))
         (tmp_path / "cluster.yaml").write_text(json.dumps(CLUSTER))
 
-    def __call__(self, *arguments, cache: str = "cache") -> str:
+    def __call__(self, *arguments) -> str:
         paths = os.pathsep.join([str(self._place / "inside"), os.environ.get("PYTHONPATH", "")])
-        environment = {"PYTHONPATH": paths, "HARNESS_CACHE": str(self._place / cache), "OMP_NUM_THREADS": "1"}
+        environment = {"PYTHONPATH": paths, "HARNESS_CACHE": str(self._place / "cache"), "OMP_NUM_THREADS": "1"}
         done = harness(*arguments, cwd=self._place, **environment)
         assert done.code == 0, done.output + self.said()
         return done.output
@@ -86,16 +87,24 @@ class Asked:
         assert ended == "COMPLETED", self.said()
 
     def same_as_alone(self, units: Units) -> bool:
-        """Whether the cache is, byte for byte, that of one process which nobody disturbs."""
-        self("capture", "tiny/distill-offline", *(f"{key}={value}" for key, value in UNITS.items()), cache="alone")
-        [alone] = (self._place / "alone" / "teachers").iterdir()
-        assert units.folder.name == alone.name and len(files_of(alone)) == units.count + 2
-        return files_of(units.folder) == files_of(alone)
+        """Whether the cache is `alone`, byte for byte."""
+        assert units.folder.name == self._alone.name and len(files_of(self._alone)) == units.count + 2
+        return files_of(units.folder) == files_of(self._alone)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The cache of one process which nobody disturbs."""
+    cache = tmp_path_factory.mktemp("alone")
+    settings = [f"{key}={value}" for key, value in UNITS.items()]
+    done = harness("capture", "tiny/distill-offline", *settings, HARNESS_CACHE=str(cache), OMP_NUM_THREADS="1")
+    assert done.code == 0, done.output
+    return next((cache / "teachers").iterdir())
 
 
 @pytest.fixture
-def ask(slurm_cluster, tmp_path) -> Asked:
-    return Asked(slurm_cluster, tmp_path)
+def ask(slurm_cluster, tmp_path, alone) -> Asked:
+    return Asked(slurm_cluster, tmp_path, alone)
 
 
 def job_of(run: RunDir) -> str:
