@@ -47,8 +47,8 @@ class Watched:
         self._report.enter(phase)
 
     def begun(self, folder: Path, units: int) -> None:
-        """So many units are to lie in that folder."""
-        if self.attempt and self._report.rank == 0:
+        """So many units are to lie in that folder. Said by all that are on their own: any of them may be killed before the others."""
+        if self.attempt and distributed.is_main():
             self._run.write_manifest(self._recipe, units={"folder": str(folder.resolve()), "count": units})
 
     def beat(self, done: int = 0) -> None:

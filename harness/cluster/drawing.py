@@ -34,7 +34,7 @@ def _line(name: str, stage: Stage, statuses: list[RunStatus]) -> tuple[str, ...]
     if stage.shares:
         units = next(filter(None, (units_of(RunDir(status.run)) for status in statuses)), None)
         step = f"units {units.there}/{units.count}" if units else ""
-        if "done" in counts and units.are_all_there:
+        if units and units.are_all_there and "done" in counts:
             # The others may have failed, or never have begun.
             state, statuses = "done", [status for status in statuses if status.state == "done"]
     jobs = dict.fromkeys(status.job.partition("_")[0] for status in statuses if status.job)

@@ -42,7 +42,7 @@ if "capture" in sys.orig_argv:
     UnitWriter.commit = slowly
 """
 """sitecustomize.py of every Python in the jobs: so long a unit takes more than it needs."""
-PATIENCE_S = 240
+PATIENCE_S = 400
 
 
 class Asked:
