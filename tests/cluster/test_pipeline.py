@@ -626,17 +626,9 @@ def test_a_real_chain_passes_weights_and_tokenizer_on(chain, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_capture_that_is_stopped_goes_on_and_the_student_learns_from_it(tmp_path):
-    environment = os.environ | {"HARNESS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    argv = [
-        sys.executable,
-        "-m",
-        "harness",
-        "run",
-        "pipelines/tiny-distill",
-        "capture.teacher.unit_tokens=1000",
-        "student.train.max_steps=3",
-    ]
-    argv.append("student.teacher.unit_tokens=1000")
+    settings = [f"{stage}.teacher.{of}" for stage in ("capture", "student") for of in ("unit_tokens=1000", f"cache={tmp_path / 'cache'}")]
+    argv = [sys.executable, "-m", "harness", "run", "pipelines/tiny-distill", "student.train.max_steps=3", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = []
     for line in first.stdout:
@@ -644,14 +636,14 @@ def test_a_real_capture_that_is_stopped_goes_on_and_the_student_learns_from_it(t
         if line.startswith("unit 0"):
             first.send_signal(signal.SIGTERM)
             break
-    said = "".join(said) + first.communicate(timeout=120)[0]
+    said = "".join(said) + first.communicate(timeout=240)[0]
     assert first.returncode == 75 and "stopped between two units (SIGTERM to harness run" in said, said
     assert re.search(
         r"; [1-9]\d? of 45 units are there; the same command continues\ncapture did not come to its end; not run: student", said
     )
     run = RunDir(tmp_path / "runs" / "tiny-distill" / "capture" / "shard-000")
     assert not run.stop.exists() and read_status(run, None, None).go_on == f"harness run {tmp_path}/runs/tiny-distill"
-    again = harness(*argv[3:], cwd=tmp_path, HARNESS_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
+    again = harness(*argv[3:], cwd=tmp_path, OMP_NUM_THREADS="1")
     assert again.code == 0 and "45 of 45 units, all are there" in again.output, again.output
     assert (tmp_path / "runs" / "tiny-distill" / "student" / "final").is_dir()
     assert "  units   45 of 45 (100 %)\n" in (block := ask(status, run.path)) and "commit" not in block and "next" not in block

@@ -50,7 +50,7 @@ class Asked:
 
     def __init__(self, rig: Rig, tmp_path: Path, alone: Path):
         self.rig, self.folder, self.pace, self._place = rig, tmp_path / "runs" / "chain", tmp_path / "pace", tmp_path
-        self._alone = alone
+        self._alone, self.cache = alone, {"teacher.cache": str(tmp_path / "cache")}
         self.pace.write_text("0")
         (tmp_path / "inside").mkdir()
         (tmp_path / "inside" / "sitecustomize.py").write_text(INSIDE.format(pace=str(self.pace)))
@@ -58,8 +58,7 @@ class Asked:
 
     def __call__(self, *arguments) -> str:
         paths = os.pathsep.join([str(self._place / "inside"), os.environ.get("PYTHONPATH", "")])
-        environment = {"PYTHONPATH": paths, "HARNESS_CACHE": str(self._place / "cache"), "OMP_NUM_THREADS": "1"}
-        done = harness(*arguments, cwd=self._place, **environment)
+        done = harness(*arguments, cwd=self._place, PYTHONPATH=paths, OMP_NUM_THREADS="1")
         assert done.code == 0, done.output + self.said()
         return done.output
 
@@ -88,18 +87,18 @@ class Asked:
 
     def same_as_alone(self, units: Units) -> bool:
         """Whether the cache is `alone`, byte for byte."""
-        assert units.folder.name == self._alone.name and len(files_of(self._alone)) == units.count + 2
+        assert len(files_of(self._alone)) == units.count + 2
         return files_of(units.folder) == files_of(self._alone)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """The cache of one process which nobody disturbs."""
-    cache = tmp_path_factory.mktemp("alone")
+    cache = tmp_path_factory.mktemp("alone") / "cache"
     settings = [f"{key}={value}" for key, value in UNITS.items()]
-    done = harness("capture", "tiny/distill-offline", *settings, HARNESS_CACHE=str(cache), OMP_NUM_THREADS="1")
+    done = harness("capture", "tiny/distill-offline", *settings, f"teacher.cache={cache}", OMP_NUM_THREADS="1")
     assert done.code == 0, done.output
-    return next((cache / "teachers").iterdir())
+    return cache
 
 
 @pytest.fixture
@@ -119,8 +118,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_an_array_that_is_killed_and_preempted_makes_the_cache_of_one_process_and_the_student_learns_from_it(ask):
     ask.pace.write_text("1")
     said = ask.pipeline(
-        ask={"do": "capture", "recipe": "tiny/distill-offline", "set": UNITS, "shards": 2},
-        learn={"recipe": "tiny/distill-offline", "set": UNITS | {"train.max_steps": 3}, "needs": ["ask"]},
+        ask={"do": "capture", "recipe": "tiny/distill-offline", "set": UNITS | ask.cache, "shards": 2},
+        learn={"recipe": "tiny/distill-offline", "set": UNITS | ask.cache | {"train.max_steps": 3}, "needs": ["ask"]},
     )
     assert "learn: job" in said and said.count("after ask") == 1
     killed, preempted, student = (RunDir(ask.folder / name) for name in ("ask/shard-000", "ask/shard-001", "learn"))
@@ -147,7 +146,7 @@ def test_an_array_that_is_killed_and_preempted_makes_the_cache_of_one_process_an
 
 @pytest.mark.slow
 def test_the_nodes_of_an_element_share_one_teacher_by_zero3(ask):
-    one = {"do": "capture", "recipe": "tiny/distill-offline", "set": UNITS | {"backend": "zero3"}, "nodes": 2}
+    one = {"do": "capture", "recipe": "tiny/distill-offline", "set": UNITS | ask.cache | {"backend": "zero3"}, "nodes": 2}
     ask.pipeline(ask=one)
     run = RunDir(ask.folder / "ask" / "shard-000")
     ask.wait_for_end(run)
