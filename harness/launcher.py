@@ -55,6 +55,14 @@ class Machines:
     def world_size(self) -> int:
         return self.processes * self.count
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What `from_environment` reads."""
+        if self.count == 1:
+            return {"NNODES": "1"}
+        place = {"NODE_RANK": self.index, "MASTER_ADDR": self.address, "MASTER_PORT": self.port}
+        return {"NNODES": str(self.count), **{key: str(value) for key, value in place.items()}}
+
 
 def _whole_number(environment: dict[str, str], name: str, default: int) -> int:
     text = environment.get(name, "") or str(default)

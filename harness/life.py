@@ -27,11 +27,12 @@ from harness.launcher import Machines, plan_launch
 from harness.recipe import Recipe, render_recipe
 from harness.resources import code_root
 from harness.run import ATTEMPT_VARIABLE, LAUNCH_VARIABLE, RunDir, rank_reports, read_outcome, write_outcome
+from harness.share import read_share, render_units, units_done, units_of
 from harness.watchdog import LOOK_EVERY_S, Hang, Watchdog, end_processes, follow_parent
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FRUITLESS_LIVES = 3
-"""So many lives in a row may end without a newer checkpoint."""
+"""So many lives in a row may end without a newer checkpoint, or unit."""
 IGNORED_BY_LAUNCHERS = (signal.SIGUSR1, signal.SIGUSR2)
 """Under Slurm's proctrack/linuxproc a signal for the job reaches all its processes, and torch elastic dies of these. Ranks hear them."""
 
@@ -86,11 +87,12 @@ def live(
             inherited.append(run.lock)
     ranks = range(machines.index * machines.processes, (machines.index + 1) * machines.processes)
     ended_for = hang = None
+    share = read_share(run)
     with recipe_file as file:
-        argv = plan_launch(recipe, machines, ["--recipe", str(file), *arguments])
+        argv = share.argv(file, machines.processes) if share else plan_launch(recipe, machines, ["--recipe", str(file), *arguments])
         click.echo(f"$ {shlex.join(argv)}")
         kills = count_oom_kills()
-        environment = rank_environment(machines, attempt, launch)
+        environment = rank_environment(machines, attempt, launch) | (machines.environment if share else {})
         # torch elastic kills ranks that are still there so long after it was told to end: a save must fit.
         environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(recipe.watchdog.save_s)))
         process = start_launcher(argv, environment, inherited)
@@ -155,9 +157,22 @@ def last_commit(run: RunDir) -> int | None:
     return max((event["step"] for event in read_ledger(run.ledger) if event["event"] == "committed"), default=None)
 
 
-def place(checkpoint: int | None) -> str:
-    """Where a run stands, for people; `checkpoint` is the step of its last commit."""
+def progress(run: RunDir) -> int:
+    """What grows with a life that brings the run on: the step of its last commit, or the units that its lives have done."""
+    return sum(units_done(run, run.attempts()).values()) if read_share(run) else last_commit(run) or 0
+
+
+def place(run: RunDir) -> str:
+    """Where a run stands, for people."""
+    if read_share(run):
+        return render_units(units_of(run))
+    checkpoint = last_commit(run)
     return "no checkpoint was made yet" if checkpoint is None else f"the newest checkpoint is checkpoint-{checkpoint}"
+
+
+def stopped_where(outcome: dict) -> str:
+    """What the outcome of a life says of the place where it was told to leave."""
+    return "stopped between two units" if outcome["step"] is None else f"stopped at step {outcome['step']}"
 
 
 def record_hang(hang: Hang, watchdog: Watchdog, run: RunDir, attempt: Path | None, *, first_machine: bool) -> None:

@@ -19,6 +19,7 @@ runs/<name>/
   final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
   merged/                `harness export --merge`
   .lock                  held by the process that runs in the folder
+  share.json             of a run that trains nothing, and does a share of units of work (harness.share)
   job.sbatch, job.json, cluster.yaml, code.diff, logs/slurm-N.log, logs/owner, logs/nodes.lock
                          of a run that was submitted to Slurm (harness.cluster)
 
@@ -49,7 +50,7 @@ from harness.recipe import Recipe, load, recipe_digest, render_recipe
 LOCK = ".lock"
 OURS = re.compile(
     r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|init|checkpoint-\d+|(final|merged)(\.incomplete|\.old)?"
-    r"|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+|job\.sbatch|job\.json|cluster\.yaml|code\.diff"
+    r"|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+|share\.json|job\.sbatch|job\.json|cluster\.yaml|code\.diff"
 )
 """The names of what a run leaves in its folder, `.NAME.PID` being a file that was about to be renamed."""
 _HELD: dict = {}
@@ -414,7 +415,11 @@ def read_outcome(attempt: Path | None) -> dict | None:
 
 def is_complete(run: RunDir, recipe: Recipe) -> bool:
     """Whether this very recipe has been trained to its end and exported."""
+    return run.final.is_dir() and has_ended_well(run, recipe)
+
+
+def has_ended_well(run: RunDir, recipe: Recipe) -> bool:
+    """Whether the last end that is known of the run is `done`, with this very recipe."""
     ends = (read_outcome(run.attempt(number)) for number in reversed(run.attempts()))
     outcome = next(filter(None, ends), None)
-    done = outcome is not None and outcome["outcome"] == "done" and run.final.is_dir()
-    return done and recipe_digest(load(run.recipe)) == recipe_digest(recipe)
+    return outcome is not None and outcome["outcome"] == "done" and recipe_digest(load(run.recipe)) == recipe_digest(recipe)

@@ -327,7 +327,8 @@ def test_no_command_hides_in_a_block_that_is_not_run(page):
 
 
 @pytest.mark.parametrize("block", as_parameters(lambda block: block.language == "yaml"))
-def test_every_yaml_block_is_a_recipe_a_backend_a_cluster_or_a_part_of_one(reader, block, monkeypatch):
+def test_every_yaml_block_is_a_recipe_a_pipeline_a_backend_a_cluster_or_a_part_of_one(reader, block, monkeypatch):
+    from harness.cluster.pipeline import load_pipeline, plan_stages
     from harness.recipe.load import read_yaml
 
     monkeypatch.chdir(reader.folder(block.page))
@@ -338,6 +339,8 @@ def test_every_yaml_block_is_a_recipe_a_backend_a_cluster_or_a_part_of_one(reade
         load_backend(str(file))
     elif block.mark("cluster") is not None:
         load_cluster(str(file))
+    elif "stages" in settings:
+        plan_stages(load_pipeline(file))
     elif settings.keys() >= {"model", "data"}:
         load(file)
     else:

@@ -31,13 +31,13 @@ def command(run: str, save: bool, root: Path):
         cancel_job(*(status.job for status in waiting))
     for status in statuses:
         if status in leaving:
-            done = "asked to save at its next step and to leave"
+            done = "asked to end its unit and to leave" if status.counted == "units" else "asked to save at its next step and to leave"
         elif status in waiting:
             done = f"job {status.job} is cancelled; it was {status.text}" + ("; nothing had to be saved" if save else "")
         else:
             click.echo(f"{status.run}: nothing to cancel; it is {status.text}")
             continue
-        click.echo(f"{status.run}: {done}; {place(status.commit)}; to go on: {status.go_on}")
+        click.echo(f"{status.run}: {done}; {place(RunDir(status.run))}; to go on: {status.go_on}")
 
 
 def check_can_cancel(status: RunStatus, save: bool) -> None:

@@ -3,17 +3,17 @@ import sys
 
 import click
 
-from harness.checkpoint.door import Signals
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
 from harness.cli.run import default_processes
 from harness.cli.workers import supervise
 from harness.distributed import world_size
-from harness.errors import RecipeError
 from harness.launcher import Machines
 from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend, load_backend
 from harness.resources import shipped
+from harness.share import Share, check_share, processes_of
+from harness.watched import Watched
 
 PREPARED_VARIABLE = "HARNESS_PREPARED"
 """Set for the processes that this command starts: the folder of the data, which they need not prepare again."""
@@ -37,11 +37,11 @@ def command(recipe: str, overrides: tuple[str, ...], shards: int, shard: int, ba
     resolved = load_recipe(recipe, overrides)
     ruling = load_backend(resolved.backend)
     if "RANK" in os.environ:
-        check_capture(resolved, ruling, world_size(), shards, shard)
+        check_share(resolved, Share("capture", shards, shard), world_size())
         capture_here(resolved, ruling, shards, shard)
         return
-    machines = Machines.from_environment(processes or _default_processes(resolved), dict(os.environ))
-    check_capture(resolved, ruling, machines.world_size, shards, shard)
+    machines = Machines.from_environment(processes or processes_of(resolved, default_processes(resolved)), dict(os.environ))
+    check_share(resolved, Share("capture", shards, shard), machines.world_size)
     if machines.world_size == 1:
         capture_here(resolved, ruling, shards, shard)
         return
@@ -49,30 +49,6 @@ def command(recipe: str, overrides: tuple[str, ...], shards: int, shard: int, ba
     argv = [sys.executable, str(shipped("launch", "capture.py")), recipe, *overrides, "--shards", str(shards), "--shard", str(shard)]
     variables = {PREPARED_VARIABLE: str(prepared)}
     sys.exit(supervise(argv, machines, variables, together=shares_teacher(resolved, ruling, machines.world_size)))
-
-
-def _default_processes(recipe: Recipe) -> int:
-    return 1 if recipe.teacher and (recipe.teacher.device_map or recipe.teacher.server) else default_processes(recipe)
-
-
-def check_capture(recipe: Recipe, backend: Backend, processes: int, shards: int, shard: int) -> None:
-    """Raises RecipeError for a recipe or options that leave nothing to capture, or no way to."""
-    if recipe.task != "distill":
-        raise RecipeError(f"task = {recipe.task}; it has no teacher to capture; set task: distill and teacher.name_or_path")
-    if recipe.teacher.source != "cache":
-        raise RecipeError(f"teacher.source = {recipe.teacher.source}; it is asked beside the student and never captured; set source: cache")
-    if shard >= shards:
-        raise RecipeError(f"--shard {shard}; with --shards {shards} it goes from 0 to {shards - 1}")
-    if recipe.teacher.device_map and processes > 1:
-        raise RecipeError(
-            f"teacher.device_map = {recipe.teacher.device_map}; one process takes all GPUs of its machine, and {processes} were asked "
-            "for; use --processes 1, or leave it out and use --backend zero3"
-        )
-    if backend.kind == "fsdp" and processes > 1 and not recipe.teacher.server:
-        raise RecipeError(
-            f"backend = {recipe.backend}; a teacher is shared out by zero3 alone; give --backend zero3, or --backend ddp for a whole "
-            "teacher in each process"
-        )
 
 
 def shares_teacher(recipe: Recipe, backend: Backend, processes: int) -> bool:
@@ -102,44 +78,48 @@ def _prepare(recipe: Recipe):
 
 def capture_here(recipe: Recipe, backend: Backend, shards: int, shard: int) -> None:
     """Capture in this process: as one worker, or as a rank of a group that shares a teacher."""
-    signals = Signals()
-    signals.install()
-    quieten()
-    import torch
+    with Watched(recipe) as watched:
+        quieten()
+        import torch
 
-    from harness import distributed
-    from harness.model import load_tokenizer
-    from harness.teacher.capture import capture
-    from harness.units import Worker
+        from harness import distributed
+        from harness.model import load_tokenizer
+        from harness.teacher.capture import capture
+        from harness.units import Worker
 
-    together = shares_teacher(recipe, backend, world_size())
-    if torch.cuda.is_available():
-        torch.cuda.set_device(distributed.local_rank())
-    if together:
-        _join(recipe)
-        worker = Worker(shard, shards)
-    else:
-        worker = Worker(shard * world_size() + distributed.rank(), shards * world_size())
-        # From here on it is on its own, though it was started beside others.
-        os.environ["WORLD_SIZE"], os.environ["RANK"] = "1", "0"
-    label = f"[{worker.index}/{worker.count}] " if worker.count > 1 else ""
+        together = shares_teacher(recipe, backend, world_size())
+        if torch.cuda.is_available():
+            torch.cuda.set_device(distributed.local_rank())
+        if together:
+            _join(recipe)
+            worker = Worker(shard, shards)
+        else:
+            worker = Worker(shard * world_size() + distributed.rank(), shards * world_size())
+            # From here on it is on its own, though it was started beside others.
+            os.environ["WORLD_SIZE"], os.environ["RANK"] = "1", "0"
+        label = f"[{worker.index}/{worker.count}] " if worker.count > 1 else ""
 
-    def tell(text: str) -> None:
-        if distributed.is_main():
-            click.echo("".join(f"{label}{line}\n" for line in text.splitlines()), nl=False)
+        def tell(text: str) -> None:
+            if distributed.is_main():
+                click.echo("".join(f"{label}{line}\n" for line in text.splitlines()), nl=False)
 
-    try:
-        capture(
-            recipe,
-            load_tokenizer(recipe),
-            _prepare(recipe),
-            worker,
-            sharded_by=backend if together else None,
-            stop=lambda: signals.got and signals.got.name,
-            say=tell,
-        )
-    finally:
-        distributed.shutdown()
+        try:
+            watched.enter("loading data")
+            tokenizer, prepared = load_tokenizer(recipe), _prepare(recipe)
+            watched.enter("capturing")
+            capture(
+                recipe,
+                tokenizer,
+                prepared,
+                worker,
+                sharded_by=backend if together else None,
+                stop=watched.stop,
+                say=tell,
+                begun=watched.begun,
+                beat=watched.beat,
+            )
+        finally:
+            distributed.shutdown()
 
 
 def _join(recipe: Recipe) -> None:

@@ -10,17 +10,18 @@ import click
 
 from harness.checkpoint.resume import check_continuation
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, read_overrides, recipe_argument
-from harness.cluster.pipeline import check_order, enter_directory, find_pipeline, load_pipeline, plan_stages, save_pipeline
+from harness.cluster.pipeline import check_order, done_stages, enter_directory, find_pipeline, load_pipeline, plan_stages, save_pipeline
 from harness.cluster.slurm import NoAnswer
-from harness.cluster.submission import JOB, check_are_free, check_inputs
+from harness.cluster.submission import JOB, check_are_free, check_inputs, check_work, is_finished
 from harness.errors import RecipeError, Stopped
 from harness.failures import explain_failure
-from harness.launcher import Machines, check_device, plan_launch
-from harness.life import FRUITLESS_LIVES, Life, has_nvidia_gpu, last_commit, live, noted_signals, own_environment, place, say
+from harness.launcher import Machines
+from harness.life import FRUITLESS_LIVES, Life, has_nvidia_gpu, live, noted_signals, own_environment, place, progress, say, stopped_where
 from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
-from harness.run import RunDir, StopRequest, is_complete, smoke_recipe
+from harness.run import RunDir, StopRequest, smoke_recipe
+from harness.share import Share, check_trains, processes_of, save_share
 
 ONE_CAUSE_S = 1.0
 """A terminal that closes, and a wrapper that hands Ctrl-C on, signal twice for one cause."""
@@ -90,29 +91,27 @@ def run_pipeline(file: Path, settings: list[str], processes: int | None, *, fres
     enter_directory(file)
     pipeline = load_pipeline(file, settings)
     plans = plan_stages(pipeline)
-    done = set() if fresh else {plan.name for plan in plans if plan.all_done}
-    jobs = [(plan, index, recipe) for plan in plans for index, recipe in enumerate(plan.recipes)]
+    done = set() if fresh else done_stages(plans)
+    jobs = [(plan, index, recipe) for plan in plans for index, recipe in enumerate(plan.recipes_here)]
     # What is wrong with the last stage is no reason to have trained the first.
     for plan, index, recipe in jobs:
-        backend = load_backend(recipe.backend)
-        plan_launch(recipe, Machines(processes or default_processes(recipe)), [])
-        check_device(recipe, backend, has_gpu=has_nvidia_gpu())
+        check_work(recipe, plan.share_here, machines_of(recipe, plan.share_here, processes), has_gpu=has_nvidia_gpu())
         check_inputs(recipe, plan.awaited)
-        if not fresh:
-            check_continuation(plan.runs[index], recipe, backend, ())
+        if not (fresh or plan.share_here):
+            check_continuation(plan.runs[index], recipe, load_backend(recipe.backend), ())
     if not fresh:
         check_order(plans, done, live=set())
     save_pipeline(pipeline)
     for at, (plan, index, recipe) in enumerate(jobs):
         run = plan.runs[index]
         name = f"{plan.name}/{run.path.name}" if plan.stage.array else plan.name
-        if not fresh and plan.is_done(index):
+        if plan.name in done or not fresh and plan.is_done(index):
             click.echo(f"{name}: complete")
             continue
         click.secho(f"\n{name}", bold=True)
         code: int | None = None
         try:
-            code = run_recipe(recipe, Machines(processes or default_processes(recipe)), fresh=fresh)
+            code = run_recipe(recipe, machines_of(recipe, plan.share_here, processes), fresh=fresh, share=plan.share_here)
             if code == 0 and index in plan.merged:
                 code = merge(run)
         finally:
@@ -123,6 +122,11 @@ def run_pipeline(file: Path, settings: list[str], processes: int | None, *, fres
         if code:
             return code
     return 0
+
+
+def machines_of(recipe: Recipe, share: Share | None, processes: int | None) -> Machines:
+    ranks = default_processes(recipe)
+    return Machines(processes or (processes_of(recipe, ranks) if share else ranks))
 
 
 def merge(run: RunDir) -> int:
@@ -147,23 +151,35 @@ def visible_gpus() -> int:
 
 
 def run_recipe(
-    recipe: Recipe, machines: Machines, *, smoke: bool = False, resume: bool = False, fresh: bool = False, allowed: tuple[str, ...] = ()
+    recipe: Recipe,
+    machines: Machines,
+    *,
+    smoke: bool = False,
+    resume: bool = False,
+    fresh: bool = False,
+    allowed: tuple[str, ...] = (),
+    share: Share | None = None,
 ) -> int:
     """Prepare the data, make or take the run folder, and have ranks live in it until the run is done. Returns the exit code, after saying
-    why it is not 0."""
+    why it is not 0. share: of work that is done in place of a training."""
     run = RunDir.of(recipe)
     # Whatever can be wrong is found before a folder is made or a GPU taken.
-    plan_launch(recipe, machines, [])
+    check_work(recipe, share, machines, has_gpu=has_nvidia_gpu())
     check_no_job_lives(run)
-    check_device(recipe, load_backend(recipe.backend), has_gpu=has_nvidia_gpu())
+    if share is None:
+        check_trains(run)
     if not fresh:
-        if is_complete(run, recipe):
-            click.echo(f"this run is complete: {run.final}; begin again with --fresh")
+        if is_finished(run, recipe, merge=False):
+            click.echo(f"this run is complete: {place(run) if share else run.final}; begin again with --fresh")
             return 0
-        check_continuation(run, recipe, load_backend(recipe.backend), allowed, must_exist=resume)
-    prepare(recipe)
+        if share is None:
+            check_continuation(run, recipe, load_backend(recipe.backend), allowed, must_exist=resume)
+    if share is None:
+        prepare(recipe)
     if machines.index == 0:
         run = RunDir.create(recipe, fresh=fresh)
+        if share:
+            save_share(run, share)
     click.echo(f"run folder: {run.path}")
     arguments = [*(["--smoke"] if smoke else []), *(part for key in allowed for part in ("--allow-change", key))]
     return supervise(recipe, run, machines, arguments, most_lives=1 if smoke else FRUITLESS_LIVES)
@@ -227,37 +243,35 @@ def supervise(recipe: Recipe, run: RunDir, machines: Machines, arguments: list[s
     fruitless: list[str] = []
     with noted_signals() as signals:
         while True:
-            committed = last_commit(run)
+            before = progress(run)
             life = live(recipe, run, machines, arguments, Terminal(run, signals))
             if life.ended_for:
                 say(f"stopped by {life.ended_for.name} without saving; logs: {life.attempt or run.path}")
                 return 128 + life.ended_for
             if life.outcome == "stopped":
-                stands = place(life.facts["checkpoint"])
-                say(f"stopped at step {life.facts['step']} ({life.facts['reason']}); {stands}; the same command continues")
+                say(f"{stopped_where(life.facts)} ({life.facts['reason']}); {place(run)}; the same command continues")
                 return Stopped.exit_code
             if (life.outcome == "done" and life.hang) or (life.outcome in ("done", None) and life.code == 0):
                 return 0
             if life.outcome not in _ENDED_BY:
                 failure = explain_failure(life.attempt, life.code, life.oom_kills)
                 say(f"\n{failure.text}")
-                if failure.exit_code == 1 and last_commit(run):
-                    say(f"{place(last_commit(run))}; the same command continues")
+                if failure.exit_code == 1 and progress(run):
+                    say(f"{place(run)}; the same command continues")
                 return failure.exit_code
-            newest = last_commit(run)
             why_not = why_no_life_follows(life, run, machines)
             if why_not:
-                say(f"{life.facts['reason']}\n{why_not}; {place(newest)}")
+                say(f"{life.facts['reason']}\n{why_not}; {place(run)}")
                 return Stopped.exit_code
-            fruitless = [*fruitless, f"  {life.attempt.name}: {life.facts['reason']}"] if newest == committed else []
+            fruitless = [*fruitless, f"  {life.attempt.name}: {life.facts['reason']}"] if progress(run) == before else []
             if len(fruitless) >= most_lives:
                 lines = "\n".join(fruitless)
-                say(f"\ngiven up: ended without a newer checkpoint, {len(fruitless)} times in a row ({place(newest)}):\n{lines}")
+                say(f"\ngiven up: ended without a newer checkpoint or unit, {len(fruitless)} times in a row ({place(run)}):\n{lines}")
                 return 1
             if life.outcome == "rolled_back":
                 # A hang was told of when it was found.
                 say(life.facts["reason"])
-            say(f"{life.attempt.name} ended by a {_ENDED_BY[life.outcome]}; a new life begins: {place(newest)}")
+            say(f"{life.attempt.name} ended by a {_ENDED_BY[life.outcome]}; a new life begins: {place(run)}")
 
 
 _ENDED_BY = {"hang": "hang", "rolled_back": "rollback"}

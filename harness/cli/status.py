@@ -7,7 +7,8 @@ import click
 
 from harness.cli.checkpoints import format_age
 from harness.cli.tables import print_table
-from harness.cluster.pipeline import PIPELINE, draw_pipeline
+from harness.cluster.drawing import draw_pipeline
+from harness.cluster.pipeline import PIPELINE
 from harness.cluster.status import RunStatus, find_runs, format_left, read_statuses
 
 
@@ -59,12 +60,12 @@ def render_block(status: RunStatus) -> str:
     """One run, a line for each thing that is known."""
     facts = {
         "state": status.text,
-        "step": _of_steps(status, " of ") and f"{_of_steps(status, ' of ')} ({_percent(status) or 'nobody knows yet of how many'})",
+        status.counted: _of_steps(status, " of ") and f"{_of_steps(status, ' of ')} ({_percent(status) or 'nobody knows yet of how many'})",
         "loss": "" if status.loss is None else f"{status.loss:.4g}",
         "left": status.left_s is not None and f"{format_left(status.left_s)} of training, {status.step_s:.3g} s a step",
         "starts": status.starts and f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(status.starts))}, as Slurm expects now",
         "lives": f"{status.lives}" + (f" ({status.requeues} requeue{'s' * (status.requeues > 1)})" if status.requeues else ""),
-        "commit": "none yet" if status.commit is None else f"checkpoint-{status.commit}, {_ago(status)} ago",
+        "commit": "" if status.counted == "units" else _commit(status),
         "nodes": ", ".join(status.hosts),
         "job": status.job,
         "log": status.log and str(status.log),
@@ -72,6 +73,10 @@ def render_block(status: RunStatus) -> str:
     }
     lines = [f"  {name:<8}{value}" for name, value in facts.items() if value]
     return "\n".join([str(status.run), *lines])
+
+
+def _commit(status: RunStatus) -> str:
+    return "none yet" if status.commit is None else f"checkpoint-{status.commit}, {_ago(status)} ago"
 
 
 def _of_steps(status: RunStatus, of: str) -> str:

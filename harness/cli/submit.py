@@ -15,6 +15,7 @@ from harness.cluster.submission import CLUSTER, JOB, Submission, read_job
 from harness.errors import RecipeError
 from harness.recipe import Recipe, load
 from harness.run import RunDir
+from harness.share import read_share
 
 OF_CLUSTER = "cluster."
 
@@ -107,6 +108,7 @@ class Asked:
         facts = read_job(before) if before else {}
         return Submission(
             recipe=recipe,
+            share=read_share(before) if before else None,
             cluster=self.load_cluster(before and before.path),
             nodes=self.nodes or facts.get("nodes", 1),
             merge=facts.get("merge", False),

@@ -32,6 +32,7 @@ from harness.cluster.decision import (
     FROM_SLURM,
     Decision,
     Taken,
+    committing_lives,
     decide,
     fruitless_lives,
     is_asked_to_leave,
@@ -43,13 +44,14 @@ from harness.cluster.render import node_command, srun_command
 from harness.cluster.schema import load_cluster
 from harness.cluster.secrets import read_secrets
 from harness.cluster.status import progress_line
-from harness.cluster.submission import is_merged, note_job, read_job, since_submitted
+from harness.cluster.submission import is_finished, is_merged, note_job, read_job, since_submitted
 from harness.errors import ClusterError, LaunchError, Stopped
 from harness.failures import explain_failure
-from harness.life import FRUITLESS_LIVES, ended_within, last_commit, noted_signals, place, say
+from harness.life import FRUITLESS_LIVES, ended_within, noted_signals, place, say
 from harness.recipe import load
 from harness.resources import cache_root, code_root
-from harness.run import RunDir, StopRequest, is_complete, read_outcome
+from harness.run import RunDir, StopRequest, read_outcome
+from harness.share import read_share, units_done
 
 LOOK_AT_JOB_EVERY_S = 30.0
 COMMENT_EVERY_S = 60.0
@@ -72,7 +74,7 @@ class Allocation:
         if "SLURM_JOB_ID" not in environment:
             raise ClusterError("harness allocation: SLURM_JOB_ID is not set; a job of `harness submit` starts this, a person does not")
         self.run, self.recipe, self.cluster = run, load(run.recipe), load_cluster(str(run.path / "cluster.yaml"))
-        self.submitted = read_job(run)
+        self.submitted, self.share = read_job(run), read_share(run)
         self.job = OwnJob(environment, self.cluster.signal_lead_s, run.stop)
         self.owner = f"{self.job.id}.{self.job.restart}"
         self.lives = 0
@@ -102,10 +104,10 @@ class Allocation:
             return self.leave()
         self.ledger().append("job_began", job=self.job.id, restart=self.job.restart, hosts=list(self.job.hosts))
         decision = self.may_begin()
-        if decision is None and not is_complete(self.run, self.recipe):
+        if decision is None and not is_finished(self.run, self.recipe, merge=False):
             decision = self.preflight() or self.prepare_data() or self.live()
         if decision is None or decision.action == "done":
-            decision = self.merge() or Decision("done", f"the run is complete: {self.run.final}")
+            decision = self.merge() or Decision("done", f"the run is complete: {place(self.run) if self.share else self.run.final}")
         return decision
 
     # ---- before the first life
@@ -154,7 +156,7 @@ class Allocation:
             return Decision("stop", request.reason, Stopped.exit_code)
         fruitless, jobs, _ = self.history()
         if fruitless >= FRUITLESS_LIVES:
-            return Decision("stop", f"{fruitless} lives in a row ended without a newer checkpoint", 1)
+            return Decision("stop", f"{fruitless} lives in a row ended without a newer checkpoint or unit", 1)
         if jobs - 1 > self.cluster.restarts.max_restarts:
             return Decision(
                 "stop", f"the job was requeued {jobs - 1} times, and restarts.max_restarts is {self.cluster.restarts.max_restarts}", 1
@@ -197,7 +199,9 @@ class Allocation:
     def prepare_data(self) -> Decision | None:
         """On one node, in a process of its own: this one stays small. It takes seconds when the rows lie in the cache already."""
         say("preparing the data")
-        return self.have_done("prepare", str(self.run.recipe))
+        # A teacher is asked about samples, however a student packs them.
+        unpacked = ["data.packing=false"] if self.share else []
+        return self.have_done("prepare", str(self.run.recipe), *unpacked)
 
     def have_done(self, *arguments: str) -> Decision | None:
         """Have one node do `harness ARGUMENTS`. None when that has succeeded."""
@@ -216,7 +220,7 @@ class Allocation:
 
     def live(self) -> Decision:
         while (decision := self.live_once()).action == "again":
-            say(f"{decision.why}\na new life begins in this job: {place(last_commit(self.run))}")
+            say(f"{decision.why}\na new life begins in this job: {place(self.run)}")
         return decision
 
     def live_once(self) -> Decision:
@@ -272,11 +276,12 @@ class Allocation:
         return Decision("stop", taken.why, Stopped.exit_code) if taken.cancelled else Decision("requeue", taken.why)
 
     def history(self) -> tuple[int, int, list[dict]]:
-        """(lives in a row without a newer commit, jobs that have begun, the ledger), all since a person submitted the run."""
+        """(lives in a row that brought the run no further, jobs that have begun, the ledger), all since a person submitted the run."""
         events = read_ledger(self.run.ledger)
         recent = since_submitted(events)
         lives = [number for number in self.run.attempts() if number > recent[0].get("last_attempt", 0)] if recent else self.run.attempts()
-        return fruitless_lives(lives, events), sum(event["event"] == "job_began" for event in recent), recent
+        fruitful = {life for life, done in units_done(self.run, lives).items() if done} if self.share else committing_lives(events)
+        return fruitless_lives(lives, fruitful), sum(event["event"] == "job_began" for event in recent), recent
 
     # ---- a step, and what may come to the job meanwhile
 
@@ -372,7 +377,7 @@ class Allocation:
         self.comment(f"{decision.action}: {decision.why}")
         if decision.action == "stop":
             self.ledger().append("gave_up", job=self.job.id, why=decision.why, exit_code=decision.exit_code)
-            say(f"stopped: {decision.why}\n{place(last_commit(self.run))}; when the cause is gone: {self.to_go_on}")
+            say(f"stopped: {decision.why}\n{place(self.run)}; when the cause is gone: {self.to_go_on}")
         else:
             say(decision.why)
         return decision.exit_code
@@ -382,7 +387,7 @@ class Allocation:
         nodes, and count the time until the job may begin again, KillWait sooner."""
         by = self.cluster.restarts.by
         self.ledger().append("requeued", job=self.job.id, why=decision.why, exclude=list(decision.exclude))
-        say(f"requeued: {decision.why}; {place(last_commit(self.run))}")
+        say(f"requeued: {decision.why}; {place(self.run)}")
         if self.job.taken and self.job.taken.is_requeued:
             return Stopped.exit_code
         if by != "successor" and not decision.exclude:

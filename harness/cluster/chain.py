@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from harness.cluster import array, slurm
 from harness.cluster.array import Array
-from harness.cluster.pipeline import Pipeline, Stage, StagePlan, check_order, plan_stages, save_pipeline
+from harness.cluster.pipeline import Pipeline, Stage, StagePlan, check_order, done_stages, plan_stages, save_pipeline
 from harness.cluster.render import render_train
 from harness.cluster.schema import Cluster, render_cluster
 from harness.cluster.submission import (
@@ -25,6 +25,7 @@ from harness.cluster.submission import (
     read_job,
     save_submission,
     send_submission,
+    unshared_cache,
 )
 from harness.errors import LaunchError
 from harness.life import say
@@ -55,9 +56,9 @@ def plan_chain(pipeline: Pipeline, cluster_of: Callable[[Stage], Cluster], *, fr
     if fresh:
         check_are_free(runs)
     living = live_jobs(runs)
-    links = []
+    links, finished = [], set() if fresh else done_stages(plans)
     for plan in plans:
-        done = not fresh and plan.all_done
+        done = plan.name in finished
         live = tuple(job.id for run, job in living if run in plan.runs)
         links.append(Link(plan, build_work(plan, cluster_of(plan.stage), fresh), done, () if done else live))
     for link in links:
@@ -73,13 +74,20 @@ def build_work(plan: StagePlan, cluster: Cluster, fresh: bool) -> Submission | A
     """What a stage sends."""
     stage = plan.stage
     like = Submission(plan.recipes[0], cluster, nodes=stage.nodes, awaited=plan.awaited, fresh=fresh, source=stage.recipe)
-    each = tuple(replace(like, recipe=recipe, merge=index in plan.merged) for index, recipe in enumerate(plan.recipes))
-    return Array(each, stage.at_once) if stage.array else each[0]
+    shares = stage.shares or [None] * len(plan.recipes)
+    each = tuple(
+        replace(like, recipe=recipe, share=share, merge=index in plan.merged)
+        for index, (recipe, share) in enumerate(zip(plan.recipes, shares, strict=True))
+    )
+    return Array(each, stage.at_once) if stage.elements else each[0]
 
 
 def _check_work(work: Submission | Array) -> None:
     if isinstance(work, Array):
         array.check_can_begin_array(work)
+        first = work.elements[0]
+        if first.share and (place := unshared_cache(first.recipe, first.cluster)):
+            say(f"warning: the cache goes to {place}, which is in none of the cluster file's `shared` folders; all nodes must see it there")
     else:
         check_can_begin(work)
 

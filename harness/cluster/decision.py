@@ -7,18 +7,19 @@
 
 A death, a hang, a rollback and a lost node are tried again, in the allocation first, and on other nodes when that brought nothing; what
 Slurm takes away is requeued; an error of the recipe, the data or the code stops at once, and so does a run that gets nowhere: so many lives
-in a row without a newer commit, whoever ended them (a time limit that is shorter than the loading would go on for ever), or too many jobs.
+in a row without a newer commit (where units are done: without a unit), whoever ended them (a time limit that is shorter than the loading
+would go on for ever), or too many jobs.
 """
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from harness.cluster.schema import Restarts
 from harness.errors import Stopped
 from harness.failures import Failure
-from harness.life import FRUITLESS_LIVES
+from harness.life import FRUITLESS_LIVES, stopped_where
 
 FRUITLESS_HERE = 2
 """So many lives in a row of one job may get nowhere; what keeps them may be the node, which a next job's pre-flight sees."""
@@ -57,11 +58,12 @@ def decide(
     if taken and taken.cancelled:
         return Decision("stop", taken.why, Stopped.exit_code)
     if name == "stopped" and not is_slurms(outcome["reason"]):
-        return Decision("stop", f"stopped at step {outcome['step']}: {outcome['reason']}", Stopped.exit_code)
+        return Decision("stop", f"{stopped_where(outcome)}: {outcome['reason']}", Stopped.exit_code)
     if failure and not failure.may_pass:
         return Decision("stop", failure.summary, failure.exit_code)
     if fruitless >= FRUITLESS_LIVES:
-        return Decision("stop", f"{fruitless} lives in a row ended without a newer checkpoint; the last: {_end(outcome, failure)}", 1)
+        why = f"{fruitless} lives in a row ended without a newer checkpoint or unit; the last: {_end(outcome, failure)}"
+        return Decision("stop", why, 1)
     stuck = min(fruitless, lives_here) >= FRUITLESS_HERE
     if not taken and not stuck and lives_here <= restarts.in_allocation:
         return Decision("again", _end(outcome, failure))
@@ -92,16 +94,18 @@ def _end(outcome: dict | None, failure: Failure | None) -> str:
     return outcome["reason"] if outcome else failure.summary
 
 
-def fruitless_lives(attempts: Iterable[int], events: Iterable[dict]) -> int:
-    """How many of the run's last lives ended without a commit of a newer step.
-
-    attempts: the numbers of all lives that have ended. events: the ledger's.
-    """
+def committing_lives(events: Iterable[dict]) -> set[int]:
+    """The numbers of those lives that have committed a newer step than any before, by the ledger's events."""
     newest, fruitful = 0, set()
     for event in events:
         if event["event"] == "committed" and event["step"] > newest:
             newest = event["step"]
             fruitful.add(event["attempt"])
+    return fruitful
+
+
+def fruitless_lives(attempts: Iterable[int], fruitful: Container[int]) -> int:
+    """How many of the run's last lives have not brought it on. attempts: the numbers of all lives that have ended."""
     count = 0
     for number in sorted(attempts, reverse=True):
         if number in fruitful:

@@ -1,10 +1,12 @@
-"""Pipelines: stages that need one another, each a recipe, with the model that one makes the beginning of another.
+"""Pipelines: stages that need one another, each a recipe, with the model that one makes the beginning of another, or its teacher's cache.
 
     stages:
       base:  {recipe: tiny/sft-full, set: {train.max_steps: 10}}
       adapt: {recipe: tiny/sft-lora, model: {from: base}}
       sweep: {recipe: tiny/sft-lora, model: {from: base}, array: {train.learning_rate: [1e-3, 1e-2]}, at_once: 2}
       last:  {recipe: tiny/sft-lora, model: {from: adapt}, needs: [sweep], nodes: 2, time: "1:00:00"}
+      ask:   {do: capture, recipe: tiny/distill-offline, shards: 8, at_once: 4}
+      learn: {recipe: tiny/distill-offline, needs: [ask]}
 
     load_pipeline(find_pipeline("pipelines/tiny"), ["adapt.train.max_steps=3"]) -> Pipeline; plan_stages(pipeline) -> [StagePlan]
 
@@ -12,10 +14,10 @@ The file is as strict as a recipe, and the same on one machine (`harness run`) a
 
     PIPELINE/pipeline.yaml   the resolved file
     PIPELINE/pipeline.json   {"directory": where its relative paths begin}
-    PIPELINE/STAGE/          the run folder of the stage, or the folder of its array
+    PIPELINE/STAGE/          the run folder of the stage, or the folder of its array or its shards
 
 The promise: what is wrong with any stage is found before the first one begins, and a stage that is done was made from the model that lies
-there now.
+there now. Units that others have done need not be done again: a stage that captures is done when the cache is whole.
 """
 
 import difflib
@@ -24,17 +26,15 @@ import hashlib
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from harness.cluster.array import Axis, build_elements, element_names
 from harness.cluster.schema import TimeLimit
-from harness.cluster.status import RunStatus, read_statuses
 from harness.cluster.submission import is_finished
 from harness.errors import LaunchError, RecipeError
 from harness.model.export import MANIFEST
@@ -43,6 +43,7 @@ from harness.recipe.load import read_value, read_yaml, render_value, render_yaml
 from harness.recipe.schema import NonNegativeInt, PositiveInt, Section
 from harness.resources import find_config
 from harness.run import RunDir, write_text_atomically
+from harness.share import Share, check_share
 
 PIPELINE, FACTS = "pipeline.yaml", "pipeline.json"
 
@@ -59,6 +60,11 @@ class ModelOf(Section):
 class Stage(Section):
     recipe: str
     """A file, or the name of a shipped recipe."""
+    do: Literal["train", "capture"] = "train"
+    """`capture`: have the recipe's teacher asked about its data, once for all stages that learn from it (`harness capture`)."""
+    shards: PositiveInt | None = None
+    """So many jobs share a capture out among them, each with all processes of its nodes. Left out: one. `harness run` has one in any case.
+    """
     set: dict[str, Any] = {}
     """Overrides of the recipe: {train.max_steps: 10}."""
     model: ModelOf | None = None
@@ -67,7 +73,7 @@ class Stage(Section):
     array: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     """Settings and the values that each takes: a run for every combination."""
     at_once: PositiveInt | None = None
-    """So many runs of the array at a time. `harness run` has one after the other."""
+    """So many runs of the array, or shards, at a time. `harness run` has one run after the other."""
     cluster: str | None = None
     """A cluster file for this stage, where it is not that of `harness submit --cluster`."""
     nodes: PositiveInt = 1
@@ -82,6 +88,17 @@ class Stage(Section):
     @property
     def axes(self) -> list[Axis]:
         return [Axis(key, tuple(render_value(value) for value in values)) for key, values in self.array.items()]
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """None of a stage that trains."""
+        count = self.shards or 1
+        return tuple(Share(self.do, count, index) for index in range(count)) if self.do != "train" else ()
+
+    @property
+    def elements(self) -> list[str]:
+        """The folders of its runs in that of the stage; empty when that is the one run's."""
+        return [f"shard-{share.shard:03}" for share in self.shares] or (element_names(self.axes) if self.array else [])
 
 
 class Pipeline(Section):
@@ -187,8 +204,9 @@ def _stage_rules(pipeline: Pipeline, name: str, stage: Stage) -> Iterator[str]:
         yield from _model_rules(where, stage.model, pipeline.stages[stage.model.stage])
     if stage.model and "model.name_or_path" in stage.set:
         yield f"{where}.set.model.name_or_path: the model is from {stage.model.stage}; remove one of the two"
-    if stage.at_once and not stage.array:
+    if stage.at_once and not stage.array and stage.do == "train":
         yield f"{where}.at_once = {stage.at_once}; the stage has no array; remove it"
+    yield from _share_rules(where, stage)
     for key, value in stage.set.items():
         if key == "output_dir":
             yield f"{where}.set.output_dir: a stage lies in {pipeline.output_dir}/{name}, where others find it; remove it"
@@ -196,7 +214,19 @@ def _stage_rules(pipeline: Pipeline, name: str, stage: Stage) -> Iterator[str]:
             yield f"{where}.set.{key}: would replace the whole section; write {key}.{next(iter(value), 'KEY')} and so on"
 
 
+def _share_rules(where: str, stage: Stage) -> Iterator[str]:
+    if stage.do == "train" and stage.shards:
+        yield f"{where}.shards = {stage.shards}; a training is not shared out so; remove it, or say what the stage is to do: `do: capture`"
+    if stage.do != "train" and stage.model:
+        yield f"{where}.model: it makes no model, and asks the teacher that its recipe names; remove it, and set teacher.name_or_path"
+    if stage.do != "train" and stage.array:
+        yield f"{where}.array: its units are shared out by `shards`; what differs between two caches makes two stages; remove it"
+
+
 def _model_rules(where: str, model: ModelOf, source: Stage) -> Iterator[str]:
+    if source.do != "train":
+        yield f"{where}.model.from = {model.stage}; that stage makes no model (`do: {source.do}`); write `needs: [{model.stage}]`"
+        return
     runs = 1
     for axis in source.axes:
         runs *= len(axis.values)
@@ -259,6 +289,15 @@ class StagePlan:
         return tuple(map(RunDir.of, self.recipes))
 
     @property
+    def recipes_here(self) -> tuple[Recipe, ...]:
+        """On one machine, where one run does all that is shared out."""
+        return self.recipes[:1] if self.stage.shares else self.recipes
+
+    @property
+    def share_here(self) -> Share | None:
+        return Share(self.stage.do) if self.stage.shares else None
+
+    @property
     def awaited(self) -> tuple[str, ...]:
         return (str(self.model),) if self.model else ()
 
@@ -267,7 +306,9 @@ class StagePlan:
 
     @property
     def all_done(self) -> bool:
-        return all(map(self.is_done, range(len(self.recipes))))
+        """Where work is shared out, whoever ends last has found it all done."""
+        done = map(self.is_done, range(len(self.recipes)))
+        return any(done) if self.stage.shares else all(done)
 
 
 def plan_stages(pipeline: Pipeline) -> list[StagePlan]:
@@ -285,6 +326,7 @@ def plan_stages(pipeline: Pipeline) -> list[StagePlan]:
             plans[name] = StagePlan(name, stage, tuple(_load_recipes(pipeline, name, stage, model)), model)
         except RecipeError as error:
             problems += [f"stages.{name}: {line}" for line in str(error).splitlines()]
+    problems = problems or [problem for plan in plans.values() for problem in _cache_rules(plan, plans)]
     if problems:
         raise RecipeError("\n".join(problems))
     return [_with_merges(plan, plans.values()) for plan in plans.values()]
@@ -304,7 +346,36 @@ def _load_recipes(pipeline: Pipeline, name: str, stage: Stage, model: Path | Non
         overrides = [f"model.name_or_path={render_value(str(model))}", *replaced, *overrides]
     if stage.array:
         return build_elements(stage.recipe, overrides, stage.axes, folder=folder, group=f"{pipeline.folder.name}-{name}")
-    return [load(stage.recipe, [*overrides, f"output_dir={render_value(str(folder))}"])]
+    folders = [folder / element for element in stage.elements] or [folder]
+    recipes = [load(stage.recipe, [*overrides, f"output_dir={render_value(str(each))}"]) for each in folders]
+    for share in stage.shares[:1]:
+        check_share(recipes[0], share, processes=1)
+    return recipes
+
+
+OF_NO_CONTENT = {"teacher": {"attn_implementation", "trust_remote_code", "device_map"}, "data": {"packing", "num_proc"}}
+"""What a capture and a student may say differently, section by section: it does not decide where a cache lies."""
+
+
+def _cache_rules(plan: StagePlan, plans: dict[str, StagePlan]) -> Iterator[str]:
+    """A student finds the cache of a stage that it needs in the folder that both name, or by what decides its content."""
+    for source in (plans[need] for need in plan.stage.needs if plans[need].stage.do == "capture"):
+        asked = source.recipes[0]
+        for recipe in plan.recipes:
+            reads = recipe.task == "distill" and recipe.teacher.source == "cache"
+            if not reads or recipe.teacher.cache and recipe.teacher.cache == asked.teacher.cache:
+                continue
+            for key, mine, captured in _differences(recipe, asked):
+                yield (
+                    f"stages.{plan.name}: {key} = {render_value(mine)}; {source.name}, which it needs, captures with "
+                    f"{render_value(captured)}, so its cache would not be found; set both alike, or give both one teacher.cache"
+                )
+
+
+def _differences(recipe: Recipe, asked: Recipe) -> Iterator[tuple[str, Any, Any]]:
+    for section, free in OF_NO_CONTENT.items():
+        mine, captured = (getattr(one, section).model_dump(mode="json") for one in (recipe, asked))
+        yield from ((f"{section}.{key}", mine[key], captured[key]) for key in mine if key not in free and mine[key] != captured[key])
 
 
 def _with_merges(plan: StagePlan, plans: Iterable[StagePlan]) -> StagePlan:
@@ -312,13 +383,25 @@ def _with_merges(plan: StagePlan, plans: Iterable[StagePlan]) -> StagePlan:
     return replace(plan, merged=merged)
 
 
+def done_stages(plans: list[StagePlan]) -> set[str]:
+    """The names of those of which nothing is left to do. A cache may go when all are done that it was made for."""
+    done = {plan.name for plan in plans if plan.all_done}
+    for plan in plans:
+        needed_by = {other.name for other in plans if plan.name in other.stage.all_needs}
+        if plan.stage.shares and needed_by and needed_by <= done:
+            done.add(plan.name)
+    return done
+
+
 def check_order(plans: list[StagePlan], done: set[str], live: set[str]) -> None:
     """Raises LaunchError for a stage that cannot be left as it is: one that is done or lives, though what it needs will be made anew, and
     one that was made from another model than the one that is there now."""
+    # Units are the same whenever they are made; what was made from them stays what it is.
+    shared_out = {plan.name for plan in plans if plan.stage.shares}
     for plan in plans:
-        folder = plan.runs[0].path.parent if plan.stage.array else plan.runs[0].path
+        folder = plan.runs[0].path.parent if plan.stage.elements else plan.runs[0].path
         for need in plan.stage.all_needs:
-            if plan.name in done and need not in done:
+            if plan.name in done and need not in done | shared_out:
                 raise LaunchError(
                     f"stage {plan.name}: is complete, but {need}, which it needs, is not (any more); delete {folder} to have it made again"
                 )
@@ -340,34 +423,3 @@ def is_made_from(run: RunDir, model: Path) -> bool:
     weights = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()) if name.endswith(".safetensors"))
     # As harness.model.export.digest_base has it.
     return exported["base_digest"] == hashlib.sha256(weights.encode()).hexdigest()
-
-
-# ---- for people
-
-
-def draw_pipeline(folder: Path) -> str:
-    """The stages in the order in which they can begin, a line for each: state, step, jobs, what it needs, and why it is so. An array's runs
-    are counted by their states."""
-    pipeline = load_pipeline(folder / PIPELINE)
-    runs = {name: _runs_of(pipeline, name) for name in pipeline.order}
-    statuses = {status.run: status for status in read_statuses(run for of_stage in runs.values() for run in of_stage)}
-    lines = [_line(name, pipeline.stages[name], [statuses[run.path] for run in of_stage]) for name, of_stage in runs.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    drawn = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([str(pipeline.folder), *(f"  {line}" for line in drawn)])
-
-
-def _runs_of(pipeline: Pipeline, name: str) -> list[RunDir]:
-    folder, stage = pipeline.folder / name, pipeline.stages[name]
-    return [RunDir(folder / element) for element in element_names(stage.axes)] if stage.array else [RunDir(folder)]
-
-
-def _line(name: str, stage: Stage, statuses: list[RunStatus]) -> tuple[str, ...]:
-    counts = Counter(status.state for status in statuses)
-    state = ", ".join(f"{count} {state}" for state, count in counts.items()) if stage.array else statuses[0].state
-    one = statuses[0] if not stage.array else None
-    step = f"step {one.step}" + (f"/{one.steps}" if one.steps else "") if one and one.step is not None else ""
-    jobs = dict.fromkeys(status.job.partition("_")[0] for status in statuses if status.job)
-    needs = f"<- {', '.join(stage.all_needs)}" if stage.all_needs else ""
-    why = next((status.reason or status.phase for status in statuses if status.state != "done" and (status.reason or status.phase)), "")
-    return name, state, step, f"job {', '.join(jobs)}" if jobs else "", needs, why

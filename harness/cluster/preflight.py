@@ -44,7 +44,8 @@ from harness.cluster.space import check_space, gib
 from harness.life import noted_signals
 from harness.recipe import Recipe, load
 from harness.resources import cache_root
-from harness.run import LIBRARIES, write_text_atomically
+from harness.run import LIBRARIES, RunDir, write_text_atomically
+from harness.share import read_share
 from harness.watchdog import follow_parent
 
 __all__ = ["DEADLINE_S", "START_S", "Finding", "check_node", "judge", "render_findings"]
@@ -90,7 +91,7 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
         planted = within(FOLDERS_S, {each.path: each.plant_token for each in shared}) if index == 0 else {}
         with probing(plans) as probes:
             facts = versions()
-            findings = check_space(host, run, recipe, count * processes) if index == 0 else []
+            findings = check_space(host, run, recipe, count * processes) if index == 0 and not read_share(RunDir(run)) else []
             while any(probe.poll() is None for probe in probes) and not signals and time.monotonic() - begun < PROBES_S:
                 time.sleep(POLL_S)
         # Only now, when node 0 was met and so has written its tokens: a network disk would remember for a while that there was nothing.

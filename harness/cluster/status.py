@@ -32,6 +32,7 @@ from harness.cluster.submission import JOB, last_job, read_job, since_submitted
 from harness.errors import CheckpointError, ClusterError, LaunchError, Stopped
 from harness.failures import explain_failure
 from harness.run import LOCK, RunDir, rank_reports, read_outcome
+from harness.share import read_share, units_of
 from harness.tracking.metrics import FILE_NAME
 
 ENDED = ("done", "stopped", "failed", "cancelled", "lost")
@@ -53,8 +54,11 @@ class RunStatus:
     phase: str = ""
     """What rank 0 does, while the run is running."""
     step: int | None = None
+    """Of a run that does units: how many are there, by whomever."""
     steps: int | None = None
     """Where training ends; None as long as nobody knows."""
+    counted: str = "step"
+    """What they count: `step` or `units`."""
     loss: float | None = None
     step_s: float | None = None
     """What a step takes of late."""
@@ -86,8 +90,11 @@ class RunStatus:
     @property
     def go_on(self) -> str:
         """The command that has the run go on after it has ended."""
-        sent = self.job or (self.run / JOB).is_file()
-        return f"harness submit {shlex.quote(str(self.run))}" if sent else f"harness run {shlex.quote(f'{self.run}/recipe.yaml')}"
+        if self.job or (self.run / JOB).is_file():
+            return f"harness submit {shlex.quote(str(self.run))}"
+        # PIPELINE/STAGE/shard-000
+        what = self.run.parents[1] if self.counted == "units" else self.run / "recipe.yaml"
+        return f"harness run {shlex.quote(str(what))}"
 
     @property
     def left_s(self) -> float | None:
@@ -199,7 +206,7 @@ def _failed(run: RunDir, life: Path) -> RunStatus:
 def was_done_by_hand(run: RunDir) -> bool:
     """Whether the last life, though of no job, went to the end: a `harness run` where the job never came to it."""
     last = read_outcome(run.last_attempt())
-    return last is not None and last["outcome"] == "done" and run.final.is_dir()
+    return last is not None and last["outcome"] == "done" and (run.final.is_dir() or read_share(run) is not None)
 
 
 def is_held(run: RunDir) -> bool:
@@ -260,7 +267,7 @@ def _next(status: RunStatus) -> str:
     folder = shlex.quote(str(status.run))
     match status.state:
         case "done":
-            return f"harness export {folder}"
+            return f"harness export {folder}" if status.counted == "step" else ""
         case "pending" | "requeued":
             return f"harness cancel {folder}"
         case "held":
@@ -279,6 +286,9 @@ def _next(status: RunStatus) -> str:
 
 
 def _progress(run: RunDir, life: Path | None, events: list[dict], status: RunStatus) -> dict:
+    if read_share(run):
+        units = units_of(run)
+        return {"counted": "units"} | ({"step": units.there, "steps": units.count} if units else {})
     lines = _recent_metrics(run)
     losses = [line["train/loss"] for line in lines if line.get("train/loss") is not None]
     commit = next((event for event in reversed(events) if event["event"] == "committed"), {})
@@ -348,7 +358,10 @@ def _step_s(lines: list[dict], lives_began: list[float]) -> float | None:
 
 
 def progress_line(run: RunDir) -> str:
-    """`step 120/2000 loss 1.234`, for the comment that squeue shows; empty before the first step."""
+    """`step 120/2000 loss 1.234` or `units 12/40`, for the comment that squeue shows; empty before the first step."""
+    if read_share(run):
+        units = units_of(run)
+        return f"units {units.there}/{units.count}" if units else ""
     life, lines = run.last_attempt(), _recent_metrics(run)
     reports = rank_reports(life, "alive", [0]) if life else []
     if not reports or reports[0]["step"] is None:

@@ -31,8 +31,9 @@ from harness.launcher import Machines, check_device, plan_launch
 from harness.model.export import MANIFEST
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
-from harness.resources import code_root
+from harness.resources import cache_root, code_root
 from harness.run import RunDir, git_commit, is_complete, write_text_atomically
+from harness.share import Share, check_share, is_share_done, processes_of, read_share, save_share
 
 SCRIPT, CLUSTER, JOB, DIFF = "job.sbatch", "cluster.yaml", "job.json", "code.diff"
 
@@ -43,6 +44,8 @@ class Submission:
 
     recipe: Recipe
     cluster: Cluster
+    share: Share | None = None
+    """Of which work it does a share; None: it trains."""
     nodes: int = 1
     after: tuple[str, ...] = ()
     """Jobs that must have succeeded before."""
@@ -62,7 +65,8 @@ class Submission:
 
     @property
     def machines(self) -> Machines:
-        return Machines(self.cluster.ranks_per_node, self.nodes)
+        ranks = self.cluster.ranks_per_node
+        return Machines(processes_of(self.recipe, ranks) if self.share else ranks, self.nodes)
 
     def batch_job(self) -> BatchJob:
         return BatchJob(
@@ -120,7 +124,9 @@ def live_jobs(runs: Iterable[RunDir]) -> list[tuple[RunDir, slurm.SlurmJob]]:
 
 
 def is_finished(run: RunDir, recipe: Recipe, merge: bool) -> bool:
-    """Whether this very recipe has been trained to its end, and merged where that was asked."""
+    """Whether this very recipe has been trained to its end, and merged where that was asked; of a share, whether all units are there."""
+    if read_share(run):
+        return is_share_done(run, recipe)
     return is_complete(run, recipe) and (not merge or is_merged(run))
 
 
@@ -133,17 +139,31 @@ def is_merged(run: RunDir) -> bool:
 def check_can_begin(submission: Submission) -> None:
     """What does not depend on whether the run is done or lives."""
     recipe, cluster = submission.recipe, submission.cluster
-    backend = load_backend(recipe.backend)
-    plan_launch(recipe, submission.machines, [])
-    check_device(recipe, backend, has_gpu=cluster.gpus_per_node > 0)
+    check_work(recipe, submission.share, submission.machines, has_gpu=cluster.gpus_per_node > 0)
     if cluster.secrets:
         check_secrets(cluster.secrets)
     for folder in cluster.shared:
         if not Path(folder).expanduser().is_dir():
             raise ClusterError(f"cluster {cluster.name}: shared: {folder} is no folder here; it must be seen from the login node too")
     check_inputs(recipe, submission.awaited)
-    if not submission.fresh:
-        check_continuation(submission.run, recipe, backend, submission.allowed, must_exist=False)
+    if not (submission.fresh or submission.share):
+        check_continuation(submission.run, recipe, load_backend(recipe.backend), submission.allowed, must_exist=False)
+
+
+def check_work(recipe: Recipe, share: Share | None, machines: Machines, *, has_gpu: bool) -> None:
+    """Raises RecipeError or LaunchError when these machines cannot do what the run is for."""
+    if share:
+        check_share(recipe, share, machines.world_size)
+        return
+    plan_launch(recipe, machines, [])
+    check_device(recipe, load_backend(recipe.backend), has_gpu=has_gpu)
+
+
+def unshared_cache(recipe: Recipe, cluster: Cluster) -> Path | None:
+    """Where a teacher's cache will lie, when the cluster file says what nodes share and that is not it."""
+    place = Path(recipe.teacher.cache or cache_root(recipe.data.cache_dir)).expanduser().resolve()
+    folders = [Path(folder).expanduser().resolve() for folder in cluster.shared]
+    return place if folders and not any(place.is_relative_to(folder) for folder in folders) else None
 
 
 def check_inputs(recipe: Recipe, awaited: tuple[str, ...] = ()) -> None:
@@ -168,11 +188,13 @@ def check_inputs(recipe: Recipe, awaited: tuple[str, ...] = ()) -> None:
 def save_submission(submission: Submission) -> None:
     """Make the run folder, with everything that its job reads."""
     run = RunDir.create(submission.recipe, fresh=submission.fresh)
+    if submission.share:
+        save_share(run, submission.share)
     diff = code_changes()
     content = {
         "cluster": submission.cluster.name,
         "nodes": submission.nodes,
-        "processes_per_node": submission.cluster.ranks_per_node,
+        "processes_per_node": submission.machines.processes,
         "time": submission.cluster.time,
         "directory": os.getcwd(),
         "allowed_changes": list(submission.allowed),

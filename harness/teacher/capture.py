@@ -50,15 +50,20 @@ def capture(
     sharded_by: Backend | None,
     stop: Callable[[], str | None],
     say: Callable[[str], None],
+    begun: Callable[[Path, int], None] = lambda folder, units: None,
+    beat: Callable[[int], None] = lambda done: None,
 ) -> Path:
     """Do units until all are there; returns the cache's folder. Every rank of a group calls it.
 
     prepared: the recipe's data, unpacked. sharded_by: the ZeRO-3 backend of this group; None: this process has the whole teacher.
-    stop: asked between two units; a reason ends the capture. Raises Stopped then, TeacherError for what does not fit, ModelError.
+    stop: asked between two units; a reason ends the capture. begun: told where how many units are to lie. beat: called at every batch,
+    with the number of units that this process has done since. Raises Stopped when it was told to stop, TeacherError for what does not
+    fit, ModelError.
     """
     samples = Samples(prepared, recipe.teacher.unit_tokens)
     folder = cache_folder(recipe, tokenizer, samples.units.plan)
     say(describe(samples, settings_of(recipe), true_vocabulary(tokenizer), folder))
+    begun(folder, samples.units.plan.units)
     if (folder / CACHE_FILE).is_file():
         check_cache(folder, recipe, tokenizer, samples)
     # Rank 0 looks for all: two that look at a shared disk may not see the same.
@@ -72,7 +77,7 @@ def capture(
         teacher = load_teacher(recipe, tokenizer, longest, sharded_by=sharded_by)
     header = header_of(recipe, tokenizer, samples, teacher.digest, teacher.dtype)
     save_header(folder, header)
-    _Capture(recipe, samples, teacher if is_served else _Resident(teacher, header), header, folder, say).run(worker, stop)
+    _Capture(recipe, samples, teacher if is_served else _Resident(teacher, header), header, folder, say, beat).run(worker, stop)
     fidelity = (measure_served_fidelity if is_served else measure_fidelity)(teacher, samples, open_cache(folder))
     if distributed.is_main():
         save_fidelity(folder, fidelity)
@@ -128,6 +133,7 @@ class _Capture:
     header: CacheHeader
     folder: Path
     say: Callable[[str], None]
+    beat: Callable[[int], None]
 
     def run(self, worker: Worker, stop: Callable[[], str | None]) -> None:
         """Round after round, a unit for each rank. Raises Stopped when it was told to stop before all units are there."""
@@ -146,6 +152,7 @@ class _Capture:
             units_of_ranks = [unit for unit in order if unit in missing][:ranks]
             mine = units_of_ranks[rank] if rank < len(units_of_ranks) else None
             done = Done.together(distributed.gather_objects(self._do(mine)))
+            self.beat(int(mine is not None))
             left = len(missing_units(self.folder, UNIT_FILE, units))
             if is_first:
                 self._look_ahead(done, left / units)
@@ -171,10 +178,12 @@ class _Capture:
         batches += [[]] * (rounds - len(batches))
         if unit is None:
             for batch in batches:
+                self.beat(0)
                 self.teacher.targets_of(batch)
             return Done()
         with UnitWriter(self.folder, self.header, unit) as writer:
             for batch in batches:
+                self.beat(0)
                 asked = time.monotonic()
                 targets = self.teacher.targets_of(batch)
                 asking_s += time.monotonic() - asked

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 WAYS = ("prompt_logprobs", "echo")
 PROBE_TOKENS = 16
+ROUNDS = 32
+"""Of as many questions as are open at once."""
 CUT_OFF = -9999.0
 """What vLLM writes for a probability of 0, which JSON has no logarithm for."""
 ROUNDING_MASS = 2.0**-24
@@ -87,8 +89,9 @@ class ServedTeacher:
         return min(self.settings.cap, self.vocabulary)
 
     def batches(self, samples: Samples, unit: int) -> list[list[Sample]]:
-        """All of a unit at once: the server makes batches of its own."""
-        return [list(itertools.chain(*samples.batches(unit)))]
+        """Of a unit, so many at once that the server, which makes batches of its own, seldom waits for the last of them."""
+        every, size = list(itertools.chain(*samples.batches(unit))), ROUNDS * self.concurrency
+        return [every[first : first + size] for first in range(0, len(every), size)]
 
     def targets_of(self, samples: Sequence[Sample]) -> list[Targets]:
         """Of each sample. Raises TeacherError when the server does not answer, or its answer cannot be a teacher's."""

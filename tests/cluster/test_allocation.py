@@ -19,8 +19,10 @@ from harness.cluster.allocation import Allocation, free_port
 from harness.cluster.findings import Finding
 from harness.cluster.schema import load_cluster, render_cluster
 from harness.errors import ClusterError
+from harness.life import place, progress
 from harness.recipe import load
-from harness.run import RunDir, StopRequest, write_outcome
+from harness.run import RankReport, RunDir, StopRequest, write_outcome
+from harness.share import Share, save_share
 
 JOB = slurm.SlurmJob("7", "run", "me", "low", "RUNNING", "", ("r1", "r2"), 2, None, None, None, None, 0, "", "")
 ENVIRONMENT = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "r[1-2]", "SLURM_JOB_PARTITION": "low"}
@@ -179,6 +181,23 @@ def test_a_job_whose_run_has_another_owner_stops_before_it_writes_anything(begin
     node.write_owner(begun.run, "7.1")
     with pytest.raises(ClusterError, match=r"the run goes on elsewhere \(job 7.1\), so this job \(7.0\) leaves it alone"):
         begun.watch()
+
+
+def test_a_life_that_did_a_unit_itself_has_brought_a_share_on(begin):
+    begun = begin()
+    save_share(begun.run, Share("capture", 8, 3))
+    again = Allocation(begun.run, ENVIRONMENT)
+    for units in (0, 2, 0, 0):
+        report = RankReport(1, begun.run.open_attempt())
+        report.enter("capturing")
+        report.beat(units)
+    assert again.history()[0] == 2
+    # What the others do is no progress of this one.
+    begun.run.write_manifest(begun.recipe, units={"folder": str(begun.run.path), "count": 9})
+    (begun.run.path / "unit-00000.tc").touch()
+    assert again.history()[0] == 2 and progress(begun.run) == 2 and place(begun.run) == "1 of 9 units are there"
+    begun.run.open_attempt()
+    assert again.may_begin().why == "3 lives in a row ended without a newer checkpoint or unit"
 
 
 BAD = Finding("r2", "fail", "1 of 2 GPUs is visible", blames_node=True)

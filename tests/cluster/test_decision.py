@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.cluster.decision import Taken, decide, fruitless_lives, is_asked_to_leave, is_slurms
+from harness.cluster.decision import Taken, committing_lives, decide, fruitless_lives, is_asked_to_leave, is_slurms
 from harness.cluster.schema import Restarts
 from harness.failures import Failure
 
@@ -26,6 +26,7 @@ def ended(outcome, step=7, reason="why"):
         (ended("stopped", reason="slurm: why"), None, LIMIT, {}, "requeue", 0, "time limit"),
         (ended("stopped", reason="slurm: why"), None, LIMIT, {"lives_here": 99}, "requeue", 0, "time limit"),
         (ended("stopped", reason="cancel: asked by me"), None, None, {}, "stop", 75, "step 7: cancel: asked by me"),
+        (ended("stopped", step=None, reason="cancel: asked by me"), None, None, {}, "stop", 75, "stopped between two units: cancel"),
         # A person's word counts, whatever Slurm does meanwhile.
         (ended("stopped", reason="cancel: asked by me"), None, LIMIT, {}, "stop", 75, "cancel: asked by me"),
         # What reaches ranks themselves under proctrack/linuxproc.
@@ -73,11 +74,11 @@ def test_lives_in_a_row_without_a_newer_commit_are_counted_from_the_ledger():
     def committed(life, step):
         return {"event": "committed", "attempt": life, "step": step}
 
-    assert fruitless_lives([], []) == 0
-    assert fruitless_lives([1, 2, 3], []) == 3
-    assert fruitless_lives([1, 2, 3], [committed(1, 5)]) == 2
-    assert fruitless_lives([1, 2, 3], [committed(1, 5), committed(3, 6)]) == 0
+    assert fruitless_lives([], set()) == 0
+    assert fruitless_lives([1, 2, 3], set()) == 3
+    assert fruitless_lives([1, 2, 3], committing_lives([committed(1, 5)])) == 2
+    assert fruitless_lives([1, 2, 3], committing_lives([committed(1, 5), committed(3, 6)])) == 0
     # After a rollback the same steps are committed again: that brings nobody on.
-    assert fruitless_lives([1, 2, 3], [committed(1, 5), committed(1, 9), committed(2, 7), committed(3, 9)]) == 2
+    assert fruitless_lives([1, 2, 3], committing_lives([committed(1, 5), committed(1, 9), committed(2, 7), committed(3, 9)])) == 2
     # A time limit that is shorter than the loading would go on for ever.
-    assert fruitless_lives([1, 2, 3], [committed(1, 5), {"event": "stopped", "attempt": 2, "step": 5}]) == 2
+    assert fruitless_lives([1, 2, 3], committing_lives([committed(1, 5), {"event": "stopped", "attempt": 2, "step": 5}])) == 2

@@ -3,6 +3,11 @@
 On a real Slurm: tests/slurm/test_arrays_and_pipelines.py."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +15,12 @@ import yaml
 from conftest import harness
 from sent import CountingSlurm, answer, ask, finish, finish_merge
 
+from harness.checkpoint.ledger import Ledger
 from harness.cli import run as run_verb
 from harness.cli import status, submit
+from harness.cluster.drawing import draw_pipeline
 from harness.cluster.pipeline import (
     Pipeline,
-    draw_pipeline,
     find_pipeline,
     is_made_from,
     load_pipeline,
@@ -22,13 +28,16 @@ from harness.cluster.pipeline import (
     render_pipeline,
     save_pipeline,
 )
+from harness.cluster.status import read_status
 from harness.cluster.submission import read_job
 from harness.errors import ClusterError, DataError, LaunchError, RecipeError
 from harness.model.export import digest_base, digest_file
+from harness.recipe import load
 from harness.recipe.load import leaf_keys
 from harness.recipe.schema import Section
 from harness.resources import shipped_names
-from harness.run import RunDir, write_text_atomically
+from harness.run import RunDir, write_outcome, write_text_atomically
+from harness.share import Share, read_share
 
 CHAIN = {
     "base": {"recipe": "tiny/sft-full"},
@@ -36,6 +45,8 @@ CHAIN = {
     "rates": {"recipe": "tiny/sft-lora", "model": {"from": "base"}, "array": {"train.learning_rate": [1e-3, 1e-2]}, "at_once": 1},
     "last": {"recipe": "tiny/sft-lora", "model": {"from": "adapt"}, "needs": ["rates"]},
 }
+ASK = {"do": "capture", "recipe": "tiny/distill-offline", "shards": 3, "at_once": 2}
+LEARN = {"recipe": "tiny/distill-offline", "needs": ["ask"]}
 
 
 @pytest.fixture
@@ -166,6 +177,24 @@ def changed(name: str, **changes) -> dict:
         (changed("rates", set={"train.learning_rate": 1}), "array train.learning_rate: train.learning_rate is also set to one value"),
         (changed("rates", array={"model.name_or_path": ["a", "b"]}), "array model.name_or_path: .* also set"),
         (changed("adapt", nodes=0), "stages.adapt.nodes = 0; must be > 0"),
+        (changed("adapt", do="captrue"), 'stages.adapt.do = "captrue"; must be train or capture'),
+        (changed("adapt", shards=2), "stages.adapt.shards = 2; a training is not shared out so; remove it, or .* `do: capture`"),
+        (CHAIN | {"ask": ASK | {"model": {"from": "base"}}}, "stages.ask.model: it makes no model, and asks the teacher"),
+        (CHAIN | {"ask": ASK | {"array": {"teacher.cap": [1, 2]}}}, "stages.ask.array: its units are shared out by `shards`"),
+        (
+            CHAIN | {"ask": ASK, "own": {"recipe": "tiny/sft-lora", "model": {"from": "ask"}}},
+            "that stage makes no model .*; write `needs: ",
+        ),
+        (CHAIN | {"ask": ASK | {"recipe": "tiny/sft-lora"}}, "stages.ask: task = sft; it has no teacher to capture"),
+        (CHAIN | {"ask": ASK | {"recipe": "tiny/distill-resident"}}, "stages.ask: teacher.source = resident; it is asked beside"),
+        (
+            {"ask": ASK, "learn": LEARN | {"set": {"data.max_length": 128}}},
+            "stages.learn: data.max_length = 128; ask, which it needs, captures with 256, so its cache would not be found; set both alike",
+        ),
+        (
+            {"ask": ASK, "learn": LEARN | {"set": {"teacher.cap": 9}}},
+            "stages.learn: teacher.cap = 9; ask, which it needs, captures with 64",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_pipeline_is_said_with_its_place_and_a_remedy(chain, stages, why):
@@ -361,6 +390,98 @@ def test_a_pipeline_does_not_lie_in_the_folder_of_a_run(chain, slurm, tmp_path):
         ask(submit, chain(), "--cluster", "cpu")
 
 
+# ---- work that is shared out
+
+
+def test_a_capture_is_an_array_of_shards_of_one_recipe_and_what_learns_from_it_waits_for_all(chain, slurm, tmp_path):
+    ask(submit, chain({"ask": ASK | {"nodes": 2, "time": "2:00:00"}, "learn": LEARN}), "--cluster", "cpu")
+    folder, kill = tmp_path / "runs" / "chain", "--kill-on-invalid-dep=yes"
+    assert slurm.sent == [f"{folder}/ask/array.sbatch", f"--dependency=afterok:100 {kill} {folder}/learn/job.sbatch"]
+    script = (folder / "ask" / "array.sbatch").read_text()
+    assert "#SBATCH --array=0-2%2\n" in script and "#SBATCH --nodes=2\n" in script and "#SBATCH --time=2:00:00\n" in script
+    for shard in range(3):
+        run = RunDir(folder / "ask" / f"shard-00{shard}")
+        assert read_share(run) == Share("capture", 3, shard) and read_job(run)["jobs"][-1]["id"] == f"100_{shard}"
+        assert f"{run.path}\n" in script
+    assert read_share(RunDir(folder / "learn")) is None
+
+
+def test_a_teacher_that_is_spread_over_a_machine_is_one_process_of_it_and_not_spread_over_several(chain, slurm, tmp_path):
+    (tmp_path / "gpus.yaml").write_text("{gpus_per_node: 4}")
+    stages = {"ask": ASK | {"set": {"teacher.device_map": "auto"}}, "shared": ASK | {"set": {"backend": "zero3"}, "nodes": 2}}
+    ask(submit, chain(stages), "--cluster", "gpus.yaml")
+    ranks = {name: read_job(RunDir(stage(tmp_path, name) / "shard-000"))["processes_per_node"] for name in stages}
+    assert ranks == {"ask": 1, "shared": 4}
+    with pytest.raises(RecipeError, match="device_map = auto; one process takes all GPUs of its machine, and 2 were asked for"):
+        ask(submit, chain({"ask": stages["ask"] | {"nodes": 2}}), "--cluster", "gpus.yaml", "output_dir=runs/wide")
+
+
+def capture_units(folder: Path, there: int, count: int = 4, shard: int = 0) -> None:
+    """Write what a life of a shard leaves that has found so many units done."""
+    run, units = RunDir(folder / f"shard-00{shard}"), folder.parents[2] / "units"
+    units.mkdir(exist_ok=True)
+    for unit in range(there):
+        (units / f"unit-0000{unit}.tc").touch()
+    Ledger(run.ledger, None).append("job_began", job="of this run", restart=0, hosts=[])
+    life = run.open_attempt()
+    run.write_manifest(load(run.recipe), units={"folder": str(units), "count": count})
+    if there == count:
+        write_outcome(life, "done", step=None, checkpoint=None, reason="")
+
+
+def test_a_capture_is_done_when_all_units_are_there_whoever_did_them(chain, slurm, tmp_path):
+    file = chain({"ask": ASK, "learn": LEARN})
+    ask(submit, file, "--cluster", "cpu")
+    capture_units(stage(tmp_path, "ask"), there=3)
+    assert " units 3/4 job 100 " in " ".join(drawn_line(tmp_path, "ask")) and not plans_of(file)["ask"].all_done
+    capture_units(stage(tmp_path, "ask"), there=4, shard=2)
+    assert drawn_line(tmp_path, "ask") == ["ask", "done", "units", "4/4", "job", "100"]
+    assert "ask: complete\nlearn: job 102" in ask(submit, file, "--cluster", "cpu")
+    # The cache has lost a part of it: those go again that do not find themselves done.
+    (tmp_path / "units" / "unit-00001.tc").unlink()
+    ask(submit, file, "--cluster", "cpu")
+    assert slurm.sent[-2].endswith("ask/array.sbatch") and "--dependency=afterok:103 " in slurm.sent[-1]
+
+
+def drawn_line(tmp_path: Path, name: str) -> list[str]:
+    return next(line.split() for line in draw_pipeline(tmp_path / "runs" / "chain").splitlines() if line.split()[0] == name)
+
+
+def test_a_cache_may_go_when_all_that_learn_from_it_are_done(chain, slurm, tmp_path):
+    file = chain({"ask": ASK, "learn": LEARN})
+    ask(submit, file, "--cluster", "cpu")
+    finish(stage(tmp_path, "learn"))
+    assert ask(submit, file, "--cluster", "cpu").count(": complete\n") == 2
+    # Another student needs it again.
+    assert "ask: job 102" in ask(submit, chain({"ask": ASK, "learn": LEARN, "more": LEARN}), "--cluster", "cpu")
+
+
+def test_a_cache_that_the_nodes_may_not_share_is_warned_of(chain, slurm, tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shares.yaml").write_text(json.dumps({"shared": [str(tmp_path / "shared")]}))
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "mine"))
+    file = chain({"ask": ASK})
+    warned = f"warning: the cache goes to {tmp_path}/mine, which is in none of the cluster file's `shared` folders"
+    assert ask(submit, file, "--cluster", "shares.yaml", "--dry-run").count(warned) == 1
+    assert "warning:" not in ask(submit, file, "--cluster", "shares.yaml", "--dry-run", f"ask.teacher.cache={tmp_path}/shared/llama")
+    assert "warning:" not in ask(submit, file, "--cluster", "cpu", "--dry-run")
+
+
+def test_a_student_may_say_otherwise_what_does_not_decide_where_the_cache_lies(chain):
+    free = {"data.packing": False, "teacher.attn_implementation": "eager", "backend": "zero2", "train.seed": 7}
+    assert plans_of(chain({"ask": ASK, "learn": LEARN | {"set": free}}))
+    named = {"ask": ASK | {"set": {"teacher.cache": "llama"}}, "learn": LEARN | {"set": {"teacher.cache": "llama", "data.max_length": 128}}}
+    assert plans_of(chain(named))
+
+
+def test_a_shard_can_be_sent_again_alone_and_is_what_it_was(chain, slurm, tmp_path):
+    ask(submit, chain({"ask": ASK}), "--cluster", "cpu")
+    shard = RunDir(stage(tmp_path, "ask") / "shard-001")
+    assert "job 101" in ask(submit, shard.path) and read_share(shard) == Share("capture", 3, 1)
+    with pytest.raises(LaunchError, match="does a share of `harness capture` and trains nothing; go on with the pipeline"):
+        ask(run_verb, shard.recipe)
+
+
 # ---- drawn
 
 
@@ -395,7 +516,7 @@ def trained(monkeypatch):
     """The runs that `harness run` would have trained, by name; `codes` are how they end."""
     names, codes = [], {}
 
-    def run_recipe(recipe, machines, *, fresh):
+    def run_recipe(recipe, machines, *, fresh, share):
         folder = RunDir.of(recipe).path
         names.append(folder.name)
         code = codes.get(folder.name, 0)
@@ -446,6 +567,21 @@ def test_the_first_stage_that_does_not_end_well_stops_the_others_with_its_code(c
     assert answer(run_verb, chain()).exit_code == 0 and {*trained.names} == {*ALL}
 
 
+def test_on_one_machine_one_run_does_all_that_would_be_shared_out(chain, monkeypatch, tmp_path):
+    begun = []
+
+    def run_recipe(recipe, machines, *, fresh, share):
+        begun.append((RunDir.of(recipe).path.relative_to(tmp_path / "runs" / "chain").as_posix(), share, machines.processes))
+        return 0
+
+    monkeypatch.setattr(run_verb, "run_recipe", run_recipe)
+    spread = ASK | {"set": {"teacher.device_map": "auto", "backend": "zero3"}}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    answer(run_verb, chain({"ask": ASK | {"set": {"backend": "ddp"}}, "spread": spread, "learn": LEARN}))
+    whole = Share("capture", 1, 0)
+    assert begun == [("ask/shard-000", whole, 2), ("spread/shard-000", whole, 1), ("learn", None, 1)]
+
+
 def test_an_error_with_a_name_stops_them_too(chain, trained):
     trained.codes["00-learning_rate=0.001"] = DataError("rows.jsonl:3: no row")
     with pytest.raises(DataError):
@@ -486,3 +622,29 @@ def test_a_real_chain_passes_weights_and_tokenizer_on(chain, tmp_path):
     templates = {(stage(tmp_path, name) / "final" / "chat_template.jinja").read_bytes() for name in stages}
     assert len(tokenizers) == len(templates) == 1
     assert harness("run", "chain.yaml", cwd=tmp_path).output == "base: complete\nadapt: complete\nlast: complete\n"
+
+
+@pytest.mark.slow
+def test_a_real_capture_that_is_stopped_goes_on_and_the_student_learns_from_it(tmp_path):
+    settings = [f"{stage}.teacher.{of}" for stage in ("capture", "student") for of in ("unit_tokens=1000", f"cache={tmp_path / 'cache'}")]
+    argv = [sys.executable, "-m", "harness", "run", "pipelines/tiny-distill", "student.train.max_steps=3", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = []
+    for line in first.stdout:
+        said.append(line)
+        if line.startswith("unit 0"):
+            first.send_signal(signal.SIGTERM)
+            break
+    said = "".join(said) + first.communicate(timeout=240)[0]
+    assert first.returncode == 75 and "stopped between two units (SIGTERM to harness run" in said, said
+    assert re.search(
+        r"; [1-9]\d? of 45 units are there; the same command continues\ncapture did not come to its end; not run: student", said
+    )
+    run = RunDir(tmp_path / "runs" / "tiny-distill" / "capture" / "shard-000")
+    assert not run.stop.exists() and read_status(run, None, None).go_on == f"harness run {tmp_path}/runs/tiny-distill"
+    again = harness(*argv[3:], cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert again.code == 0 and "45 of 45 units, all are there" in again.output, again.output
+    assert (tmp_path / "runs" / "tiny-distill" / "student" / "final").is_dir()
+    assert "  units   45 of 45 (100 %)\n" in (block := ask(status, run.path)) and "commit" not in block and "next" not in block
+    assert harness(*argv[3:], cwd=tmp_path).output == "capture: complete\nstudent: complete\n"

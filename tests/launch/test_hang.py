@@ -52,6 +52,7 @@ if "hangs" in does:
 if "stops" in does:
     while not stop.exists():
         time.sleep(0.02)
+    Ledger(Path(run) / "ledger.jsonl", number).append("committed", step=7)
     write_outcome(attempt, "stopped", step=7, checkpoint=7, reason=stop.read_text().split()[0])
     report.stopped("asked")
     sys.exit(75)
