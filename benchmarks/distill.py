@@ -34,10 +34,10 @@ from harness.run import git_commit, library_versions  # noqa: E402
 
 LOSSES = {
     # (tokens, V, H of the student, H of the teacher, rounds), and whether the head trains.
-    "cpu": [((512, 32_768, 512, 1024, 5), False), ((512, 32_768, 512, 1024, 5), True), ((256, 131_072, 512, 1024, 3), False)],
+    "cpu": [((256, 32_768, 512, 1024, 5), False), ((256, 32_768, 512, 1024, 5), True), ((128, 131_072, 512, 1024, 3), False)],
     "gpu": [((8192, 128_256, 2048, 4096, 10), False), ((8192, 128_256, 2048, 4096, 10), True)],
 }
-BYTES_BATCHES = 6
+BYTES_BATCHES = 4
 TRIAL_SIZE = Size(llama(32, 64, 2, 2, 2), llama(64, 128, 2, 2, 2), 2000, 64, 4, 4, 256, at_once=True)
 TRIAL_LOSSES = [((40, 3000, 32, 48, 2), False), ((40, 3000, 32, 48, 2), True)]
 

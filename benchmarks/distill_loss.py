@@ -141,7 +141,7 @@ def bare_of(way: str) -> str:
 
 
 def measure_times(shape: Shape, device: str, trains_head: bool) -> dict:
-    """Seconds of each way and of its products, round after round in turn, and how far the ways agree. Raises SystemExit where they do not."""
+    """Seconds of each way and of its products, round after round in turn, and how far the ways agree. Raises SystemExit if they do not."""
     inputs = draw(shape, device, trains_head=trains_head)
     agreement = check_same(inputs, device)
     runs, taken = WAYS | BARE, {name: [] for name in (*WAYS, *BARE)}

@@ -56,7 +56,7 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, key_value_hea
 
 
 SIZES = {
-    "cpu": Size(llama(128, 384, 4, 4, 4), llama(384, 1024, 8, 6, 6), 32_000, 256, 4, 12, 2048, at_once=True),
+    "cpu": Size(llama(128, 384, 4, 4, 4), llama(384, 1024, 8, 6, 6), 32_000, 256, 4, 10, 2048, at_once=True),
     # The shapes of Llama-3.2-1B and Llama-3.1-8B.
     "gpu": Size(llama(2048, 8192, 16, 32, 8, tied=True), llama(4096, 14336, 32, 32, 8), 128_256, 4096, 2, 20, 65_536, at_once=False),
 }

@@ -191,8 +191,8 @@ def render(result: dict) -> str:
             + ".",
             "",
             f"Cached and resident curves differ by at most {gaps['loss']:.1e} of the loss, {gaps['kl']:.1e} of the KL and "
-            f"{gaps['held_out']:.1e} of the held-out cross-entropy, at any step and rate: of each distribution the cache has the entries that "
-            "hold 0.99 of its mass, and one for the rest.",
+            f"{gaps['held_out']:.1e} of the held-out cross-entropy, at any step and rate: of each distribution the cache has the "
+            "entries that hold 0.99 of its mass, and one for the rest.",
         ]
     ) + "\n"  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""TRL's sides of distill_steps.py, for which TRL has no command: GKD has an example, and the chunked divergence a trainer that takes prompts
-alone and writes the rest itself. So both are given the same rows by GKD's trainer, off-policy (lmbda = 0).
+"""TRL's sides of distill_steps.py, for which TRL has no command: GKD has an example, and the chunked divergence a trainer that takes
+prompts alone and writes the rest itself. So both are given the same rows by GKD's trainer, off-policy (lmbda = 0).
 
     python benchmarks/distill_trl.py SETTINGS.json
 """
