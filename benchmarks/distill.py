@@ -34,7 +34,7 @@ from harness.run import git_commit, library_versions  # noqa: E402
 
 LOSSES = {
     # (tokens, V, H of the student, H of the teacher, rounds), and whether the head trains.
-    "cpu": [((256, 32_768, 512, 1024, 5), False), ((256, 32_768, 512, 1024, 5), True), ((128, 131_072, 512, 1024, 3), False)],
+    "cpu": [((256, 32_768, 512, 1024, 3), False), ((256, 32_768, 512, 1024, 3), True), ((128, 131_072, 512, 1024, 2), False)],
     "gpu": [((8192, 128_256, 2048, 4096, 10), False), ((8192, 128_256, 2048, 4096, 10), True)],
 }
 BYTES_BATCHES = 4

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from sft import describe_machine  # noqa: E402
 from harness.run import git_commit, library_versions  # noqa: E402
 
 TEACHER = HERE.parent.parent / "shared" / "data" / "tinymodels" / "stories260K-hf"
-CACHED, RESIDENT, PLAIN = "from a cache", "resident teacher", "no teacher"
+ARMS = CACHED, RESIDENT, PLAIN = "from a cache", "resident teacher", "no teacher"
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,18 @@ def recipe_of(arm: str, learning_rate: float, size: Size, folder: Path) -> dict:
 # ---- runs
 
 
-def run_arm(arm: str, learning_rate: float, size: Size, folder: Path, *, capture: bool = False) -> dict:
-    """Train, and return the curves: of training the whole loss and the KL, of held-out stories the cross-entropy."""
-    recipe = recipe_of(arm, learning_rate, size, folder)
+def harness(verb: str, recipe: dict) -> None:
     file = Path(f"{recipe['output_dir']}.yaml")
     file.write_text(json.dumps(recipe, indent=2))  # JSON is YAML
-    for verb in ("capture", "run") if capture else ("run",):
-        done = subprocess.run([sys.executable, "-m", "harness", verb, str(file)], capture_output=True, text=True, env=environment())
-        if done.returncode:
-            raise SystemExit(f"harness {verb} {file}: exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    done = subprocess.run([sys.executable, "-m", "harness", verb, str(file)], capture_output=True, text=True, env=environment())
+    if done.returncode:
+        raise SystemExit(f"harness {verb} {file}: exit code {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+
+
+def run_arm(arm: str, learning_rate: float, size: Size, folder: Path) -> dict:
+    """Train, and return the curves: of training the whole loss and the KL, of held-out stories the cross-entropy."""
+    recipe = recipe_of(arm, learning_rate, size, folder)
+    harness("run", recipe)
     lines = [json.loads(line) for line in (Path(recipe["output_dir"]) / "metrics.jsonl").read_text().splitlines()]
     held_out = "eval/loss" if arm == PLAIN else "eval/cross_entropy"
     curves = {name: [line[name] for line in lines if name in line] for name in ("train/loss", "distill/kl", held_out)}
@@ -128,11 +132,11 @@ def environment() -> dict[str, str]:
 def measure(size: Size, folder: Path) -> dict:
     begun, machine = time.perf_counter(), describe_machine("cpu")
     parameters, stories = save_student(folder / "student"), write_stories(folder, size)
-    runs = []
-    for number, learning_rate in enumerate(size.learning_rates):
-        for arm in (CACHED, RESIDENT, PLAIN):
-            runs.append(run_arm(arm, learning_rate, size, folder, capture=arm == CACHED and number == 0))
-            print(f"{arm}, learning rate {learning_rate:g}: held-out {runs[-1]['final']:.4f} nats", flush=True)
+    harness("capture", recipe_of(CACHED, size.learning_rates[0], size, folder))
+    # All three arms at once: nothing is timed.
+    with ThreadPoolExecutor(len(ARMS)) as pool:
+        made = [pool.submit(run_arm, arm, rate, size, folder) for rate in size.learning_rates for arm in ARMS]
+        runs = [run.result() for run in made]
     return {
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
         "git_commit": git_commit(),
@@ -149,7 +153,7 @@ def measure(size: Size, folder: Path) -> dict:
 
 def compare(runs: list[dict]) -> dict:
     """best: each arm's best final cross-entropy. gaps: how far the cached curves lie from the resident ones, as a share of the latter."""
-    best = {arm: min((run for run in runs if run["arm"] == arm), key=lambda run: run["final"]) for arm in (CACHED, RESIDENT, PLAIN)}
+    best = {arm: min((run for run in runs if run["arm"] == arm), key=lambda run: run["final"]) for arm in ARMS}
     pairs = [[next(run for run in runs if (run["arm"], run["learning_rate"]) == (arm, rate)) for arm in (CACHED, RESIDENT)]
              for rate in sorted({run["learning_rate"] for run in runs})]  # fmt: skip
     gaps = {
