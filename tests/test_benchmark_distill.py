@@ -148,16 +148,16 @@ def test_distillkits_bytes_are_those_that_the_research_found(load):
     assert found == {16: [312, 114], 17: [328, 121], 18: [344, 127]}
 
 
-def test_drawn_distributions_are_what_they_are_called_and_ours_and_megatrons_bytes_are_those_of_the_research(load, monkeypatch):
+@pytest.mark.slow
+def test_drawn_distributions_are_what_they_are_called_and_ours_and_megatrons_bytes_are_those_of_the_research(load):
     cache = load("distill_cache")
-    monkeypatch.setattr(cache, "ROWS", 48)
     sft, unsure = (cache.sizes(cache.synthetic(name, 1)) for name in (cache.SFT_LIKE, cache.UNSURE))
     assert 0.45 < sft["entropy_nats"] < 0.75 and sft["mass_of_64"] > 0.999
     assert 2.6 < unsure["entropy_nats"] < 3.4 and 0.86 < unsure["mass_of_64"] < 0.94
     # Section 2.1 has 37 to 40 for Megatron, of another draw.
     assert sft["harness"]["ghost"] < 60 and 33 < sft["Megatron"]["top-64"] < 42
-    # 64 entries of 2 bytes and 17 bits, and 7 bytes, is the most.
-    assert 150 < unsure["harness"]["ghost"] < 64 * (2 + 17 / 8) + 7 + 20
+    # 64 entries of 2 bytes and 17 bits, and 7 bytes, is the most; header, index and footer are some 600 bytes.
+    assert 150 < unsure["harness"]["ghost"] < 64 * (2 + 17 / 8) + 7 + 600 / 128
     assert sft["harness"]["8 draws"] - sft["harness"]["ghost"] == pytest.approx(8 * 17 / 8, abs=0.5)
 
 
