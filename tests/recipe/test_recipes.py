@@ -163,7 +163,8 @@ def test_a_reference_recipe_says_its_hardware_its_command_and_whether_it_has_bee
     header = [line for line in shipped("configs", f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     for heading in ("# Hardware: ", "# Data: ", "# Expect, ", "# Run so far: "):
         assert sum(line.startswith(heading) for line in header) == 1, heading
-    assert any(f"harness run {name}" in line for line in header)
+    verb = "generate" if load(name).task == "generate" else "run"
+    assert any(f"harness {verb} {name}" in line for line in header)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(REFERENCE)])
