@@ -8,7 +8,7 @@ import pytest
 from lives import Run, check_same
 from rig import die_at_call, die_in_phase, shared_rig
 from safetensors.torch import load_file
-from test_distill import wholly_sharded  # noqa: F401
+from test_distill_lives import wholly_sharded  # noqa: F401
 
 from harness.embedded import resolve
 
