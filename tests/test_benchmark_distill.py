@@ -214,13 +214,13 @@ def test_the_report_does_not_hide_a_missed_aim_nor_a_busy_machine(load):
 def test_an_arm_is_judged_by_its_best_rate_and_the_widest_gap_is_told(load):
     stories = load("distill_stories")
 
-    def run(arm, rate, final, **curves):
-        return {"arm": arm, "learning_rate": rate, "final": final, "held_out": [final], "loss": [1.0], "kl": [1.0]} | curves
+    def run(arm, rate, lowest, **curves):
+        return {"arm": arm, "learning_rate": rate, "lowest": lowest, "held_out": [lowest], "loss": [1.0], "kl": [1.0]} | curves
 
     runs = [run(stories.CACHED, 1, 2.0), run(stories.RESIDENT, 1, 2.5, kl=[0.8]), run(stories.PLAIN, 1, 2.2)]
     runs += [run(stories.CACHED, 2, 3.0), run(stories.RESIDENT, 2, 3.0), run(stories.PLAIN, 2, 2.1)]
     found = stories.compare(runs)
-    assert {arm: best["final"] for arm, best in found["best"].items()} == {stories.CACHED: 2.0, stories.RESIDENT: 2.5, stories.PLAIN: 2.1}
+    assert {arm: best["lowest"] for arm, best in found["best"].items()} == {stories.CACHED: 2.0, stories.RESIDENT: 2.5, stories.PLAIN: 2.1}
     assert found["gaps"] == {"loss": 0.0, "kl": pytest.approx(0.25), "held_out": pytest.approx(0.2)}
 
 
@@ -261,7 +261,7 @@ def test_with_its_teacher_a_student_learns_more_in_as_many_steps_and_from_a_cach
     assert STORIES.samefile(stories.TEACHER)
     stories.main(["--trial", "--results", str(tmp_path)])
     result = json.loads((tmp_path / "distill-stories.json").read_text())
-    best = {arm: found["final"] for arm, found in result["best"].items()}
+    best = {arm: found["lowest"] for arm, found in result["best"].items()}
     assert 3.5 < result["parameters"]["teacher"] / result["parameters"]["student"] < 4.5
     assert max(best[stories.CACHED], best[stories.RESIDENT]) < best[stories.PLAIN] - 0.05
     assert result["gaps"]["loss"] < 0.02 and result["gaps"]["held_out"] < 0.01
