@@ -252,7 +252,9 @@ class _Work:
         for unit in range(self.units):
             file = self.folder / UNITS / UNIT_FILE.format(unit)
             try:
-                lines = [Said(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
+                # Not splitlines, which parts at U+2028 and others that JSON leaves as they are.
+                with open(file, encoding="utf-8") as stream:
+                    lines = [Said(**json.loads(line)) for line in stream]
             except (ValueError, TypeError) as error:
                 raise TeacherError(f"{file}: cannot be read ({error}); remove it, and the same command writes it again") from None
             prompts = self.prompts_of(unit)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from harness.tools.calls import parse_calls
+from harness.tools.calls import parse_calls, spoken
 from harness.tools.schema import check_call
 
 FAULTS = ("cut_off", "empty", "unparsable", "unknown_tool", "schema")
@@ -38,21 +38,18 @@ def read_answer(text: str, tools: list[dict], *, ended: bool, control_tokens: Co
         return Fault("unparsable", f"a call that cannot be read: {parsed.malformed[0][:200]}")
     if not parsed.calls and not parsed.text:
         return Fault("empty", "says nothing and calls nothing")
-    if parsed.calls and not _stands_first(parsed.text, text):
+    if parsed.calls and not spoken(text).startswith(parsed.text):
         return Fault("unparsable", f"words after a call, which a turn cannot hold: {parsed.text[-200:]}")
+    calls = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in parsed.calls]
+    if half := re.search("[\ud800-\udfff]", json.dumps(calls, ensure_ascii=False)):
+        # Written as an escape; no file in UTF-8 and no tokenizer takes it.
+        return Fault("unparsable", f"half a character (\\u{ord(half.group()):x}) in a call")
     for call in parsed.calls:
         if problems := check_call(call, tools):
             kind = "unknown_tool" if problems[0].kind == "unknown_tool" else "schema"
             return Fault(kind, "; ".join(map(str, problems)))
-    calls = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in parsed.calls]
     said = {"content": parsed.text, "tool_calls": calls}
     message = {"role": "assistant"} | {key: value for key, value in said.items() if value}
     if found := re.search("|".join(map(re.escape, control_tokens)) or "(?!)", json.dumps(message, ensure_ascii=False)):
         return Fault("unparsable", f"the control token {found.group()} in what it says")
     return message
-
-
-def _stands_first(words: str, text: str) -> bool:
-    """Whether no call comes before the last of the words."""
-    before, found, _ = text.rpartition(words) if words else ("", "", "")
-    return found == words and not parse_calls(before).attempted

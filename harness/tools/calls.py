@@ -60,7 +60,7 @@ class ParsedCalls:
 
 def parse_calls(text: str) -> ParsedCalls:
     """Reads every call that `text` makes. Never raises. Reasoning (`<think>…</think>`) is left out: a call only pondered is no call."""
-    said = _without_special_tokens(_without_reasoning(text)).strip()
+    said = spoken(text)
     if "<tool_call>" in said:
         return _parsed(_HERMES.findall(said), _HERMES.sub("", said))
     for marker in ("<|python_tag|>", "[TOOL_CALLS]"):
@@ -68,6 +68,11 @@ def parse_calls(text: str) -> ParsedCalls:
             before, *blocks = said.split(marker)
             return _parsed(blocks, before)
     return _parse_unmarked(said)
+
+
+def spoken(text: str) -> str:
+    """`text` without reasoning, and without the special tokens that end it."""
+    return _without_special_tokens(_without_reasoning(text)).strip()
 
 
 def read_call(value: object) -> ToolCall | None:

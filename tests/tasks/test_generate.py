@@ -368,6 +368,18 @@ def test_a_unit_that_is_not_whole_is_named(world, reference, tmp_path, spoil, wo
     assert generated.files() == reference.files()
 
 
+def test_an_answer_with_any_character_stays_one_line(reference, tmp_path, world):
+    generated = Generated(world, tmp_path / "run")
+    shutil.copytree(reference.folder, generated.folder)
+    (generated.folder / ANSWERS).unlink()
+    unit = generated.folder / "units" / "unit-00001.jsonl"
+    first, rest = unit.read_text().split("\n", 1)
+    odd = "first\u2028second\u2029third\x85fourth"
+    unit.write_text(json.dumps(json.loads(first) | {"said": odd, "ended": True}, ensure_ascii=False) + "\n" + rest)
+    generated.run()
+    assert odd in [row.row["messages"][-1].get("content") for row in load_rows(Source(path=str(generated.folder / ANSWERS))).rows]
+
+
 def test_a_model_without_a_single_valid_answer_is_told_of_each_time(world, tmp_path):
     generated = Generated(world, tmp_path / "run", "generate.max_new_tokens=1")
     for _ in range(2):
