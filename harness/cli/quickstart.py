@@ -10,6 +10,7 @@ import click
 
 from harness.errors import HarnessError
 from harness.launcher import Machines
+from harness.life import own_environment
 from harness.logs import quieten
 from harness.recipe import Recipe, load
 from harness.recipe.schema import Distill
@@ -79,10 +80,13 @@ def distill(output_dir: Path, questions: str) -> dict:
     """{"teacher", "taught", "alone"}: parameters and scores of the adapted model, of a student that it taught, and of the same student that
     saw the gold tokens alone."""
     adapted, recipe = output_dir / STAGES[-1][0], "quickstart/distill"
-    overrides = [f"output_dir={output_dir / 'distill'}", f"teacher.name_or_path={adapted / 'merged'}"]
+    cache = output_dir / "teacher-cache"
+    overrides = [f"output_dir={output_dir / 'distill'}", f"teacher.name_or_path={adapted / 'merged'}", f"teacher.cache={cache}"]
+    # An earlier quickstart's, of another teacher of the same name, which would be refused.
+    shutil.rmtree(cache, ignore_errors=True)
     # Processes of their own, as by hand: a capture takes signals and ranks for itself.
     for arguments in (["export", str(adapted), "--merge", "--force"], ["capture", recipe, *overrides]):
-        succeed("distill", subprocess.run([sys.executable, "-m", "harness", *arguments], check=False).returncode)
+        succeed("distill", subprocess.run([sys.executable, "-m", "harness", *arguments], env=own_environment()).returncode)
     taught = load(recipe, overrides)
     alone = taught.model_copy(update={"task": "sft", "teacher": None, "distill": Distill(), "output_dir": str(output_dir / "alone")})
     train("distill", taught)
@@ -156,6 +160,7 @@ written to {output_dir}/
   {picture.name}            training and held-out loss of both stages
   base/final            the fine-tuned model, adapt/final the adapter, adapt/merged the teacher, distill/final its student,
                         alone/final the student without it; recipe, logs and metrics.jsonl beside each
+  teacher-cache         what the teacher says of each token
 
 next, with a real model and your own tool calls (data/tools.jsonl, in the layout `messages` + `tools` or xLAM):
   harness preview sft/llama3-8b-tools-qlora data.train=data/tools.jsonl    what will be trained, token by token

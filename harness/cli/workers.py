@@ -1,6 +1,5 @@
 """Several processes on this machine that share units of work (harness.units), as `harness capture` and `harness generate` start them."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -9,7 +8,7 @@ import time
 from harness.cli.run import ONE_CAUSE_S
 from harness.errors import Stopped
 from harness.launcher import Machines
-from harness.life import noted_signals, say, start_launcher
+from harness.life import has_nvidia_gpu, noted_signals, own_environment, say, start_launcher
 
 LOOK_EVERY_S = 0.2
 
@@ -17,11 +16,13 @@ LOOK_EVERY_S = 0.2
 def supervise(argv: list[str], machines: Machines, environment: dict[str, str], *, together: bool) -> int:
     """Run `argv` in so many processes, and hand signals on to them. Returns the exit code.
 
-    environment: beside this process's own and what says which of them each is. together: they do each unit together, so that all end when
-    one fails. Otherwise the others do the work of one that failed.
+    environment: beside this process's own, in which they find this very harness, and what says which of them each is.
+    together: they do each unit together, so that all end when one fails. Otherwise the others do the work of one that failed.
     """
     address, port = (machines.address, machines.port) if machines.count > 1 else ("127.0.0.1", _free_port())
     processes, asked_at = [], None
+    # harness.life.rank_environment says why threads are not to spin.
+    shared = ({} if has_nvidia_gpu() else {"OMP_WAIT_POLICY": "PASSIVE"}) | own_environment() | environment
     with noted_signals() as signals:
         for local in range(machines.processes):
             place = {
@@ -32,17 +33,17 @@ def supervise(argv: list[str], machines: Machines, environment: dict[str, str], 
                 "MASTER_ADDR": address,
                 "MASTER_PORT": port,
             }
-            variables = {**os.environ, **environment, **{key: str(value) for key, value in place.items()}}
-            processes.append(start_launcher(argv, variables, []))
+            processes.append(start_launcher(argv, shared | {key: str(value) for key, value in place.items()}, []))
         while any(process.poll() is None for process in processes):
             now = time.monotonic()
-            if signals and asked_at is None:
-                asked_at = now
-                say("stopping: each worker ends its unit and leaves; press Ctrl-C again to leave at once")
-                _signal(processes, signal.SIGTERM)
-            elif signals and now - asked_at > ONE_CAUSE_S:
-                _signal(processes, signal.SIGKILL)
-            signals.clear()
+            if signals:
+                signals.clear()
+                if asked_at is None:
+                    asked_at = now
+                    say("stopping: each worker ends its unit and leaves; press Ctrl-C again to leave at once")
+                    _signal(processes, signal.SIGTERM)
+                elif now - asked_at > ONE_CAUSE_S:
+                    _signal(processes, signal.SIGKILL)
             if together and any(process.returncode not in (None, 0, Stopped.exit_code) for process in processes):
                 _signal(processes, signal.SIGKILL)
             time.sleep(LOOK_EVERY_S)

@@ -676,6 +676,16 @@ def test_a_process_that_fails_ends_those_that_share_its_teacher_and_no_others(tm
     assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "0.5"], two, {}, together=False) == 0
 
 
+def test_the_processes_find_this_very_harness_wherever_they_are_started(monkeypatch, tmp_path):
+    from harness.cli.workers import supervise
+    from harness.resources import code_root
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    found = f"import os, sys; sys.exit({code_root()!r} not in os.environ.get('PYTHONPATH', ''))"
+    assert supervise([sys.executable, "-c", found], Machines(2), {}, together=True) == 0
+
+
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     from harness.cli import workers as command
 
