@@ -31,6 +31,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -52,7 +53,7 @@ OURS = re.compile(
     r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|init|checkpoint-\d+|(final|merged)(\.incomplete|\.old)?"
     r"|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+|share\.json|job\.sbatch|job\.json|cluster\.yaml|code\.diff"
 )
-"""The names of what a run leaves in its folder, `.NAME.PID` being a file that was about to be renamed."""
+"""The names of what a run leaves in its folder, `.NAME.PID` and `.NAME.PID.N` being files that were about to be renamed."""
 _HELD: dict = {}
 _LOADED = time.time()
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
@@ -202,8 +203,9 @@ def smoke_recipe(recipe: Recipe) -> Recipe:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader sees the old text or the new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace a file in one step: a reader sees the old text or the new one, also after a power cut. Of several writers one is last."""
+    # On a shared disk two machines, or two containers, may have the same process id.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.randbelow(10**9)}")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
             stream.write(text)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from harness.run import (
     replace_folder,
     smoke_recipe,
     write_outcome,
+    write_text_atomically,
 )
 from harness.watchdog import process_state
 
@@ -196,6 +198,15 @@ def test_a_report_that_a_crash_of_the_machine_has_torn_is_passed_over(tmp_path):
     RankReport(1, tmp_path)
     (tmp_path / "alive" / "rank-0.json").write_text("")
     assert [report["rank"] for report in rank_reports(tmp_path, "alive")] == [1]
+
+
+def test_writers_with_the_same_process_id_do_not_take_each_others_file_away(tmp_path):
+    # Threads, in place of the first processes of two containers.
+    with ThreadPoolExecutor(4) as writers:
+        done = [writers.submit(write_text_atomically, tmp_path / "run.json", f"{number}" * 1000) for number in range(10) for _ in range(20)]
+        assert [each.result() for each in done] == [None] * 200
+    [written] = tmp_path.iterdir()
+    assert len(written.read_text()) == 1000 and len(set(written.read_text())) == 1
 
 
 def test_the_first_word_on_how_a_life_ended_stands(tmp_path):
