@@ -174,8 +174,8 @@ def run_recipe(
             return 0
         if share is None:
             check_continuation(run, recipe, load_backend(recipe.backend), allowed, must_exist=resume)
-    if share is None:
-        prepare(recipe)
+    # A teacher is asked about samples, however a student packs them.
+    prepare(recipe, packing=recipe.data.packing is True and share is None)
     if machines.index == 0:
         run = RunDir.create(recipe, fresh=fresh)
         if share:
@@ -185,7 +185,7 @@ def run_recipe(
     return supervise(recipe, run, machines, arguments, most_lives=1 if smoke else FRUITLESS_LIVES)
 
 
-def prepare(recipe: Recipe) -> None:
+def prepare(recipe: Recipe, *, packing: bool) -> None:
     """Tokenise before any rank starts, so that no GPU waits for it, and say what became of the rows."""
     quieten()
     from harness.data import prepare_recipe
@@ -193,7 +193,7 @@ def prepare(recipe: Recipe) -> None:
     from harness.model import load_tokenizer
     from harness.tasks.templates import training_template
 
-    prepared = prepare_recipe(recipe, load_tokenizer(recipe), packing=recipe.data.packing is True, training_template=training_template)
+    prepared = prepare_recipe(recipe, load_tokenizer(recipe), packing=packing, training_template=training_template)
     click.echo(render_report(prepared.report))
     click.echo(f"prepared in {prepared.folder}")
 
