@@ -396,7 +396,7 @@ def open_run(request: dict) -> tuple[Path, Path]:
         if is_complete(RunDir.of(recipe), recipe):
             raise LaunchError(f"{recipe.output_dir}: this run is complete")
         check_continuation(RunDir.of(recipe), recipe, load_backend(recipe.backend), tuple(request["allowed"]))
-    in_a_fork(lambda: prepare(recipe), Path(request["folder"]) / "prepare.out")
+    in_a_fork(lambda: prepare(recipe, packing=recipe.data.packing is True), Path(request["folder"]) / "prepare.out")
     run = RunDir.create(recipe, fresh=request["fresh"])
     # When `harness run` would have been started: a STOP from before is none of this life's.
     harness.run._LOADED = request["time"]
