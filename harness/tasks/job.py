@@ -193,7 +193,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
             leave_early(job, trainer)
         job.report.enter("exporting")
         if job.smoke:
-            report_smoke(train_rows)
+            report_smoke(recipe, train_rows)
         else:
             export(job, trainer, prepared.digest, source, settled.dtype, tracking)
             if distributed.is_main():

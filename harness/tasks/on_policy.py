@@ -16,7 +16,8 @@ ended itself), speed/generation_s per step that writes.
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from harness import distributed
 from harness.errors import ModelError
 from harness.recipe import Recipe
 from harness.recipe.schema import OnPolicy
-from harness.tasks import distill
+from harness.tasks import distill, smoke
 from harness.tasks.distill import Beside, HarnessDistillTrainer, Lesson
 from harness.teacher.targets import UNTRAINED
 
@@ -183,16 +184,16 @@ def uses_vllm(recipe: Recipe, *, has_gpu: bool) -> bool:
 class OnPolicyTrainer(HarnessDistillTrainer):
     """`write_by` must follow construction."""
 
-    def write_by(self, writer: Plain | Vllm, fraction: float, ends: list[int]) -> None:
-        """fraction: of the micro-batches. ends: the tokens that end a completion."""
-        self._writer, self._fraction, self._ends = writer, fraction, ends
+    def write_by(self, writer: Plain | Vllm, is_written: Callable[[int, int], bool], ends: list[int]) -> None:
+        """is_written: of (step, micro-batch). ends: the tokens that end a completion."""
+        self._writer, self._is_written, self._ends = writer, is_written, ends
         self._written: dict[str, float] | None = None
         self._tokens_of = {True: 0.0, False: 0.0}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         step, own = self.state.global_step + 1, 0.0
-        places = [place for place in range(len(batches)) if is_written(self._fraction, self.args.seed, step, place)]
+        places = [place for place in range(len(batches)) if self._is_written(step, place)]
         if places and not self.lives.guard.passes_over(step):
             own = self._let_write(batches, places, step)
             num_items = self._get_num_items_in_batch(batches, device)
@@ -256,17 +257,26 @@ class OnPolicyTrainer(HarnessDistillTrainer):
 
 
 def build_trainer(*arguments, teacher: Beside, on_policy: OnPolicy, by_vllm: bool, fills: bool) -> OnPolicyTrainer:
-    """arguments: those of sft.build_trainer. fills: every completion is as long as it may be, to see whether that fits into memory.
+    """arguments: those of sft.build_trainer. fills: a smoke test, whose completions are all as long as they may be.
     Raises ModelError when a prompt and its completion are longer than the student or the teacher."""
-    _, model, tokenizer, rows, *_ = arguments
+    args, model, tokenizer, rows, *_ = arguments
     longest = int(prompt_lengths(rows).max())
     for name, reader in (("student", model), ("teacher", teacher.model)):
         check_room(name, reader, longest, on_policy.max_new_tokens)
     trainer = distill.build_trainer(*arguments, teacher=teacher, kind=OnPolicyTrainer)
     config = generation_config(on_policy, model, tokenizer, teacher.vocabulary, fills=fills)
     writer = Vllm(trainer, config, longest + on_policy.max_new_tokens) if by_vllm else Plain(trainer, config)
-    trainer.write_by(writer, on_policy.fraction, config.eos_token_id)
+    chosen = partial(is_written, on_policy.fraction, args.seed)
+    if fills and on_policy.fraction < 1:
+        # By chance none or all of so few steps might be written.
+        chosen = _after_gold
+    trainer.write_by(writer, chosen, config.eos_token_id)
     return trainer
+
+
+def _after_gold(step: int, micro_batch: int) -> bool:
+    """Whether the student writes in a smoke test that has seen its rows as they are."""
+    return step > smoke.STEPS
 
 
 def check_room(name: str, model: "PreTrainedModel", longest: int, max_new_tokens: int) -> None:

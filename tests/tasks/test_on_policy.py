@@ -185,6 +185,15 @@ def test_to_see_whether_it_fits_every_completion_is_as_long_as_it_may_be(build, 
     assert [len(completion) for completion in completions(as_rows(seen))] == [12] * 4
 
 
+def test_a_smoke_test_of_a_student_that_writes_seldom_sees_all_rows_as_they_are_and_then_written(build, seen):  # noqa: F811
+    rows = rows_of([9, 40, 5, 33, 12, 20, 7, 28])
+    seldom = ("distill.on_policy.fraction=0.01", "distill.weight=0.5", "train.max_steps=4")
+    build(restless(), stories(), rows, None, *ONE_STEP, *WRITES, *seldom, fills=True).train()
+    gold, written = as_rows(seen[:2]), as_rows(seen[2:])
+    assert sorted(row["input_ids"] for row in gold) == sorted(row["input_ids"] for row in rows)
+    assert sorted(prompts(written)) == sorted(prompts(rows)) and {len(completion) for completion in completions(written)} == {12}
+
+
 # ---- what it counts
 
 
@@ -348,8 +357,9 @@ def test_a_smoke_test_takes_the_prompts_after_which_the_rows_can_become_longest(
             "tiny/distill-on-policy",
             [f"distill.on_policy={{fraction: {fraction}, max_new_tokens: 30}}", f"distill.weight={weight}", *SMALL],
         )
-        _, chosen, _ = smoke_test(recipe, rows, 1)
+        shortened, chosen, _ = smoke_test(recipe, rows, 1)
         assert sorted(map(len, chosen["input_ids"])) == sorted(longest), fraction
+        assert shortened.train.max_steps == (2 if fraction == 1 else 4)
 
 
 # ---- what is refused
