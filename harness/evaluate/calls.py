@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from harness.data.sources import SourceRow, content_digest, load_rows
 from harness.data.templates import Renderer
-from harness.errors import EvaluationError
+from harness.errors import DataError, EvaluationError
 from harness.evaluate.generate import generate_greedily
 from harness.recipe.schema import Source
 from harness.tools import Score, ToolCall, score, summarise
@@ -74,14 +74,18 @@ def question_of(source: SourceRow, renderer: Renderer) -> Question:
 
 def choose_questions(rows: Sequence[SourceRow], renderer: Renderer, count: int, max_length: int) -> tuple[list[Question], int]:
     """(questions, tokens of the longest gold call): `count` of the distinct conversations that offer tools and fit into max_length tokens,
-    by their content, so that they are the same in any order of the rows.
+    by their content, so that they are the same in any order of the rows. Those that the chat template refuses are left out: who wants such
+    rows to fail has had them fail when the data was prepared.
 
     Raises EvaluationError when none of them wants a call.
     """
     offering = {content_digest(row.row): row for row in rows if row.row.get("tools")}
     chosen, longest_call = [], 0
     for _, row in sorted(offering.items()):
-        question, tokens = question_of(row, renderer), len(renderer.render(row.row, row.location).ids)
+        try:
+            question, tokens = question_of(row, renderer), len(renderer.render(row.row, row.location).ids)
+        except DataError:
+            continue
         if tokens <= max_length:
             chosen.append(question)
             longest_call = max(longest_call, tokens - len(question.ids)) if question.gold else longest_call

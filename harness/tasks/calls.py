@@ -94,7 +94,7 @@ def measure_teacher(trainer: "HarnessTrainer", tracking) -> None:
     if teacher is None or trainer.calls is None:
         return
     follow_tokenizer(teacher, trainer.processing_class, end_of_turn_ids(trainer.processing_class))
-    rates = trainer.calls.measure(teacher)
+    rates = trainer.calls.measure(teacher, trainer.lives.report.beat)
     tracking.log(0, {f"eval/teacher_{key}": rate for key, rate in rates.items()})
     if distributed.is_main():
         print(f"the teacher's calls on the held-out rows: {rates['exact_match']:.1%} exactly right", flush=True)

@@ -12,7 +12,7 @@ from rig import die_in_phase, shared_rig
 from harness.data.sources import load_rows
 from harness.data.templates import Renderer
 from harness.embedded import resolve
-from harness.errors import EvaluationError
+from harness.errors import DataError, EvaluationError
 from harness.evaluate.calls import answer_questions, choose_questions
 from harness.recipe.schema import Source
 from harness.tools import summarise
@@ -153,6 +153,23 @@ def test_questions_are_chosen_by_their_content_and_none_is_longer_than_training_
     without = [row for row in rows if not row.row["messages"][-1].get("tool_calls")]
     with pytest.raises(EvaluationError, match=f"of {len(without)} held-out rows .* none wants a call; give held-out rows with calls"):
         choose_questions(without, renderer, 6, 256)
+
+
+def test_a_held_out_row_that_the_template_refuses_is_left_out_as_it_is_of_the_data(world):
+    from harness.model import load_tokenizer
+    from harness.recipe import load
+
+    class Picky(Renderer):
+        def render_prompt(self, row, location=""):
+            if location == bad:
+                raise DataError(f"{location}: the chat template refuses it")
+            return super().render_prompt(row, location)
+
+    tokenizer = load_tokenizer(load(recipe(world, "picky")))
+    rows = load_rows(Source(path=str(world / "rows.jsonl"))).rows
+    bad = choose_questions(rows, Renderer(tokenizer), 99, 256)[0][0].location
+    chosen, _ = choose_questions(rows, Picky(tokenizer), 99, 256)
+    assert chosen == choose_questions([row for row in rows if row.location != bad], Renderer(tokenizer), 99, 256)[0]
 
 
 @pytest.mark.parametrize("own", ["flex_attention", "sdpa"])
