@@ -19,6 +19,7 @@ import torch
 
 from harness.errors import ModelError, TeacherError
 from harness.losses import DivergenceLoss, Head, SparseTargets, sparse_divergence
+from harness.teacher.fidelity import FIDELITY_FILE
 from harness.teacher.format import Targets, sample_key
 from harness.teacher.reader import TeacherCache, open_cache
 from harness.teacher.samples import cache_folder, keys_of, plan_units, settings_of, teacher_name
@@ -47,7 +48,7 @@ HALVES_NATS = 0.1
 
 def find_cache(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prepared: Prepared, say: Callable[[str], None]) -> Path:
     """The folder of the recipe's cache, which has the targets of all rows, and they fit. Raises TeacherError otherwise. prepared: as it is
-    trained on, packed or not. say: told what the teacher thinks of the rows."""
+    trained on, packed or not. say: told what the teacher thinks of the rows, and when nobody has compared the cache with it."""
     splits = {"train": prepared.train} | ({"eval": prepared.eval} if prepared.eval is not None else {})
     found = {name: keys_of(rows) for name, rows in splits.items()}
     keys, lengths = (sum((part[column] for part in found.values()), []) for column in (0, 1))
@@ -56,6 +57,11 @@ def find_cache(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prepared: Pre
     for name, rows in splits.items():
         check_rows(cache, name, rows, found[name][0])
     say(check_gold(cache, prepared.train))
+    if not (cache.folder / FIDELITY_FILE).is_file():
+        say(
+            f"warning: {cache.folder}: has no {FIDELITY_FILE}: its capture has not come to its end, where the cache is compared with the "
+            "teacher, or the two differed there; `harness capture RECIPE` says which"
+        )
     return cache.folder
 
 

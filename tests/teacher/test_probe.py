@@ -178,7 +178,12 @@ def test_a_recipes_cache_is_found_and_checked_for_rows_that_are_trained_and_held
     said = []
     alone = Prepared(rows, None, prepared.report, tmp_path)
     assert probe.find_cache(recipe(), tokenizer, alone, said.append) == tmp_path / "cache"
-    assert len(said) == 1 and said[0].startswith("teacher: ")
+    assert said[0].startswith("teacher: ")
+    # A capture is compared with its teacher when all of it is there, and only then has a report.
+    assert "no fidelity.json" in said[1] and said[1].endswith("`harness capture RECIPE` says which")
+    (tmp_path / "cache" / "fidelity.json").write_text("{}")
+    probe.find_cache(recipe(), tokenizer, alone, said.append)
+    assert len(said) == 3 and said[2] == said[0]
     with pytest.raises(TeacherError, match="`harness capture RECIPE` makes one"):
         probe.find_cache(recipe(f"teacher.cache={tmp_path / 'nothing'}"), tokenizer, alone, said.append)
 
