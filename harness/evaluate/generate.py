@@ -43,8 +43,9 @@ def generate(
 
     stops = model.generation_config.eos_token_id
     stops = set(stops if isinstance(stops, list) else [stops])
-    # A model's own generation config may ask for a top_k.
+    # A model's own generation config may ask for a top_k, and for penalties (Qwen2.5's does), which would make names of tools improbable.
     draws = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    draws |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     continuations: dict[int, Continuation] = {}
     was_training = model.training

@@ -224,8 +224,8 @@ class Fixed(torch.nn.Module):
 )
 def test_tokens_are_drawn_with_the_probabilities_that_temperature_and_nucleus_leave(world, reference, settings, expected):
     model = Fixed(world, [0.5, 0.3, 0.15, 0.05]).model
-    # Of a model that asks for a cut of its own.
-    model.generation_config.top_k = 1
+    # Of a model that asks for a cut of its own, and for penalties, as Qwen2.5 does.
+    model.generation_config.update(top_k=1, repetition_penalty=50.0, no_repeat_ngram_size=1)
     torch.manual_seed(0)
     found = generate(model, load_tokenizer(reference.recipe), [[7]] * 100, max_new_tokens=40, batch_size=50, **settings)
     counts = Counter(token for continuation in found for token in continuation.ids)
