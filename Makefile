@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow faults lint bench clean
+.PHONY: install quickstart test test-slow test-all faults lint bench clean
 
 install: $(INSTALLED)
 
@@ -23,8 +23,12 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
+# With test all that CI runs, in its hour and a half.
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not exhaustive and not gpu"
+
+test-all: install
+	$(BIN)/python -m pytest -m "not gpu"
 
 # Runs that are killed N times at random instants; each must end bit for bit as the one that nobody killed.
 N ?= 200

@@ -211,6 +211,7 @@ def test_a_trial_never_replaces_a_measurement(bench, arguments, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_trial_measures_everything_and_writes_both_results(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # main sets it; restored after the test
     bench.main(["--device", "cpu", "--trial", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")])

@@ -242,6 +242,7 @@ def test_a_gpu_is_refused_where_there_is_none(load):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_trial_measures_every_part_and_writes_both_results(load, tmp_path, monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "TRL_EXPERIMENTAL_SILENCE"):
         monkeypatch.setenv(name, "")  # main sets them; restored after the test
@@ -256,6 +257,7 @@ def test_a_trial_measures_every_part_and_writes_both_results(load, tmp_path, mon
 
 @needs_shared
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_with_its_teacher_a_student_learns_more_in_as_many_steps_and_from_a_cache_the_same(load, tmp_path):
     stories = load("distill_stories")
     assert STORIES.samefile(stories.TEACHER)

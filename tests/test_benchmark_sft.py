@@ -181,6 +181,7 @@ def test_a_side_that_fails_is_shown_with_its_command_and_the_end_of_its_log(benc
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_race_of_a_few_steps_writes_both_results(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # main sets it; restored after the test
     bench.main(["--device", "cpu", "--steps", "5", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")])

@@ -141,6 +141,7 @@ def test_the_committed_result_is_what_its_numbers_say_and_tells_when_others_used
 
 @pytest.mark.slurm
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)  # three minutes on two cores that nobody else uses
 def test_a_trial_measures_everything_and_writes_both_results(bench, tmp_path, monkeypatch):
     for name in ("HARNESS_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"):

@@ -625,6 +625,7 @@ def test_a_real_chain_passes_weights_and_tokenizer_on(chain, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_real_capture_that_is_stopped_goes_on_and_the_student_learns_from_it(tmp_path):
     settings = [f"{stage}.teacher.{of}" for stage in ("capture", "student") for of in ("unit_tokens=1000", f"cache={tmp_path / 'cache'}")]
     argv = [sys.executable, "-m", "harness", "run", "pipelines/tiny-distill", "student.train.max_steps=3", *settings]

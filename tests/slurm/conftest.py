@@ -53,6 +53,6 @@ def slurm_cluster_linuxproc(monkeypatch):
     yield from lend("linuxproc", monkeypatch)
 
 
-@pytest.fixture(params=["cgroup", "linuxproc"])
+@pytest.fixture(params=["cgroup", pytest.param("linuxproc", marks=pytest.mark.exhaustive)])
 def each_tracking(request, monkeypatch):
     yield from lend(request.param, monkeypatch)

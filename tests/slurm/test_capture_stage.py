@@ -145,6 +145,7 @@ def test_an_array_that_is_killed_and_preempted_makes_the_cache_of_one_process_an
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_nodes_of_an_element_share_one_teacher_by_zero3(ask):
     one = {"do": "capture", "recipe": "tiny/distill-offline", "set": UNITS | ask.cache | {"backend": "zero3"}, "nodes": 2}
     ask.pipeline(ask=one)
