@@ -26,7 +26,7 @@ FREE = (
 ).split()
 """Fields that may change freely: they do not decide what the weights become (but for rounding), or something else is compared in their
 place: the prepared data, the engine, the global batch."""
-DATA, GLOBAL_BATCH, BASE = "data", "global_batch", "base"
+DATA, GLOBAL_BATCH, BASE, TEACHER = "data", "global_batch", "base", "teacher"
 """What `--allow-change` takes beside the names of recipe fields."""
 
 
@@ -79,7 +79,7 @@ def changed_fields(manifest: dict, recipe: Recipe) -> list[str]:
 
 
 def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    """Raises LaunchError when the data or the base of `facts` is not the checkpoint's."""
+    """Raises LaunchError when the data, the base or the teacher of `facts` is not the checkpoint's."""
     problems = []
     if facts["data"]["digest"] != manifest["data"]["digest"] and DATA not in allowed:
         problems.append(
@@ -87,6 +87,8 @@ def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...])
         )
     if _identity(facts["base"]) != _identity(manifest["base"]) and BASE not in allowed:
         problems.append(f"{BASE}: the weights of {facts['base']['name']} are not those that the checkpoint was made with")
+    if facts["teacher"] != manifest.get("teacher") and TEACHER not in allowed:
+        problems.append(f"{TEACHER}: its weights are not those that the checkpoint's run has learnt from")
     _refuse(problems, manifest, _PUT_BACK)
 
 

@@ -16,7 +16,7 @@ HEADS = ("lm_head", "embed_out", "output")
 """What the layer from hidden states to logits is called."""
 METRICS = {
     "sft": ("eval/loss", "eval/mean_token_accuracy", "eval/entropy"),
-    "distill": ("eval/loss", "eval/kl", "eval/top1_agreement"),
+    "distill": ("eval/loss", "eval/kl", "eval/top1_agreement", "eval/overlap"),
 }
 CALL_METRICS = ("eval/exact_match", "eval/valid_json", "eval/valid_schema")
 """Of `train.eval_tool_calls`. Without right_abstention, which a model that never calls has whole."""

@@ -79,7 +79,7 @@ class FromCache:
     whole_model = None
 
     def __init__(self, teacher: TeacherCache | ServedTeacher, distill: Distill):
-        self.vocabulary, self._teacher, self._distill = teacher.vocabulary, teacher, distill
+        self.vocabulary, self.digest, self._teacher, self._distill = teacher.vocabulary, teacher.digest, teacher, distill
 
     def collator(self, collate: Callable[[list[dict]], dict]) -> TargetsCollator:
         """A trainer's own, with targets."""
@@ -107,7 +107,7 @@ class Beside:
     """A teacher that answers beside the student: a whole one on every rank, or shares of one where the backend is ZeRO-3."""
 
     def __init__(self, teacher: ResidentTeacher, vocabulary: int, distill: Distill):
-        self.vocabulary, self._teacher, self._distill = vocabulary, teacher, distill
+        self.vocabulary, self.digest, self._teacher, self._distill = vocabulary, teacher.digest, teacher, distill
         self._beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5 if distill.beta is None else distill.beta}[distill.divergence]
 
     @property

@@ -222,20 +222,21 @@ class _Work:
             for row in self.asked.left_out:
                 _write(dropped, {"location": row.location, "kind": "not_asked", "reason": row.reason})
             for prompt, samples in self._by_prompt():
-                kept = []
+                kept = set()
                 for said in samples:
                     counts["tokens"] += said.tokens
                     answer = read_answer(said.said, prompt.row.get("tools", []), ended=said.ended, control_tokens=control_tokens)
                     if isinstance(answer, Fault):
                         counts[answer.kind] += 1
                         _write(dropped, {"location": prompt.location, **asdict(answer), "sample": said.sample, "said": said.said})
-                    elif answer not in kept:
-                        kept.append(answer)
+                    # As text: to Python 1 is True.
+                    elif (text := json.dumps(answer, sort_keys=True)) not in kept:
+                        kept.add(text)
+                        counts["with_calls"] += "tool_calls" in answer
                         tools = {"tools": prompt.row["tools"]} if "tools" in prompt.row else {}
                         _write(answers, {"prompt": prompt.row["messages"], "completion": [answer], **tools})
                 counts["asked"] += len(samples)
                 counts["answers"] += len(kept)
-                counts["with_calls"] += sum("tool_calls" in answer for answer in kept)
             report = {
                 "rows": self.asked.rows,
                 "not_asked": len(self.asked.left_out),

@@ -151,21 +151,19 @@ def _train(job: Job, resumed: Selected | None) -> None:
     if job.smoke:
         recipe, train_rows, eval_rows = smoke_test(recipe, train_rows, world_size)
 
-    build = sft.build_trainer
+    build, teacher = sft.build_trainer, None
     if recipe.task == "distill":
         from harness.tasks import distill
 
         job.report.enter("loading teacher")
-        teaching = functools.partial(distill.load_teacher, recipe, backend, tokenizer, prepared)
+        build = distill.build_trainer
         if recipe.distill.on_policy:
             from harness.tasks import on_policy
 
             by_vllm = on_policy.uses_vllm(recipe, has_gpu=settled.has_gpu)
-            build = functools.partial(
-                on_policy.build_trainer, teacher=teaching(), on_policy=recipe.distill.on_policy, by_vllm=by_vllm, fills=job.smoke
-            )
-        else:
-            build = functools.partial(distill.build_trainer, teacher=teaching())
+            build = functools.partial(on_policy.build_trainer, on_policy=recipe.distill.on_policy, by_vllm=by_vllm, fills=job.smoke)
+        teacher = distill.load_teacher(recipe, backend, tokenizer, prepared)
+        build = functools.partial(build, teacher=teacher)
 
     # Before the model: under ZeRO-3 these make `from_pretrained` read weights straight into shards.
     arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=settled.has_gpu, bf16_hardware=settled.bf16_hardware)
@@ -175,7 +173,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
     source = base_source(job)
     model = load_model(recipe, backend, settled, source, tokenizer, args)
     check_positions(model, prepared.report.train.length_percentiles["max"])
-    facts = facts_of(job, recipe, args, prepared.digest, source, model, resumed)
+    facts = facts_of(job, recipe, args, prepared.digest, source, model, resumed) | {"teacher": teacher and teacher.digest}
     if resumed:
         resume.check_facts(resumed.manifest, facts, job.allowed)
 

@@ -84,6 +84,11 @@ class TeacherCache:
         return str(self.folder)
 
     @property
+    def digest(self) -> str:
+        """Of the teacher's weights."""
+        return self.header.teacher.digest
+
+    @property
     def vocabulary(self) -> int:
         return self.header.vocabulary
 

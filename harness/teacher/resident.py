@@ -83,7 +83,9 @@ class ResidentTeacher:
         """question(hidden states [B, T, H], head) of rows of ids [B, T]. No mask: padding stands at the right, where a causal model's
         tokens do not see it. inputs: what tells apart the samples of a flattened batch (position_ids, cu_seq_lens_q and the like). Over
         several ranks of ZeRO-3 all must ask at the same time, each about its own rows."""
-        return self._asked(ids.to(self.device), question, inputs)
+        # In its own type, also within a student's autocast.
+        with torch.autocast(self.device.type, enabled=False):
+            return self._asked(ids.to(self.device), question, inputs)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, **inputs) -> Tensor:

@@ -99,7 +99,8 @@ def plan_units(keys: Sequence[bytes], lengths: Sequence[int], unit_tokens: int) 
 
 def settings_of(recipe: Recipe) -> Settings:
     teacher = recipe.teacher
-    return Settings(teacher.top_p, teacher.floor, teacher.cap, teacher.draws, recipe.data.seed if teacher.draws else 0)
+    # What is drawn does not follow the recipe's seed: another order of the rows is no reason to ask again.
+    return Settings(teacher.top_p, teacher.floor, teacher.cap, teacher.draws, 0)
 
 
 def cache_folder(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Path:

@@ -74,10 +74,11 @@ def test_what_does_not_decide_the_weights_may_change(change):
 
 def test_other_data_and_another_base_are_refused_unless_named():
     manifest = manifest_of(load(RECIPE))
-    facts = {"data": {"digest": "d2"}, "base": {"name": "other", "digest": "w2"}}
+    facts = {"data": {"digest": "d2"}, "base": {"name": "other", "digest": "w2"}, "teacher": "t2"}
     text = refused(check_facts, manifest, facts, ())
     assert "data: the prepared rows are d2; the checkpoint was made with d1" in text and "base: the weights of other" in text
-    check_facts(manifest, facts, ("data", "base"))
+    assert "teacher: its weights are not those that the checkpoint's run has learnt from" in text
+    check_facts(manifest, facts, ("data", "base", "teacher"))
 
 
 def test_a_state_that_the_backend_cannot_read_is_refused_with_the_backend_that_can():

@@ -398,7 +398,7 @@ def test_the_folder_is_named_by_what_decides_the_content_and_by_nothing_else(ref
         return cache_folder(load(file, list(overrides)), reference.tokenizer, plan)
 
     assert folder().parent == Path(os.environ["HARNESS_CACHE"]) / "teachers"
-    assert folder("train.learning_rate=1e-3", "data.seed=5", "teacher.draws=0") == folder("teacher.draws=0")
+    assert folder("train.learning_rate=1e-3", "data.seed=5") == folder()
     different = [
         "teacher.top_p=0.9",
         "teacher.cap=32",
@@ -407,8 +407,8 @@ def test_the_folder_is_named_by_what_decides_the_content_and_by_nothing_else(ref
         "teacher.dtype=float32",
         "teacher.revision=v1",
     ]
-    folders = {folder(), *(folder(override) for override in (*different, "data.seed=5", "teacher.name_or_path=other/teacher"))}
-    assert len(folders) == 9
+    folders = {folder(), *(folder(override) for override in (*different, "teacher.name_or_path=other/teacher"))}
+    assert len(folders) == 8
     monkeypatch.chdir(STORIES.parent)
     assert folder(f"teacher.name_or_path={STORIES.name}") == folder()
     assert folder("teacher.cache=~/mine") == Path.home() / "mine"
@@ -672,7 +672,7 @@ def test_a_process_that_fails_ends_those_that_share_its_teacher_and_no_others(tm
     two = Machines(2)
     begun = time.monotonic()
     assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "60"], two, {}, together=True) == 3
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 50
     assert supervise([sys.executable, "-c", FAIL_OR_WAIT, "0.5"], two, {}, together=False) == 0
 
 
@@ -689,8 +689,8 @@ def test_the_processes_find_this_very_harness_wherever_they_are_started(monkeypa
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     from harness.cli import workers as command
 
-    for after_s in (3.0, 3.0 + command.ONE_CAUSE_S + 1.0):
+    for after_s in (6.0, 6.0 + command.ONE_CAUSE_S + 1.0):
         threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT)).start()
     begun = time.monotonic()
     assert command.supervise([sys.executable, "-c", DEAF], Machines(1), {}, together=False) == 128 + signal.SIGKILL
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 50

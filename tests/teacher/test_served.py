@@ -423,7 +423,7 @@ def test_a_slow_answer_is_not_waited_for_longer_than_was_said(serve):
     begun = time.monotonic()
     with pytest.raises(TeacherError, match=r"does not answer within 0.2 s, 2 times in a row; raise teacher.server.timeout_s"):
         teacher_at(server.url, timeout_s=0.2).ask(a_sample(), patience=1)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
 
 
 def test_nobody_at_the_address_is_told_of_soon(recipe_of, serve, tokenizer):
