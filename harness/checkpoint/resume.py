@@ -59,10 +59,10 @@ def check_recipe(manifest: dict, recipe: Recipe, allowed: tuple[str, ...]) -> No
     known = now.keys() | then.keys()
     for name in allowed:
         # It would allow nothing, in silence.
-        if name not in (DATA, GLOBAL_BATCH, BASE) and not any(_is_under(key, name) for key in known):
+        if name not in (DATA, GLOBAL_BATCH, BASE, TEACHER) and not any(_is_under(key, name) for key in known):
             raise LaunchError(
                 f"--allow-change {name}: no such setting; give the dotted name of a recipe's field (train.learning_rate), "
-                f"or {DATA}, {GLOBAL_BATCH}, {BASE}"
+                f"or {DATA}, {GLOBAL_BATCH}, {BASE}, {TEACHER}"
             )
     problems = [
         f"{key} = {now.get(key)}; the checkpoint was made with {then.get(key)}"

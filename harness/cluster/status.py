@@ -309,7 +309,8 @@ def _step(run: RunDir, life: Path | None, commit: int | None, status: RunStatus)
     outcome, life = read_outcome(life), life or run.last_attempt()
     if outcome and outcome["step"] is not None:
         return outcome["step"]
-    steps = [report["step"] for report in rank_reports(life, "alive") if report["step"] is not None] if life else []
+    # Another version's report may have none.
+    steps = [report["step"] for report in rank_reports(life, "alive") if report.get("step") is not None] if life else []
     return max(steps, default=commit)
 
 

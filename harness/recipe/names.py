@@ -45,7 +45,7 @@ ELSEWHERE = {
     "loss_top_k": "teacher.cap",
     "lmbda": "distill.on_policy.fraction",
     "max_completion_length": "distill.on_policy.max_new_tokens",
-    "top_k": "teacher.cap (of a student that writes: distill.on_policy.top_k)",
+    "top_k": "teacher.cap`, or of a student that writes `distill.on_policy.top_k",
     "cutoff_len": "data.max_length",
     "sequence_len": "data.max_length",
     "max_seq_length": "data.max_length",

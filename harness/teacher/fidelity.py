@@ -177,7 +177,8 @@ def render_fidelity(fidelity: Fidelity) -> str:
     lost, least = f"not measured: {fidelity.not_measured}", " or more"
     if fidelity.not_measured is None:
         errors = ", ".join(f"{error:.2g} ({kind})" for kind, error in fidelity.gradient_error.items())
-        lost = f"KL to what is decoded {fidelity.kl:.2g} nats ({fidelity.kl_flat_tail:.2g} with a flat tail); gradient error {errors}"
+        kl = max(fidelity.kl, 0.0)
+        lost = f"KL to what is decoded {kl:.2g} nats ({fidelity.kl_flat_tail:.2g} with a flat tail); gradient error {errors}"
         least = ""
     return (
         f"cache: {fidelity.bytes_per_token:.1f} bytes per trained token; {fidelity.entries:.1f} entries hold {fidelity.retained_mass:.4%} "

@@ -141,7 +141,9 @@ def load_header(folder: Path) -> CacheHeader:
         facts = json.loads(text)
         version = facts.pop("version", None)
     except FileNotFoundError:
-        raise TeacherError(f"{folder}: no {CACHE_FILE}, so this is no teacher cache; `harness capture RECIPE` makes one") from None
+        raise TeacherError(
+            f"{folder}: no {CACHE_FILE}; no cache of these rows, teacher and settings is here; `harness capture RECIPE` makes one"
+        ) from None
     except OSError as error:
         raise TeacherError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, AttributeError, TypeError) as error:
@@ -159,7 +161,7 @@ def load_header(folder: Path) -> CacheHeader:
     return header
 
 
-def check_same(where: object, found: dict, expected: dict) -> None:
+def check_same(where: Path | str, found: dict, expected: dict) -> None:
     """Raises TeacherError that names the first fact in which a header differs."""
     for name in expected.keys() | found.keys():
         here, there = found.get(name), expected.get(name)
@@ -168,6 +170,7 @@ def check_same(where: object, found: dict, expected: dict) -> None:
         elif here != there:
             raise TeacherError(
                 f"{where}: {name} is {here!r}, and the cache is of {there!r}; it belongs to another cache: use another folder"
+                + (" (a plan follows from the rows and teacher.unit_tokens)" if str(where).endswith(": plan") else "")
             )
 
 

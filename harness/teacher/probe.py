@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from harness.embedded import resolve
 from harness.errors import ModelError, TeacherError
 from harness.losses import DivergenceLoss, Head, SparseTargets, sparse_divergence
 from harness.teacher.fidelity import FIDELITY_FILE
 from harness.teacher.format import Targets, sample_key
 from harness.teacher.reader import TeacherCache, open_cache
+from harness.teacher.resident import weights_digest
 from harness.teacher.samples import cache_folder, keys_of, plan_units, settings_of, teacher_name
 from harness.teacher.targets import UNTRAINED, keys_in, samples_of
 from harness.teacher.vocabulary import true_vocabulary, vocabulary_digest
@@ -67,10 +69,16 @@ def find_cache(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, prepared: Pre
 
 def check_header(cache: TeacherCache, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises TeacherError when the cache is of another teacher than the recipe's, keeps more or less, or is of other token ids."""
-    header, asked = cache.header, settings_of(recipe)
+    header, asked, source = cache.header, settings_of(recipe), Path(resolve(recipe.teacher.name_or_path))
     if header.teacher.name != teacher_name(recipe):
         raise TeacherError(
             f"{cache.folder}: is of {header.teacher.name}; teacher.name_or_path = {recipe.teacher.name_or_path}; make them the same"
+        )
+    # It need not be here; where it is, it may have been trained anew.
+    if not recipe.teacher.server and source.is_dir() and weights_digest(source) != header.teacher.digest:
+        raise TeacherError(
+            f"{cache.folder}: {recipe.teacher.name_or_path} has other weights than when it was captured; put them back, or let "
+            "teacher.cache be another folder and capture anew"
         )
     for key, found in asdict(header.settings).items():
         if found != getattr(asked, key):
@@ -128,9 +136,10 @@ def check_gold(cache: TeacherCache, rows: Dataset) -> str:
             )
         nll, entropy, positions = nll - targets.gold.sum(), entropy + targets.entropy.sum(), positions + len(gold)
     per_token = (nll / positions, entropy / positions, np.log(cache.header.vocabulary))
-    return "teacher: {:.3f} nats on {:,} gold tokens (its own uncertainty {:.3f}, a blind guess {:.3f})".format(
+    line = "teacher: {:.3f} nats on {:,} gold tokens (its own uncertainty {:.3f}, a blind guess {:.3f})".format(
         per_token[0], positions, *per_token[1:]
     )
+    return line if per_token[0] < per_token[2] else f"{line}\nwarning: this teacher knows no more of these rows than a blind guess"
 
 
 def _bounds(targets: Targets, gold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

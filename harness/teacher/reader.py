@@ -153,7 +153,7 @@ class TeacherCache:
             raise TeacherError(
                 f"{self.folder}: {(~is_there).sum():,} of {len(keys):,} samples have no targets (units: {len(self.units)} of "
                 f"{self.header.plan.units}); `harness capture RECIPE` makes what is missing; other rows, tokenizer, template or max_length "
-                "than at the capture give other samples"
+                "than at the capture give other samples, which want a cache of their own: no teacher.cache, or another one"
             )
         return places
 

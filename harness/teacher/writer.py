@@ -160,10 +160,18 @@ def _first(wrong: np.ndarray, what: str) -> str | None:
     return f"position {at[0][0]}: {what}" if len(at) else None
 
 
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free some: what is committed stays, and the same command goes on") | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR), "; give teacher.cache a folder that can be written"
+)
+
+
 @contextlib.contextmanager
 def _naming(path: Path):
     try:
         yield
     except OSError as error:
-        advice = "; free some: what is committed stays, and the same command goes on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = (
+            "; free some: what is committed stays, and the same command goes on" if is_full else "; give teacher.cache a folder of yours"
+        )
         raise TeacherError(f"{path}: cannot be written: {error.strerror}{advice}") from error

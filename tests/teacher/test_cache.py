@@ -405,7 +405,14 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["cache.json"]
 
 
-@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "No space left on device; free some"), (errno.EIO, "Input/output error$")])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "No space left on device; free some"),
+        (errno.EROFS, "Read-only file system; give teacher.cache a folder that can be written"),
+        (errno.EIO, "Input/output error$"),
+    ],
+)
 def test_a_disk_that_takes_no_more_is_named(tmp_path, monkeypatch, number, said):
     save_header(tmp_path, header_of())
 
@@ -588,7 +595,10 @@ def test_a_unit_that_shrinks_or_goes_while_the_cache_is_open_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda text: None, "no cache.json, so this is no teacher cache; `harness capture RECIPE` makes one"),
+        (
+            lambda text: None,
+            "no cache.json; no cache of these rows, teacher and settings is here; `harness capture RECIPE` makes one",
+        ),
         (lambda text: text[:50], "cache.json: is altered: not the JSON"),
         (lambda text: "[1]", "cache.json: is altered: not the JSON"),
         (lambda text: text.replace('"p": 0.99,', ""), "cache.json: is altered: .*'p'"),

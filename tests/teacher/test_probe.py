@@ -16,6 +16,7 @@ from harness.losses import DivergenceLoss
 from harness.recipe import load
 from harness.teacher import probe
 from harness.teacher.format import Teacher
+from harness.teacher.resident import weights_digest
 from harness.teacher.samples import keys_of
 from harness.teacher.vocabulary import true_vocabulary, vocabulary_digest
 
@@ -112,7 +113,7 @@ def stories():
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
 
     def facts(**others):
-        teacher = Teacher(str(STORIES), None, "0" * 32, "float32", None)
+        teacher = Teacher(str(STORIES), None, weights_digest(STORIES), "float32", None)
         return {"teacher": teacher, "tokenizer": vocabulary_digest(tokenizer), "vocabulary": true_vocabulary(tokenizer), **others}
 
     return tokenizer, facts
@@ -149,6 +150,11 @@ data: {{train: rows.jsonl}}
         (["teacher.draws=4"], {}, r"was captured with draws = 0; the recipe asks for 4"),
         ([], {"tokenizer": "f" * 32}, r"tokenizer = f+; the student's is [0-9a-f]{32}: its token ids mean other tokens; give the student"),
         ([], {"vocabulary": 511}, r"vocabulary = 511; the student's is 512"),
+        (
+            [],
+            {"teacher": Teacher(str(STORIES), None, "0" * 32, "float32", None)},
+            r"stories260K-hf has other weights than when it was captured; put them back",
+        ),
     ],
 )
 def test_a_cache_of_another_teacher_other_settings_or_other_tokens_is_refused(tmp_path, rows, stories, recipe, overrides, others, message):
