@@ -170,8 +170,4 @@ def _naming(path: Path):
     try:
         yield
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = (
-            "; free some: what is committed stays, and the same command goes on" if is_full else "; give teacher.cache a folder of yours"
-        )
-        raise TeacherError(f"{path}: cannot be written: {error.strerror}{advice}") from error
+        raise TeacherError(f"{path}: cannot be written: {error.strerror}{ADVICE.get(error.errno, '')}") from error
