@@ -9,8 +9,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
-from harness.errors import LaunchError
+from harness.errors import HarnessError, LaunchError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -147,6 +150,20 @@ def broadcast_object(value):
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_CONTROL)
     return box[0]
+
+
+def on_main(look: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank; or its HarnessError, on every rank."""
+    found, problem = None, None
+    if is_main():
+        try:
+            found = look()
+        except HarnessError as error:
+            problem = error
+    found, problem = broadcast_object((found, problem))
+    if problem:
+        raise problem
+    return found
 
 
 def _device():

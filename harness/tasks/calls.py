@@ -14,7 +14,6 @@ from trl.models.utils import unwrap_model_for_generation
 from harness import distributed
 from harness.data import held_out_rows
 from harness.data.templates import Renderer, end_of_turn_ids
-from harness.errors import HarnessError
 from harness.evaluate.calls import Question, answer_questions, choose_questions
 from harness.model import follow_tokenizer
 from harness.recipe import Recipe
@@ -110,14 +109,9 @@ def load_held_out_calls(recipe: Recipe, tokenizer, batch_size: int) -> HeldOutCa
     """
     if not recipe.train.eval_tool_calls:
         return None
-    chosen, problem = None, None
-    if distributed.is_main():
-        try:
-            renderer = Renderer(tokenizer, training_template, recipe.data.train_on)
-            chosen = choose_questions(held_out_rows(recipe.data), renderer, recipe.train.eval_tool_calls, recipe.data.max_length)
-        except HarnessError as error:
-            problem = error
-    chosen, problem = distributed.broadcast_object((chosen, problem))
-    if problem:
-        raise problem
-    return HeldOutCalls(*chosen, tokenizer, batch_size)
+
+    def choose():
+        renderer = Renderer(tokenizer, training_template, recipe.data.train_on)
+        return choose_questions(held_out_rows(recipe.data), renderer, recipe.train.eval_tool_calls, recipe.data.max_length)
+
+    return HeldOutCalls(*distributed.on_main(choose), tokenizer, batch_size)

@@ -12,7 +12,7 @@ distill/top1_agreement, distill/overlap (mass that both give to the same tokens)
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import patch_environment
@@ -22,7 +22,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from harness import distributed
 from harness.attention import check_isolation
-from harness.errors import HarnessError, ModelError
+from harness.errors import ModelError
 from harness.losses import DivergenceLoss, Head, dense_divergence, sparse_divergence
 from harness.model.head import head_of
 from harness.recipe import Recipe
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
     from harness.data.store import Prepared
 
-T = TypeVar("T")
 Lesson = Callable[[Tensor, Head, Tensor], object]
 """(hidden states [N, H], head, gold tokens [N]) -> DivergenceLoss, or whatever else is wanted of them. No library sees into it: what looks
 like a tensor is cast to the type of the weights by DeepSpeed's and FSDP's forwards."""
@@ -273,19 +272,5 @@ def load_teacher(recipe: Recipe, backend: Backend, tokenizer, prepared: "Prepare
             teacher = resident.load_teacher(recipe, tokenizer, longest, sharded_by=backend if backend.zero_stage == 3 else None)
         return Beside(teacher, true_vocabulary(tokenizer), recipe.distill)
     if recipe.teacher.source == "served":
-        return FromCache(_on_main(lambda: served.connect(recipe, tokenizer, longest, say)), recipe.distill)
-    return FromCache(open_cache(_on_main(lambda: find_cache(recipe, tokenizer, prepared, say))), recipe.distill)
-
-
-def _on_main(look: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank; or its error."""
-    found, problem = None, None
-    if distributed.is_main():
-        try:
-            found = look()
-        except HarnessError as error:
-            problem = error
-    found, problem = distributed.broadcast_object((found, problem))
-    if problem:
-        raise problem
-    return found
+        return FromCache(distributed.on_main(lambda: served.connect(recipe, tokenizer, longest, say)), recipe.distill)
+    return FromCache(open_cache(distributed.on_main(lambda: find_cache(recipe, tokenizer, prepared, say))), recipe.distill)

@@ -136,16 +136,17 @@ class RestoringTrainer:
         if self.stopped:
             # It exports nothing.
             return
-        best, manifest, problem = Path(self.state.best_model_checkpoint), None, None
-        if distributed.is_main():
+        best = Path(self.state.best_model_checkpoint)
+
+        def verify() -> dict:
             self.lives.report.enter(f"verifying {best.name}")
             try:
-                manifest = check_checkpoint(self.state.best_global_step, best, self.lives.committer.section.verify)
+                return check_checkpoint(self.state.best_global_step, best, self.lives.committer.section.verify)
             except CheckpointError as error:
-                problem = CheckpointError(f"the best model cannot be exported: {error}; begin again, or leave metric_for_best_model out")
-        manifest, problem = distributed.broadcast_object((manifest, problem))
-        if problem:
-            raise problem
+                advice = "begin again, or leave metric_for_best_model out"
+                raise CheckpointError(f"the best model cannot be exported: {error}; {advice}") from error
+
+        manifest = distributed.on_main(verify)
         if self.is_deepspeed_enabled:
             zero.prepare_loading(self.model_wrapped, best, manifest, distributed.world_size())
         super()._load_best_model()
