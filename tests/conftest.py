@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHARED = REPOSITORY.parent / "shared" / "data"
+SHARED = (REPOSITORY.parent / "shared" / "data").resolve()
 STORIES = SHARED / "tinymodels" / "stories260K-hf"
 XLAM = SHARED / "xlam" / "sealtool.json"
 MICRO_TEMPLATE = Path(__file__).parent / "micro.jinja"

@@ -39,6 +39,7 @@ from slurm.rig import why_not
 
 from harness.cli import VERBS, group
 from harness.cli.arguments import load_recipe
+from harness.cluster.pipeline import find_pipeline, load_pipeline
 from harness.cluster.schema import Cluster, load_cluster
 from harness.launcher import Machines, plan_launch
 from harness.overrides import dashed_overrides
@@ -51,7 +52,7 @@ RUN_LANGUAGES = ("bash", "sh", "python")
 SHOWN_LANGUAGES = ("yaml", "json", "jsonl", "text", "")
 MINUTES_OR_NETWORK = ("make", "pip", "git", "hf", "apt-get", "sudo")
 """Programs whose blocks must be marked as not run here."""
-UNCHECKED = ("pip", "git", "hf", "wandb", "cd", "source", ".", "export", "ls", "cat", "tail")
+UNCHECKED = ("vllm", "pip", "git", "hf", "wandb", "cd", "source", ".", "export", "ls", "cat", "tail")
 """Other people's programs, whose arguments nothing here can judge."""
 
 
@@ -294,6 +295,9 @@ def check_harness_command(arguments: list[str], environment: dict[str, str]) -> 
     context = verb.make_context(arguments[0], list(arguments[1:]))
     given = context.params
     if "recipe" not in given:
+        return
+    if arguments[0] in ("run", "submit") and (pipeline := find_pipeline(given["recipe"])):
+        load_pipeline(pipeline, given["overrides"])
         return
     backend = [f"backend={given['backend']}"] if given.get("backend") else []
     with context.scope(cleanup=False):

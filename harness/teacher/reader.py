@@ -126,7 +126,8 @@ class TeacherCache:
             path, _, index_offset = self._files[unit]
             mapped = self._mapped(unit)
             written, offset, size, count, check = RECORD.unpack_from(mapped, index_offset + place * RECORD.size)
-            block = mapped[offset : offset + size]
+            # A copy: a view would keep its unit's file open, and the samples of a batch may stand in any number of units.
+            block = bytes(mapped[offset : offset + size])
             if written != key or xxhash.xxh3_64_intdigest(block) != check:
                 raise TeacherError(f"{path}: sample {key.hex()} is altered: its bytes do not have the checksum they had; {AGAIN}")
             blocks.append(block)

@@ -44,7 +44,10 @@ def test_a_crash_loop_stops_at_three_lives_and_says_why(slurm_cluster, tmp_path)
     # After two on the same nodes the third is tried on whichever the queue gives.
     assert run.wait() == "FAILED" and slurm_cluster.show(run.job)["Restarts"] == "1"
     assert run.ends() == ["again", "requeue", "stop"]
-    assert "stopped: 3 lives in a row ended without a newer checkpoint or unit; the last: ended without an error of its own: rank 1" in run.said()
+    assert (
+        "stopped: 3 lives in a row ended without a newer checkpoint or unit; the last: ended without an error of its own: rank 1"
+        in run.said()
+    )
     assert "no checkpoint was made yet; when the cause is gone: harness submit" in run.said()
     # Submitted again it has three more.
     run.submit()

@@ -675,9 +675,15 @@ def test_a_cache_may_have_more_units_than_a_process_may_open_files(many_units):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(number) for number in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 10, before[1]))
+    # The numbers that are free below the highest are no way round the limit.
+    taken = [os.open("/dev/null", os.O_RDONLY)]
+    while taken[-1] < highest:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
     try:
         assert len(open_cache(cache.folder).read_many(list(samples))) == cache.positions
     finally:
+        for number in taken:
+            os.close(number)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
