@@ -598,6 +598,7 @@ def test_what_cannot_be_captured_is_refused_before_anything_is_loaded(tmp_path, 
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_that_were_signalled_end_their_units_and_the_same_command_goes_on_to_the_same_bytes(reference, tmp_path):
     """Two workers on this machine; the first unit's line is the moment at which the parent is told to end."""
     argv = [sys.executable, "-m", "harness", "capture", str(reference.file), f"teacher.cache={tmp_path / 'cache'}"]
