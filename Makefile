@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-all faults lint bench clean
+.PHONY: install quickstart test test-slow test-slurm test-all faults lint bench clean
 
 install: $(INSTALLED)
 
@@ -25,7 +25,11 @@ test: install
 
 # With test all that CI runs, in its hour and a half.
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not exhaustive and not gpu"
+	$(BIN)/python -m pytest -m "slow and not slurm and not exhaustive and not gpu"
+
+# As root: they start a Slurm of three nodes on this machine.
+test-slurm: install
+	$(BIN)/python -m pytest -m "slurm and not exhaustive and not gpu"
 
 test-all: install
 	$(BIN)/python -m pytest -m "not gpu"

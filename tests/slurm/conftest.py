@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.slurm)
-            # `make test` is for a machine without Slurm as well, and for a quarter of an hour.
+            # `make test` is for a machine without Slurm as well, and for a quarter of an hour; `make test-slurm` has these.
             item.add_marker(pytest.mark.slow)
 
 
