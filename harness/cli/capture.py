@@ -90,6 +90,9 @@ def capture_here(recipe: Recipe, backend: Backend, shards: int, shard: int) -> N
         together = shares_teacher(recipe, backend, world_size())
         if torch.cuda.is_available():
             torch.cuda.set_device(distributed.local_rank())
+        else:
+            # With other threads a CPU adds in another order, and the bytes shall not depend on how many workers share it.
+            torch.set_num_threads(1)
         if together:
             _join(recipe)
             worker = Worker(shard, shards)

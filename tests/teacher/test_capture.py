@@ -82,6 +82,15 @@ class Captured:
         return Samples(self.prepared, self.recipe.teacher.unit_tokens)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As `harness capture` has it on a CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Captured:
     captured = Captured(tmp_path_factory.mktemp("reference"))
@@ -309,6 +318,7 @@ def clean():
 
 
 def work(captured: Captured, worker: Worker) -> None:
+    # Of a process that inherits nothing of this one's.
     torch.set_num_threads(1)
     captured.run(worker)
 
