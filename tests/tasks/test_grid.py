@@ -51,7 +51,16 @@ tracking: {{mode: disabled}}
     return train
 
 
-cells = pytest.mark.parametrize(("variant", "backend"), [(variant, backend) for variant in VARIANTS for backend in BACKENDS])
+AT_ONCE = {("full", "zero3"), ("lora", "ddp"), ("lora", "zero2"), ("qlora", "zero3")}
+"""Besides those of one rank, with which the others are compared; the rest is slow."""
+cells = pytest.mark.parametrize(
+    ("variant", "backend"),
+    [
+        pytest.param(variant, backend, marks=[] if backend == "single" or (variant, backend) in AT_ONCE else pytest.mark.slow)
+        for variant in VARIANTS
+        for backend in BACKENDS
+    ],
+)
 
 
 @cells

@@ -133,6 +133,7 @@ def test_a_complete_run_is_not_begun_again_and_is_left_alone(train, overshot):
 # ---- smoke, on packs
 
 
+@pytest.mark.slow
 def test_a_smoke_test_runs_two_steps_on_the_longest_rows_in_a_folder_of_its_own(train, overshot):
     before = {path: path.stat().st_mtime_ns for path in overshot.rglob("*")}
     _, done = train("overshot", "--smoke", "data.packing=true")
@@ -151,6 +152,7 @@ def test_a_smoke_test_runs_two_steps_on_the_longest_rows_in_a_folder_of_its_own(
 # ---- packing
 
 
+@pytest.mark.slow
 def test_a_packed_run_on_a_cpu_has_the_loss_of_its_samples_alone(train):
     """One step over all rows: the logged loss is the base's (an adapter begins at zero) mean over the tokens of every sample, unpacked."""
     from transformers import AutoModelForCausalLM
