@@ -46,7 +46,7 @@ def start(timeout_s: int, *, decisions_s: float, group_of_one: bool = False) -> 
     # With cpu=True Accelerate asks the launcher's variables for the world; without it, on a machine without a GPU, it assumes one rank.
     on_cpu = not torch.cuda.is_available()
     if group_of_one and world_size() == 1 and not os.environ.get("MASTER_ADDR"):
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()})
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout_s))
     if state.num_processes != world_size():
         raise LaunchError(
@@ -93,12 +93,13 @@ def gather_objects(value) -> list:
     return values
 
 
-def _free_port() -> str:
+def free_port() -> int:
+    """Of this machine, for this moment."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+        return probe.getsockname()[1]
 
 
 def _group():

@@ -86,7 +86,7 @@ def processes_of(recipe: Recipe, ranks: int) -> int:
     return 1 if recipe.teacher and (recipe.teacher.device_map or recipe.teacher.server) else ranks
 
 
-def check_trains(run: RunDir) -> None:
+def check_no_share(run: RunDir) -> None:
     """Raises LaunchError for a folder in which nothing is ever trained."""
     if share := read_share(run):
         raise LaunchError(

@@ -643,7 +643,6 @@ def test_rows_of_a_head_that_are_padding_take_no_part_and_get_no_gradient():
 
 
 REFUSED = {
-    "temperature": (dict(temperature=2.0), "temperature = 2.0 from a cache; must be 1"),
     "tail": (dict(tail="uniform"), 'tail = "uniform"; must be "ghost" or "draws"'),
     "vocabulary": (dict(vocabulary=V + 1), f"vocabulary = {V + 1} of a head with {V} rows; must be 1 to {V}"),
     "draws": (dict(tail="draws", drop="draws"), "targets without draws and entropy"),

@@ -21,7 +21,7 @@ from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 from harness.run import RunDir, StopRequest, smoke_recipe
-from harness.share import Share, check_trains, processes_of, save_share
+from harness.share import Share, check_no_share, processes_of, save_share
 
 ONE_CAUSE_S = 1.0
 """A terminal that closes, and a wrapper that hands Ctrl-C on, signal twice for one cause."""
@@ -167,7 +167,7 @@ def run_recipe(
     check_work(recipe, share, machines, has_gpu=has_nvidia_gpu())
     check_no_job_lives(run)
     if share is None:
-        check_trains(run)
+        check_no_share(run)
     if not fresh:
         if is_finished(run, recipe, merge=False):
             click.echo(f"this run is complete: {place(run) if share else run.final}; begin again with --fresh")

@@ -1,11 +1,11 @@
 """Several processes on this machine that share units of work (harness.units), as `harness capture` and `harness generate` start them."""
 
 import signal
-import socket
 import subprocess
 import time
 
 from harness.cli.run import ONE_CAUSE_S
+from harness.distributed import free_port
 from harness.errors import Stopped
 from harness.launcher import Machines
 from harness.life import has_nvidia_gpu, noted_signals, own_environment, say, start_launcher
@@ -19,7 +19,7 @@ def supervise(argv: list[str], machines: Machines, environment: dict[str, str], 
     environment: beside this process's own, in which they find this very harness, and what says which of them each is.
     together: they do each unit together, so that all end when one fails. Otherwise the others do the work of one that failed.
     """
-    address, port = (machines.address, machines.port) if machines.count > 1 else ("127.0.0.1", _free_port())
+    address, port = (machines.address, machines.port) if machines.count > 1 else ("127.0.0.1", free_port())
     processes, asked_at = [], None
     # harness.life.rank_environment says why threads are not to spin.
     shared = ({} if has_nvidia_gpu() else {"OMP_WAIT_POLICY": "PASSIVE"}) | own_environment() | environment
@@ -63,9 +63,3 @@ def _signal(processes: list[subprocess.Popen], number: signal.Signals) -> None:
     for process in processes:
         if process.poll() is None:
             process.send_signal(number)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

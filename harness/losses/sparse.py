@@ -30,12 +30,11 @@ def sparse_divergence(
     tail: Literal["ghost", "draws"] = "ghost",
     cross_entropy_weight: float = 0.0,
     divergence_weight: float = 1.0,
-    temperature: float = 1.0,
     row_weights: Tensor | None = None,
     vocabulary: int | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> DivergenceLoss:
-    """Forward KL(teacher || student) from a cache.
+    """Forward KL(teacher || student) from a cache, at temperature 1: the shape of the tail at another one is not in a cache.
 
     hidden [N, H]; gold [N] token ids; row_weights [N] floats of order 1, 0 for a token that does not count; vocabulary: the entries of
     the head that are tokens (the rest is padding and takes no part), left out: all.
@@ -45,13 +44,9 @@ def sparse_divergence(
     `draws`: the tail's part of the cross-entropy is -(P / m) sum_draws log q, whose gradient is the dense one in expectation, for draws
     have the tail's distribution whatever the student is. Since the teacher's entropy is stored, no constant is missing: the value is the
     dense KL in expectation too. It is noisy, and a sum over few tokens may be negative.
-
-    Raises ValueError for a temperature other than 1: the shape of the tail at another one is not in a cache.
     """
     if tail not in ("ghost", "draws"):
         raise ValueError(f'tail = "{tail}"; must be "ghost" or "draws"')
-    if temperature != 1:
-        raise ValueError(f"temperature = {temperature} from a cache; must be 1: the tail at another one is not in a cache")
     if targets.ids.shape[1] == 0 or targets.ids.shape != targets.log_probs.shape:
         raise ValueError(f"ids {tuple(targets.ids.shape)}, log_probs {tuple(targets.log_probs.shape)}; must be [N, K] both, K > 0")
     if tail == "draws" and (targets.entropy is None or targets.draws is None):
