@@ -1,15 +1,22 @@
 """What no single field can say: combinations that cannot work, each refused with its reason and the remedy.
 
-A rule yields `dotted.key = value; reason; remedy`. What depends on the machine (ranks, GPUs) is checked where the machine is known, in
-`harness.launcher`.
+A rule yields `dotted.key = value; reason; remedy`. Those of single tasks are in `harness.recipe.task_rules`. What depends on the machine
+(ranks, GPUs) is checked where the machine is known, in `harness.launcher`.
 """
 
-import re
 from collections.abc import Iterator
 
 from harness.errors import RecipeError
 from harness.recipe.backend import Backend, load_backend
-from harness.recipe.schema import Checkpoint, Data, Distill, Generate, Recipe, Teacher
+from harness.recipe.schema import Checkpoint, Recipe
+from harness.recipe.task_rules import (
+    compute_type_rules,
+    generate_rules,
+    no_teacher_rules,
+    other_task_rules,
+    preference_rules,
+    teacher_rules,
+)
 from harness.resources import find_config
 
 HEADS = ("lm_head", "embed_out", "output")
@@ -17,6 +24,10 @@ HEADS = ("lm_head", "embed_out", "output")
 METRICS = {
     "sft": ("eval/loss", "eval/mean_token_accuracy", "eval/entropy"),
     "distill": ("eval/loss", "eval/kl", "eval/top1_agreement", "eval/overlap"),
+    "dpo": ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins"),
+    "kto": ("eval/loss", "eval/rewards/margins"),
+    "reward": ("eval/loss", "eval/accuracy"),
+    "rlhf": ("eval/reward",),
 }
 CALL_METRICS = ("eval/exact_match", "eval/valid_json", "eval/valid_schema")
 """Of `train.eval_tool_calls`. Without right_abstention, which a model that never calls has whole."""
@@ -26,28 +37,28 @@ SCHEDULER_KEYS = {
     "warmup_stable_decay": {"num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"},
     "polynomial": {"power", "lr_end"},
 }
+TASK_RULES = {"distill": (teacher_rules,)} | dict.fromkeys(("dpo", "kto", "reward"), (no_teacher_rules, preference_rules))
 _NO_EVAL_DATA = "there is nothing to evaluate on; give data.eval, data.eval_fraction or data.eval_rows"
 
 
 def check_rules(recipe: Recipe) -> list[str]:
     """Every rule that the recipe breaks, in the order of its sections; empty when all hold."""
-    rules = (
-        _GENERATE_RULES
-        if recipe.task == "generate"
-        else (
+    if recipe.task == "generate":
+        rules = (_type_rules, _data_rules, generate_rules, other_task_rules)
+    else:
+        rules = (
             _model_rules,
-            _compute_type_rules,
+            _type_rules,
             _lora_rules,
             _data_rules,
-            _teacher_rules if recipe.task == "distill" else _no_teacher_rules,
-            _no_generate_rules,
+            *TASK_RULES.get(recipe.task, (no_teacher_rules,)),
+            other_task_rules,
             _schedule_rules,
             _batch_rules,
             _precision_rules,
             _evaluation_rules,
             _checkpoint_rules,
         )
-    )
     problems = [problem for rule in rules for problem in rule(recipe)]
     try:
         backend = load_backend(recipe.backend)
@@ -77,13 +88,8 @@ def _model_rules(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _compute_type_rules(recipe: Recipe) -> Iterator[str]:
-    model = recipe.model
-    if model.quantization and model.quantization.bnb_4bit_compute_dtype == "float16" and model.dtype == "bfloat16":
-        yield (
-            "model.quantization.bnb_4bit_compute_dtype = float16; model.dtype is bfloat16 and the two would mix in every layer; "
-            "make them equal"
-        )
+def _type_rules(recipe: Recipe) -> Iterator[str]:
+    yield from compute_type_rules("model", recipe.model)
 
 
 def _lora_rules(recipe: Recipe) -> Iterator[str]:
@@ -124,163 +130,6 @@ def _data_rules(recipe: Recipe) -> Iterator[str]:
         yield f"data.chat_template = {data.chat_template}; no such file; give the path of a Jinja file, or the name of a shipped one"
     if data.chat_template and data.train_on == "all":
         yield "data.train_on = all; a chat_template of your own says what is trained by its {% generation %} marks; remove one of the two"
-
-
-def _no_teacher_rules(recipe: Recipe) -> Iterator[str]:
-    if recipe.teacher:
-        yield f"teacher.name_or_path = {recipe.teacher.name_or_path}; task = {recipe.task} learns from no teacher; set task: distill"
-    for key, value in recipe.distill:
-        if value != Distill.model_fields[key].default:
-            yield f"distill.{key} = {value}; task = {recipe.task} learns from no teacher; set task: distill, or remove this"
-
-
-def _teacher_rules(recipe: Recipe) -> Iterator[str]:
-    teacher, distill = recipe.teacher, recipe.distill
-    if teacher is None:
-        yield "teacher: is required with task = distill; say who teaches: teacher.name_or_path"
-        return
-    if teacher.quantization and teacher.quantization.bnb_4bit_compute_dtype == "float16" and teacher.dtype == "bfloat16":
-        yield (
-            "teacher.quantization.bnb_4bit_compute_dtype = float16; teacher.dtype is bfloat16 and the two would mix in every layer; "
-            "make them equal"
-        )
-    if distill.beta is not None and distill.divergence != "jsd":
-        yield f"distill.beta = {distill.beta}; {distill.divergence} has none; set divergence: jsd, or remove this"
-    if recipe.train.loss_type != "nll":
-        yield f"train.loss_type = {recipe.train.loss_type}; the loss of task = distill stands in the section distill; remove this"
-    if teacher.server:
-        yield from _server_rules(teacher)
-    elif teacher.source == "served":
-        yield "teacher.source = served; say where it is asked: teacher.server.url"
-    yield from _resident_rules(teacher, distill) if teacher.source == "resident" else _head_rules(teacher, distill)
-    yield from _on_policy_rules(recipe) if distill.on_policy else ()
-
-
-def _server_rules(teacher: Teacher) -> Iterator[str]:
-    server = teacher.server
-    if not re.match("https?://.", server.url):
-        yield f"teacher.server.url = {server.url}; must begin with http:// or https:// (http://host:8000/v1)"
-    if server.api_key_variable and not re.fullmatch(r"[A-Za-z_]\w*", server.api_key_variable):
-        # Not shown: it may be a key.
-        yield "teacher.server.api_key_variable: is no name of a variable; export the key under a name such as TEACHER_KEY and write that"
-    if teacher.source == "resident":
-        yield "teacher.server: a resident teacher is loaded beside the student; remove it, or set source: served (or cache)"
-    for key in ("revision", "dtype", "attn_implementation", "quantization", "trust_remote_code", "device_map"):
-        if getattr(teacher, key) != Teacher.model_fields[key].default:
-            yield f"teacher.{key}: the server has loaded the teacher as it is; remove it"
-    if teacher.draws:
-        yield f"teacher.draws = {teacher.draws}; a server tells the most probable tokens, and what is left cannot be drawn from; remove it"
-    if teacher.source == "served":
-        for key in ("cache", "unit_tokens"):
-            if (value := getattr(teacher, key)) != Teacher.model_fields[key].default:
-                yield f"teacher.{key} = {value}; with source: served nothing is written down; remove it, or set source: cache"
-
-
-def _head_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
-    """Of teachers of whose distributions a head is known: from a cache or a server."""
-    if teacher.floor > teacher.cap:
-        yield f"teacher.floor = {teacher.floor}; cap = {teacher.cap} is the most that is kept; make the floor no larger"
-    if distill.divergence != "forward_kl":
-        yield (
-            f"distill.divergence = {distill.divergence}; it needs the teacher's probability of all that the student would say; a cache "
-            "or a server tells what the teacher would say; use forward_kl, or teacher.source: resident"
-        )
-    if distill.temperature != 1:
-        yield (
-            f"distill.temperature = {distill.temperature}; a cache is of temperature 1, as a server's answers are, and what was left out "
-            "cannot be taken to another; use 1, or teacher.source: resident"
-        )
-    if distill.tail == "draws" and teacher.server:
-        yield "distill.tail = draws; nothing is drawn from a server's answers; use tail: ghost"
-    elif distill.tail == "draws" and not teacher.draws:
-        yield "distill.tail = draws; teacher.draws is 0, so the cache has none; set teacher.draws: 8, or tail: ghost"
-
-
-def _resident_rules(teacher: Teacher, distill: Distill) -> Iterator[str]:
-    for key in ("cache", "top_p", "floor", "cap", "draws", "unit_tokens", "device_map"):
-        if (value := getattr(teacher, key)) != Teacher.model_fields[key].default:
-            yield f"teacher.{key} = {value}; a resident teacher is not captured; remove it, or set source: cache"
-    if distill.tail != "ghost":
-        yield f"distill.tail = {distill.tail}; a resident teacher leaves nothing out; remove it, or set teacher.source: cache"
-
-
-def _no_generate_rules(recipe: Recipe) -> Iterator[str]:
-    for key, value in recipe.generate:
-        if value != Generate.model_fields[key].default:
-            yield f"generate.{key} = {value}; task = {recipe.task} writes no answers; set task: generate, or remove this"
-
-
-def _generate_model_rules(recipe: Recipe) -> Iterator[str]:
-    model = recipe.model
-    if model.init or not model.name_or_path:
-        yield "model.name_or_path: is required with task = generate; random weights (`init`) have nothing to say; give who answers"
-    if model.lora:
-        yield (
-            "model.lora: a new adapter has learnt nothing; remove it (for an adapter that was trained, model.name_or_path takes its folder)"
-        )
-    if model.attn_implementation == "varlen":
-        yield "model.attn_implementation = varlen; it takes no padded batches, and answers are written in such; leave it out"
-
-
-def _generate_data_rules(recipe: Recipe) -> Iterator[str]:
-    data, generate = recipe.data, recipe.generate
-    for key in ("eval", "eval_fraction", "eval_rows", "train_on", "packing", "num_proc", "cache_dir"):
-        if (value := getattr(data, key)) != Data.model_fields[key].default:
-            yield f"data.{key} = {value}; task = generate asks every row of data.train, and trains and holds out none; remove it"
-    if generate.max_new_tokens >= data.max_length:
-        yield (
-            f"generate.max_new_tokens = {generate.max_new_tokens}; data.max_length = {data.max_length} is for prompt and answer together; "
-            "raise it, or ask for less"
-        )
-    for key, without in (("samples_per_prompt", 1), ("top_p", 1.0)):
-        if not generate.temperature and getattr(generate, key) != without:
-            yield f"generate.{key} = {getattr(generate, key)}; at temperature 0 nothing is drawn; set generate.temperature, or remove this"
-
-
-def _generate_only_rules(recipe: Recipe) -> Iterator[str]:
-    if recipe.teacher:
-        yield f"teacher.name_or_path = {recipe.teacher.name_or_path}; with task = generate the teacher is the model; set model.name_or_path"
-    for name in ("distill", "train", "checkpoint", "guard", "watchdog", "tracking"):
-        section = getattr(recipe, name)
-        for key, value in section:
-            if value != type(section).model_fields[key].default:
-                yield f"{name}.{key} = {value}; task = generate trains nothing; remove it"
-    if recipe.backend != "single":
-        yield (
-            f"backend = {recipe.backend}; task = generate shards nothing: for every token all shards would be gathered anew; leave it out "
-            "(a whole model in each of --processes), or use generate.device_map: auto or model.quantization for one that does not fit"
-        )
-
-
-_GENERATE_RULES = (_generate_model_rules, _compute_type_rules, _data_rules, _generate_data_rules, _generate_only_rules)
-
-
-def _on_policy_rules(recipe: Recipe) -> Iterator[str]:
-    distill, attention = recipe.distill, recipe.model.attn_implementation
-    if recipe.teacher.source != "resident":
-        yield (
-            f"distill.on_policy: with teacher.source = {recipe.teacher.source}; what the student will write is known to nobody beforehand; "
-            "set teacher.source: resident, or remove on_policy"
-        )
-    if distill.on_policy.fraction == 1 and distill.weight != 1:
-        yield (
-            f"distill.weight = {distill.weight}; with on_policy.fraction = 1 no token is gold, and there is nothing to weigh the "
-            "divergence against; set weight: 1, or a smaller fraction"
-        )
-    if recipe.data.train_on == "all":
-        yield "data.train_on = all; on_policy wants prompts, and here all of a row is answer; use assistant"
-    if recipe.data.packing is True:
-        yield "data.packing = true; on_policy takes rows apart into prompts and pads them at the left; use false or auto"
-    if attention in ("varlen", "flex_attention"):
-        yield (
-            f"model.attn_implementation = {attention}; on_policy writes from prompts that are padded at the left, which it does not read; "
-            "use auto, sdpa or flash_attention_2"
-        )
-    if recipe.model.lora and distill.on_policy.use_vllm is True:
-        yield (
-            "distill.on_policy.use_vllm = true; for vLLM TRL merges an adapter into its base and takes it out again, which rounds the base "
-            "a little in every step; use auto or false, or train without model.lora"
-        )
 
 
 def _schedule_rules(recipe: Recipe) -> Iterator[str]:
@@ -364,7 +213,7 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
         yield "train.early_stopping_threshold: has no effect without early_stopping_patience; add it or remove this"
     if train.greater_is_better is not None and not train.metric_for_best_model:
         yield "train.greater_is_better: has no effect without metric_for_best_model; add it or remove this"
-    metrics = METRICS[recipe.task] + CALL_METRICS
+    metrics = METRICS[recipe.task] + (CALL_METRICS if recipe.task not in ("reward", "rlhf") else ())
     if train.metric_for_best_model in CALL_METRICS and not train.eval_tool_calls:
         yield f"train.metric_for_best_model = {train.metric_for_best_model}; nothing measures it; say on how many rows: eval_tool_calls: 99"
     if train.metric_for_best_model and train.metric_for_best_model not in metrics:

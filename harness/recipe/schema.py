@@ -168,6 +168,71 @@ class Distill(Section):
     teacher."""
 
 
+PreferenceLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "ipo",
+    "hinge",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+]
+"""Of TRL's, all that a pair has by itself: `aot` sorts the pairs of a micro-batch, and would be another loss on other ranks."""
+
+
+class Dpo(Section):
+    """The loss of `task: dpo`, over pairs of a better and a worse answer; names and meanings are TRL's."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How dear it is to move away from the reference; of `ipo` its tau."""
+    loss_type: PreferenceLoss | Annotated[tuple[PreferenceLoss, ...], Field(strict=False, min_length=1)] = "sigmoid"
+    """One, or several that are added up. `sigmoid_norm` and `ipo` divide by the length of an answer; `sft` is the cross-entropy of the
+    chosen answer per token, to be added to another where what is chosen becomes less probable."""
+    loss_weights: Annotated[tuple[float, ...], Field(strict=False)] | None = None
+    """Of several losses, in their order; left out: 1 each."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs that are taken to be the wrong way round; of `robust` and `exo_pair`."""
+    reference: Literal["auto", "cached", "resident"] = "auto"
+    """What the policy is compared with: always the model that the run begins from. `auto`: with an adapter the policy without it (or the
+    adapter that it began as), without one `cached`. `cached`: its log-probabilities are computed once, before the policy is loaded, and
+    kept below $HARNESS_CACHE/references for later runs. `resident`: a second model beside the policy, in every step."""
+
+
+class Kto(Section):
+    """The loss of `task: kto`, over answers that are good or bad, each by itself (arXiv 2402.01306); names and meanings are TRL's."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How dear it is to move away from the reference."""
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """`apo_zero_unpaired` has no estimate of the KL divergence, and costs a third of the forward passes less."""
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of good answers. KTO wants weight times number, of good against bad, between 1 and 4/3."""
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Of bad answers."""
+    reference: Literal["auto", "cached", "resident"] = "auto"
+    """As `dpo.reference`."""
+
+
+class Reward(Section):
+    """The loss of `task: reward`: a score for each answer, the better one's above the worse one's (Bradley and Terry)."""
+
+    center_rewards_coefficient: Annotated[float, Field(gt=0)] | None = None
+    """Adds this times the squared sum of a pair's two scores, so that scores stay around 0 (0.01 is usual). Left out: not added."""
+
+
+class Rlhf(Section):
+    """Reinforcement learning of `task: rlhf`."""
+
+    algorithm: Literal["rloo", "grpo"] = "rloo"
+    """Each answer is compared with the others to its prompt: by leave-one-out (RLOO), or by their mean and deviation (GRPO)."""
+
+
 class Generate(Section):
     """How `harness generate` has the model answer the rows of `data.train`."""
 
@@ -393,7 +458,7 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    task: Literal["sft", "distill", "generate"] = "sft"
+    task: Literal["sft", "distill", "dpo", "kto", "reward", "rlhf", "generate"] = "sft"
     model: Model
     """What is trained: with `task: distill` the student. With `task: generate`, which trains nothing, who answers."""
     data: Data
@@ -401,6 +466,14 @@ class Recipe(Section):
     """Of `task: distill`."""
     distill: Distill = Distill()
     """Of `task: distill`."""
+    dpo: Dpo = Dpo()
+    """Of `task: dpo`."""
+    kto: Kto = Kto()
+    """Of `task: kto`."""
+    reward: Reward = Reward()
+    """Of `task: reward`."""
+    rlhf: Rlhf = Rlhf()
+    """Of `task: rlhf`."""
     generate: Generate = Generate()
     """Of `task: generate`."""
     train: Train = Train()

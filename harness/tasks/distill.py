@@ -29,6 +29,7 @@ from harness.recipe import Recipe
 from harness.recipe.backend import Backend
 from harness.recipe.schema import Distill
 from harness.tasks import sft
+from harness.tasks.job import Stage, TaskPlan
 from harness.tasks.sft import HarnessSFTTrainer
 from harness.teacher import resident, served
 from harness.teacher.probe import check_same_distribution, check_two_ways, find_cache
@@ -256,6 +257,19 @@ def build_trainer(
 
 
 # ---- from the recipe
+
+
+def plan(stage: Stage) -> TaskPlan:
+    """With the teacher loaded, or found in its cache."""
+    recipe, build = stage.recipe, build_trainer
+    if recipe.distill.on_policy:
+        from harness.tasks import on_policy
+
+        by_vllm = on_policy.uses_vllm(recipe, has_gpu=stage.settled.has_gpu)
+        build = functools.partial(on_policy.build_trainer, on_policy=recipe.distill.on_policy, by_vllm=by_vllm, fills=stage.job.smoke)
+    stage.job.report.enter("loading teacher")
+    teacher = load_teacher(recipe, stage.job.backend, stage.tokenizer, stage.prepared)
+    return TaskPlan(functools.partial(build, teacher=teacher), sft.build_arguments, {"teacher": teacher.digest})
 
 
 def load_teacher(recipe: Recipe, backend: Backend, tokenizer, prepared: "Prepared") -> FromCache | Beside:

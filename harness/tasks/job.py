@@ -3,11 +3,13 @@
 `train_recipe` is the whole job; harness.rank calls it. Each step is a phase, whose name stands in the report of a rank that fails.
 """
 
-import functools
 import json
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 from harness import distributed
 from harness.checkpoint import resume
@@ -130,7 +132,6 @@ def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
 def _train(job: Job, resumed: Selected | None) -> None:
     job.report.enter("importing libraries")
     from harness.model import check_positions, load_tokenizer
-    from harness.tasks import sft
     from harness.tasks.arguments import eval_strategy, training_arguments
     from harness.tasks.calls import load_held_out_calls, measure_teacher
     from harness.tasks.export import export
@@ -151,34 +152,22 @@ def _train(job: Job, resumed: Selected | None) -> None:
     if job.smoke:
         recipe, train_rows, eval_rows = smoke_test(recipe, train_rows, world_size)
 
-    build, teacher = sft.build_trainer, None
-    if recipe.task == "distill":
-        from harness.tasks import distill
-
-        job.report.enter("loading teacher")
-        build = distill.build_trainer
-        if recipe.distill.on_policy:
-            from harness.tasks import on_policy
-
-            by_vllm = on_policy.uses_vllm(recipe, has_gpu=settled.has_gpu)
-            build = functools.partial(on_policy.build_trainer, on_policy=recipe.distill.on_policy, by_vllm=by_vllm, fills=job.smoke)
-        teacher = distill.load_teacher(recipe, backend, tokenizer, prepared)
-        build = functools.partial(build, teacher=teacher)
+    source = base_source(job)
+    plan = plan_task(Stage(job, recipe, settled, source, tokenizer, prepared, train_rows, eval_rows))
 
     # Before the model: under ZeRO-3 these make `from_pretrained` read weights straight into shards.
     arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=settled.has_gpu, bf16_hardware=settled.bf16_hardware)
-    args = sft.build_arguments(recipe, arguments, flattens=settled.flattens)
+    args = plan.build_arguments(recipe, arguments, flattens=settled.flattens)
 
     job.report.enter("loading model")
-    source = base_source(job)
     model = load_model(recipe, backend, settled, source, tokenizer, args)
     check_positions(model, prepared.report.train.length_percentiles["max"])
-    facts = facts_of(job, recipe, args, prepared.digest, source, model, resumed) | {"teacher": teacher and teacher.digest}
+    facts = facts_of(job, recipe, args, prepared.digest, source, model, resumed) | {"teacher": None} | plan.facts
     if resumed:
         resume.check_facts(resumed.manifest, facts, job.allowed)
 
     job.report.enter("building trainer")
-    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, build)
+    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, plan.build)
     trainer.calls = load_held_out_calls(recipe, tokenizer, args.per_device_eval_batch_size)
 
     exit_code = 1
@@ -211,6 +200,40 @@ def _train(job: Job, resumed: Selected | None) -> None:
             if isinstance(callback, ProgressCallback):
                 callback.close()
         tracking.finish(exit_code)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a task finds when it plans its trainer: everything but the model, which is loaded after it."""
+
+    job: Job
+    recipe: Recipe
+    """As it is trained: of a smoke test, and at the global batch of the checkpoint."""
+    settled: "Settled"
+    source: str
+    """Where the base lies."""
+    tokenizer: Any
+    prepared: Any
+    train_rows: Any
+    eval_rows: Any
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """How a task's trainer is made."""
+
+    build: Callable
+    """(args, model, tokenizer, train rows, eval rows, callbacks) -> trainer."""
+    build_arguments: Callable
+    """(recipe, training arguments, flattens) -> the config of TRL's trainer."""
+    facts: dict = field(default_factory=dict)
+    """What must be the same when the run is continued, besides what must be of every task."""
+
+
+def plan_task(stage: Stage) -> TaskPlan:
+    """By the recipe's task; whatever must be loaded and let go before the model is (a teacher, a reference) is loaded here."""
+    module = import_module(f"harness.tasks.{stage.recipe.task}")
+    return module.plan(stage)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import warnings
 from trl import SFTConfig, SFTTrainer
 
 from harness.tasks.checkpointing import CheckpointedTrainer
+from harness.tasks.job import Stage, TaskPlan
 from harness.tasks.trainer import HarnessTrainer
 
 
@@ -38,3 +39,7 @@ def build_trainer(
         return kind(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, callbacks=callbacks
         )
+
+
+def plan(stage: Stage) -> TaskPlan:
+    return TaskPlan(build_trainer, build_arguments)

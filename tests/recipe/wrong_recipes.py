@@ -16,6 +16,8 @@ G = "task=generate"
 D = "task=distill teacher.name_or_path=some/teacher"
 # The same behind a server.
 S = f"{D} teacher.server.url=http://host:8000/v1"
+# Pairs over BASE, with a fresh adapter.
+P = "task=dpo model.lora.r=8"
 # A student that writes for a resident one.
 W = f"{D} teacher.source=resident distill.weight=1 distill.on_policy.fraction=1"
 
@@ -300,6 +302,23 @@ COMBINATIONS = [
     ),
     ("no teacher", "task=distill", "teacher", "say who teaches: teacher.name_or_path"),
     ("a teacher for sft", "teacher.name_or_path=some/teacher", "teacher.name_or_path", "set task: distill"),
+    ("pairs for sft", "dpo.beta=0.2", "dpo.beta", "task = sft compares no pairs with a reference; set task: dpo"),
+    ("labels for dpo", f"{P} kto.beta=0.2", "kto.beta", "task = dpo learns from no good and bad answers"),
+    ("scores for dpo", f"{P} reward.center_rewards_coefficient=0.1", "reward.center_rewards_coefficient", "learns no scores"),
+    ("rewards for dpo", f"{P} rlhf.algorithm=grpo", "rlhf.algorithm", "reinforces nothing"),
+    ("packed pairs", f"{P} data.packing=true", "data.packing", "are not packed; use false or auto"),
+    ("the prompt preferred", f"{P} data.train_on=all", "data.train_on", "compares what the assistant says"),
+    ("two losses", f"{P} train.loss_type=dft", "train.loss_type", "stands in the section dpo"),
+    ("noise to compare", f"{P} train.neftune_noise_alpha=5", "train.neftune_noise_alpha", "noise on a policy that is compared"),
+    ("a policy that changes", f"{P} model.lora.dropout=0.1", "model.lora.dropout", "task = dpo needs 0"),
+    ("no preferences", "task=dpo model.name_or_path=null model.init=config.json", "model.init", "have no preferences"),
+    ("a needless copy", f"{P} dpo.reference=resident", "dpo.reference", "needs no second copy"),
+    ("weights of other losses", f"{P} dpo.loss_weights=[1,2]", "dpo.loss_weights", "loss_type has 1; give one weight for each"),
+    ("dpo that is sft", f"{P} dpo.loss_type=sft", "dpo.loss_type", "alone it compares nothing"),
+    ("one loss twice", f"{P} dpo.loss_type=[ipo,ipo]", "dpo.loss_type", "ipo stands in it twice"),
+    ("smoothing that nothing takes", f"{P} dpo.label_smoothing=0.1", "dpo.label_smoothing", "use loss_type: robust"),
+    ("an infinite loss", f"{P} dpo.loss_type=exo_pair", "dpo.label_smoothing", "set 0.001"),
+    ("a loss of the batch", f"{P} dpo.loss_type=aot", "dpo.loss_type", "must be"),
     ("a divergence for sft", "distill.weight=0.9", "distill.weight", "task = sft learns from no teacher"),
     (
         "fp16 products in a bf16 teacher",
