@@ -13,7 +13,7 @@ def head_of(model: "PreTrainedModel") -> Head:
     """The head as it stands: under ZeRO-3 and FSDP2 its tensors are a shard, until somebody gathers them.
 
     Raises ModelError for a model without a linear head. That no other factor lies between hidden states and logits is proven before the
-    first step, by comparing the two ways to a loss (harness.tasks.distill).
+    first step, by comparing the two ways to a loss (harness.tasks.lessons).
     """
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if layer is None or not hasattr(layer, "weight"):

@@ -1,8 +1,6 @@
 """Distillation by TRL's SFTTrainer with another loss: weight * divergence from a teacher + (1 - weight) * cross-entropy, per trained token.
 
-A lesson is what a micro-batch is to learn: a function of the student's hidden states at the trained tokens, its head and the gold tokens.
-The model's own forward calls it, where TRL's fused head is called for sft: inside of whatever wraps the model, so that DDP and DeepSpeed
-reduce its gradients, and with the head gathered where ZeRO-3 has cut it up. Sums over tokens are divided by the trained tokens of the whole
+The loss is a lesson (harness.tasks.lessons) of the student's hidden states. Sums over tokens are divided by the trained tokens of the whole
 step on all ranks, so that accumulation, ranks and uneven masks change nothing.
 
 Logged beside train/loss, per trained token: distill/kl (of the student from the teacher, at temperature 1), distill/cross_entropy,
@@ -10,7 +8,6 @@ distill/top1_agreement, distill/overlap (mass that both give to the same tokens)
 """
 
 import functools
-import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,6 +27,7 @@ from harness.recipe.backend import Backend
 from harness.recipe.schema import Distill
 from harness.tasks import sft
 from harness.tasks.job import Stage, TaskPlan
+from harness.tasks.lessons import Lesson, add_lessons
 from harness.tasks.sft import HarnessSFTTrainer
 from harness.teacher import resident, served
 from harness.teacher.probe import check_same_distribution, check_two_ways, find_cache
@@ -43,32 +41,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from harness.data.store import Prepared
-
-Lesson = Callable[[Tensor, Head, Tensor], object]
-"""(hidden states [N, H], head, gold tokens [N]) -> DivergenceLoss, or whatever else is wanted of them. No library sees into it: what looks
-like a tensor is cast to the type of the weights by DeepSpeed's and FSDP's forwards."""
-
-
-def add_lessons(model: "PreTrainedModel") -> None:
-    """Let `model(..., labels=labels, lesson=lesson)` return lesson(hidden states at the trained tokens, head, gold); no logits are made."""
-    plain = model.forward
-
-    # PEFT and `generate` look at the signature.
-    @functools.wraps(type(model).forward)
-    def forward(self, *args, lesson: Lesson | None = None, labels: Tensor | None = None, **kwargs):
-        if lesson is None:
-            return plain(*args, **kwargs, **({} if labels is None else {"labels": labels}))
-        hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state[:, :-1]
-        gold = labels[:, 1:]
-        trained = gold != UNTRAINED
-        head = head_of(self)
-        with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            # Under FSDP2 a tensor of the head may be a shard that knows how to become whole.
-            whole = [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in head[:2]]
-            return lesson(hidden[trained], Head(*whole, *head[2:]), gold[trained])
-
-    model.forward = types.MethodType(forward, model)
-
 
 # ---- teachers
 

@@ -243,13 +243,13 @@ class Settled:
     has_gpu: bool
     bf16_hardware: bool
     dtype: str
+    """Of the weights."""
+    computes: str
+    """Of products: the autocast's, where there is one."""
     attention: str
     packing: bool
-
-    @property
-    def flattens(self) -> bool:
-        """Batches are one row of several samples, without padding."""
-        return self.packing or self.attention == "varlen"
+    flattens: bool
+    """Batches are one row of several samples, without padding."""
 
 
 def settle(recipe: Recipe, backend: Backend) -> Settled:
@@ -267,8 +267,11 @@ def settle(recipe: Recipe, backend: Backend) -> Settled:
     asked, writes = recipe.model.attn_implementation, bool(recipe.distill.on_policy)
     # A student that writes reads prompts that are padded at the left, which kernels for packs do not.
     attention = choose_attention("sdpa" if writes and asked == "auto" else asked, computes, has_gpu)
-    packing = attention in PACKING_KERNELS and not writes if recipe.data.packing == "auto" else recipe.data.packing
-    return Settled(has_gpu, bf16_hardware, dtype, attention, packing)
+    compares = recipe.task in ("dpo", "kto")
+    # Answers that are compared are not packed, but laid one after the other where a kernel keeps them apart.
+    apart = attention in PACKING_KERNELS and not writes
+    packing = apart and not compares if recipe.data.packing == "auto" else recipe.data.packing
+    return Settled(has_gpu, bf16_hardware, dtype, computes, attention, packing, packing or attention == "varlen" or (compares and apart))
 
 
 # ---- data

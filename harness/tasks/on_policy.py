@@ -32,7 +32,8 @@ from harness.errors import ModelError
 from harness.recipe import Recipe
 from harness.recipe.schema import OnPolicy
 from harness.tasks import distill, smoke
-from harness.tasks.distill import Beside, HarnessDistillTrainer, Lesson
+from harness.tasks.distill import Beside, HarnessDistillTrainer
+from harness.tasks.lessons import Lesson
 from harness.teacher.targets import UNTRAINED
 
 if TYPE_CHECKING:

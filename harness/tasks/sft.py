@@ -31,13 +31,26 @@ def build_arguments(recipe, arguments: dict, *, flattens: bool) -> SFTConfig:
 
 
 def build_trainer(
-    args: SFTConfig, model, tokenizer, train_dataset, eval_dataset, callbacks: list, kind: type[HarnessSFTTrainer] = HarnessSFTTrainer
+    args: SFTConfig,
+    model,
+    tokenizer,
+    train_dataset,
+    eval_dataset,
+    callbacks: list,
+    kind: type[HarnessSFTTrainer] = HarnessSFTTrainer,
+    data_collator=None,
 ) -> HarnessSFTTrainer:
     with warnings.catch_warnings():
         # TRL prefers hub kernels to Liger; the recipe's author chose.
         warnings.filterwarnings("ignore", message=".*use_liger_kernel.*", category=FutureWarning)
         return kind(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer, callbacks=callbacks
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
         )
 
 

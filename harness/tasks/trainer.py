@@ -2,7 +2,8 @@
 
 get_batch_samples    measures the wait for data
 training_step        counts tokens; checks isolation before the first step, and gradients before the optimiser first uses them
-evaluation_loop      a held-out loss that is the mean over tokens, whatever the batches and ranks; and the rates of tool calls
+evaluation_loop      a held-out loss that is the mean over tokens (or whatever items_of counts), whatever the batches and ranks; and
+                     the rates of tool calls
 """
 
 from typing import TYPE_CHECKING
@@ -29,8 +30,8 @@ class HarnessTrainer:
         self._throughput = throughput
         self._checks_isolation = isolates
         self._first_step = self._gradients_unchecked = True
-        self._eval_nll: list[torch.Tensor] = []
-        self._eval_tokens: list[torch.Tensor] = []
+        self._eval_sums: list[torch.Tensor] = []
+        self._eval_items: list[torch.Tensor] = []
 
     # ---- training
 
@@ -83,27 +84,31 @@ class HarnessTrainer:
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         import torch
 
-        tokens = (inputs["labels"][:, 1:] != -100).sum()
+        items = self.items_of(inputs)
         # Loss only, whatever was asked: logits are never kept.
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
-        # Rows that only fill a batch have no token, and their mean loss is 0 / 0.
-        tokens = tokens.to(loss.device)
-        self._eval_nll.append(torch.where(tokens > 0, loss.detach().float() * tokens, 0.0))
-        self._eval_tokens.append(tokens)
+        # Rows that only fill a batch have none, and their mean loss is 0 / 0.
+        items = items.to(loss.device)
+        self._eval_sums.append(torch.where(items > 0, loss.detach().float() * items, 0.0))
+        self._eval_items.append(items)
         return loss, None, None
 
+    def items_of(self, inputs: dict) -> "torch.Tensor":
+        """How many a micro-batch's loss is the mean of: its trained tokens."""
+        return (inputs["labels"][:, 1:] != -100).sum()
+
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
-        self._eval_nll.clear()
-        self._eval_tokens.clear()
+        self._eval_sums.clear()
+        self._eval_items.clear()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        batches = len(self._eval_tokens)
-        sums = distributed.all_reduce_sum([float(value) for value in (*self._eval_nll, *self._eval_tokens)])
-        nll, tokens = sums[:batches], sums[batches:]
-        output.metrics[f"{metric_key_prefix}_loss"] = sum(nll) / max(sum(tokens), 1)
+        batches = len(self._eval_items)
+        sums = distributed.all_reduce_sum([float(value) for value in (*self._eval_sums, *self._eval_items)])
+        losses, items = sums[:batches], sums[batches:]
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / max(sum(items), 1)
         # TRL keeps one value per batch, already over all ranks; their plain mean would weigh a short last batch like a full one.
         for values in self._metrics["eval"].values():
             if len(values) == batches:
-                values[:] = [sum(value * count for value, count in zip(values, tokens, strict=True)) / max(sum(tokens), 1)]
+                values[:] = [sum(value * count for value, count in zip(values, items, strict=True)) / max(sum(items), 1)]
         if self.calls is not None:
             output.metrics.update({f"{metric_key_prefix}_{key}": rate for key, rate in self.calls.measure_in_training(self).items()})
         return output
@@ -137,8 +142,12 @@ def with_filler(dataset: "Dataset", count: int) -> "Dataset":
 
     if not count:
         return dataset
+    labels = [name for name in dataset.column_names if name.endswith("labels")]
     shortest = min(range(len(dataset)), key=list(dataset["length"]).__getitem__) if "length" in dataset.column_names else 0
     filler = dataset.select([shortest] * count).map(
-        lambda row: {"labels": [-100] * len(row["labels"])}, features=dataset.features, load_from_cache_file=False, keep_in_memory=True
+        lambda row: {name: [-100] * len(row[name]) for name in labels},
+        features=dataset.features,
+        load_from_cache_file=False,
+        keep_in_memory=True,
     )
     return concatenate_datasets([dataset, filler])

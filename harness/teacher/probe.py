@@ -165,7 +165,7 @@ def _spread(rows: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def check_two_ways(model, vocabulary: int, device: torch.device) -> None:
-    """Let a model that takes lessons (harness.tasks.distill) score a few tokens through its hidden states and head, and through its own
+    """Let a model that takes lessons (harness.tasks.lessons) score a few tokens through its hidden states and head, and through its own
     logits. Every rank must call it. Raises ModelError when the two differ by more than rounding: then a factor, a cap or a bias between
     hidden states and logits is not known here, and another model would be trained than the one that will speak."""
     ids = torch.randint(0, vocabulary, (1, 17), generator=torch.Generator().manual_seed(0)).to(device)
