@@ -143,7 +143,7 @@ def answer_loss(
     else:
         away = torch.where(good, ratio - divergence, divergence - ratio)
         losses = 1 - torch.sigmoid(beta * away)
-    return torch.where(good, desirable_weight, undesirable_weight) * losses
+    return losses * torch.where(good, losses.new_tensor(desirable_weight), losses.new_tensor(undesirable_weight))
 
 
 def divergence_of_tokens(log_probs: Tensor, reference: Tensor) -> Tensor:

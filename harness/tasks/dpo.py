@@ -71,9 +71,9 @@ def build_trainer(
     args, model, tokenizer, train_rows, eval_rows, callbacks: list, *, reference: Reference, dpo: Dpo, flattens: bool
 ) -> DpoTrainer:
     lay_out = choose_layout(model, tokenizer, flattens=flattens, pairs=True)
-    rows = reference.add_to(train_rows, "train"), reference.add_to(eval_rows, "eval")
-    trainer = sft.build_trainer(args, model, tokenizer, *rows, callbacks, kind=DpoTrainer, data_collator=PairCollator(lay_out))
-    trainer.compare(reference, dpo.beta, lay_out)
+    collator = PairCollator(lay_out)
+    trainer = sft.build_trainer(args, model, tokenizer, train_rows, eval_rows, callbacks, kind=DpoTrainer, data_collator=collator)
+    trainer.compare(reference, dpo.beta)
     trainer.learn_by(dpo)
     return trainer
 
@@ -90,4 +90,5 @@ def plan(stage: Stage) -> TaskPlan:
     dpo = stage.recipe.dpo
     reference = choose_reference(stage, dpo.reference, COLUMNS, answers_of, lay_out)
     build = functools.partial(build_trainer, reference=reference, dpo=dpo, flattens=stage.settled.flattens)
-    return TaskPlan(build, build_arguments, {"reference": reference.digest})
+    rows = reference.add_to(stage.train_rows, stage.eval_rows)
+    return TaskPlan(build, build_arguments, {"reference": reference.digest}, rows)

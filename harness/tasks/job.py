@@ -154,6 +154,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
 
     source = base_source(job)
     plan = plan_task(Stage(job, recipe, settled, source, tokenizer, prepared, train_rows, eval_rows))
+    train_rows, eval_rows = plan.rows or (train_rows, eval_rows)
 
     # Before the model: under ZeRO-3 these make `from_pretrained` read weights straight into shards.
     arguments = training_arguments(recipe, backend, job.run.path, world_size, has_gpu=settled.has_gpu, bf16_hardware=settled.bf16_hardware)
@@ -228,6 +229,8 @@ class TaskPlan:
     """(recipe, training arguments, flattens) -> the config of TRL's trainer."""
     facts: dict = field(default_factory=dict)
     """What must be the same when the run is continued, besides what must be of every task."""
+    rows: tuple | None = None
+    """(train, eval), where they are other than the prepared ones: with what a reference says of them."""
 
 
 def plan_task(stage: Stage) -> TaskPlan:

@@ -45,11 +45,10 @@ class PreferenceTrainer(HarnessSFTTrainer):
     answers_of_item = 1
     """Answers that a loss is of: 2 of a pair."""
 
-    def compare(self, reference: Reference, beta: float, lay_out: Callable[[list[Answer]], dict]) -> None:
-        """lay_out: a collator of answers."""
+    def compare(self, reference: Reference, beta: float) -> None:
         add_lessons(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
         disable_dropout_in_model(self.model)
-        self._reference, self._beta, self._lay_out = reference, beta, lay_out
+        self._reference, self._beta = reference, beta
         self._unchecked, self._warned = True, False
 
     # ---- log-probabilities
@@ -151,18 +150,21 @@ class PreferenceTrainer(HarnessSFTTrainer):
     # ---- what is logged
 
     @torch.no_grad()
-    def _note(self, means: dict[str, tuple[Tensor, Tensor]], read: Tensor) -> None:
-        """Keep what is logged. means: name -> (values, which of them count), both [n]; the mean of what a step's micro-batches leave here
-        is the mean over the step, of all ranks, up to the share of filling. read: tokens that the model has read."""
+    def _note(self, means: dict[str, tuple[Tensor, Tensor]], read: Tensor) -> dict[str, float]:
+        """Keep what is logged, and return it. means: name -> (values, which of them count), both [n]. read: tokens that the model has read.
+
+        The mean of what a step's micro-batches leave here is the mean over the step, of all ranks, up to the share of filling.
+        """
         sums = [part.double().sum() for values, counted in means.values() for part in (torch.where(counted, values, 0), counted)]
-        *sums, read = distributed.all_reduce_sum(torch.stack([*sums, read.double()]).tolist())
+        *sums, read = distributed.all_reduce_sum(torch.stack([*sums, read.to(sums[0])]).tolist())
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, total, count in zip(means, sums[0::2], sums[1::2], strict=True):
-            if count:
-                metrics[name].append(total / count)
+        noted = {name: total / count for name, total, count in zip(means, sums[0::2], sums[1::2], strict=True) if count}
+        for name, mean in noted.items():
+            metrics[name].append(mean)
         if self.model.training:
             self._total_train_tokens += int(read)
         metrics["num_tokens"] = [self._total_train_tokens]
+        return noted
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         drift, length = (self._metrics["train"].get(key) for key in ("logps/chosen_drift", "length/chosen"))

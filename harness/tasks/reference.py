@@ -73,16 +73,12 @@ class Reference:
         """[N], of each trained token of a batch of answers, by the resident model."""
         return ask(self.model, inputs)
 
-    def add_to(self, rows: Dataset | None, split: str) -> Dataset | None:
-        """The rows with what the reference says of them; rows at the end that only fill up have nothing trained."""
-        if rows is None or split not in self.tables:
-            return rows
-        table = self.tables[split]
-        filling = len(rows) - len(table)
-        if filling:
-            empty = Dataset.from_dict({name: [[]] * filling for name in table.column_names}, features=table.features)
-            table = concatenate_datasets([table, empty])
-        return concatenate_datasets([rows, table], axis=1)
+    def add_to(self, train: Dataset, held_out: Dataset | None) -> tuple[Dataset, Dataset | None]:
+        """The rows with what was computed of them before."""
+        return tuple(
+            concatenate_datasets([rows, self.tables[split]], axis=1) if split in self.tables else rows
+            for split, rows in (("train", train), ("eval", held_out))
+        )
 
 
 def ask(model: ResidentTeacher, inputs: dict) -> Tensor:
@@ -108,11 +104,13 @@ def reference_recipe(stage: Stage) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def choose_reference(stage: Stage, asked: str, columns: dict[str, str], answers_of: Callable[[dict], list[Answer]], lay_out) -> Reference:
+def choose_reference(
+    stage: Stage, asked: str, columns: dict[str, str | None], answers_of: Callable[[dict], list[Answer]], lay_out
+) -> Reference:
     """The recipe's reference, on every rank, before the policy is loaded; says what it costs.
 
-    columns: name of a cached column -> of the labels that it goes with, in the order of answers_of(row). lay_out: (model) -> collator of
-    answers. Raises ModelError when it cannot be loaded, DataError when a cache cannot be written.
+    columns: name of a cached column -> of the labels that it goes with (None: they are in no column), in the order of answers_of(row).
+    lay_out: (model) -> collator of answers. Raises ModelError when it cannot be loaded, DataError when a cache cannot be written.
     """
     recipe = stage.recipe
     if recipe.model.lora and asked == "auto":
@@ -151,7 +149,7 @@ def _held(model: ResidentTeacher) -> str:
 # ---- the cache
 
 
-def cached_reference(stage: Stage, columns: dict[str, str], answers_of: Callable[[dict], list[Answer]], lay_out) -> Reference:
+def cached_reference(stage: Stage, columns: dict[str, str | None], answers_of: Callable[[dict], list[Answer]], lay_out) -> Reference:
     """What lies in the cache, computed first where it is not there."""
     stage.job.report.enter("computing the reference")
     splits = {name: rows for name, rows in (("train", stage.train_rows), ("eval", stage.eval_rows)) if rows is not None}
@@ -271,7 +269,7 @@ def _assemble(scratch: Path, folder: Path, rows: Dataset, columns: dict[str, str
                 counts[row], found[row] = of_part[at], pieces[at * answers : (at + 1) * answers]
     arrays = []
     for number, labels in enumerate(columns.values()):
-        if (trained_counts(rows, labels) != counts[:, number]).any():
+        if labels and (trained_counts(rows, labels) != counts[:, number]).any():
             raise DataError(f"{scratch}: has another number of tokens than the rows; remove it and begin again")
         offsets = np.concatenate([[0], counts[:, number].cumsum()]).astype(np.int32)
         arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([pieces[number] for pieces in found]))))

@@ -137,15 +137,15 @@ def pad_for_ranks(dataset: "Dataset", multiple: int) -> "Dataset":
 
 
 def with_filler(dataset: "Dataset", count: int) -> "Dataset":
-    """The rows and, at their end, so many that count nothing: every label is -100."""
+    """The rows and, at their end, so many that count nothing: every label is -100, and no reference says anything of them."""
     from datasets import concatenate_datasets
 
     if not count:
         return dataset
-    labels = [name for name in dataset.column_names if name.endswith("labels")]
+    labels, of_reference = ([name for name in dataset.column_names if name.endswith(end)] for end in ("labels", "reference"))
     shortest = min(range(len(dataset)), key=list(dataset["length"]).__getitem__) if "length" in dataset.column_names else 0
     filler = dataset.select([shortest] * count).map(
-        lambda row: {name: [-100] * len(row[name]) for name in labels},
+        lambda row: {name: [-100] * len(row[name]) for name in labels} | {name: [] for name in of_reference},
         features=dataset.features,
         load_from_cache_file=False,
         keep_in_memory=True,
