@@ -89,8 +89,8 @@ def labelled_answers(row: dict) -> list[dict]:
 def pair_answers(answers: Sequence[tuple[str, dict]]) -> tuple[list[tuple[str, dict]], int]:
     """(location, pair) from (location, labelled answer), and how many answers found no partner.
 
-    Answers to the same prompt with the same tools are paired in their order, the n-th good one with the n-th bad one; where one kind has run
-    out its answers are taken again from the first, so that all are in a pair and their number does not multiply.
+    Answers to the same prompt with the same tools are paired in their order, the n-th good one with the n-th bad one; where one kind has
+    run out its answers are taken again from the first, so that all are in a pair and their number does not multiply.
     """
     asked: dict[str, tuple[list, list]] = {}
     for location, row in answers:
@@ -139,12 +139,13 @@ def _from_preference(row: dict) -> list[dict]:
 
 
 def _from_sharegpt(row: dict) -> list[dict]:
-    """LLaMA-Factory's: conversations, chosen and rejected as {"from", "value"}; an answer may be a list, or one text with calls and results."""
+    """LLaMA-Factory's: {"from", "value"} in conversations, chosen and rejected; an answer may be one turn that holds calls and results."""
     prompt = _turns(row["conversations"], "conversations", strict=False)
     if isinstance(row.get("system"), str) and row["system"]:
         prompt = [{"role": "system", "content": row["system"]}, *prompt]
     said = {
-        name: _turns(row[name] if isinstance(row[name], list) else [row[name]], name, strict=name in GOOD) for name in ("chosen", "rejected")
+        name: _turns(row[name] if isinstance(row[name], list) else [row[name]], name, strict=name in GOOD)
+        for name in ("chosen", "rejected")
     }
     return [_row(prompt, said, row.get("tools"), **_margin(row))]
 
@@ -171,21 +172,29 @@ def _from_when2call(row: dict) -> list[dict]:
     tools = row.get("tools")
     if "chosen_response" in row:
         prompt = messages_of(row["messages"], "messages")
-        said = {name: [_when2call_answer(row[f"{name}_response"], f"{name}_response", strict=name in GOOD)] for name in ("chosen", "rejected")}
+        said = {
+            name: [_when2call_answer(row[f"{name}_response"], f"{name}_response", strict=name in GOOD)] for name in ("chosen", "rejected")
+        }
         return [_row(prompt, said, tools)]
     answers, right, asked = object_of(row["answers"], "answers"), row["correct_answer"], row["question"]
     if not isinstance(asked, str) or not asked:
         raise DataError(f"question is {kind_of(asked)}; must be text")
     if not isinstance(right, str) or not answers.get(right):
         raise DataError(f"correct_answer is {json.dumps(right)[:40]}; must be one of the answers {', '.join(answers)}")
-    said = {name: _when2call_answer(text, f"answers.{name}", strict=name == right, calls=name == "tool_call") for name, text in answers.items()}
+    said = {
+        name: _when2call_answer(text, f"answers.{name}", strict=name == right, calls=name == "tool_call") for name, text in answers.items()
+    }
     prompt = [{"role": "user", "content": asked}]
     return [_row(prompt, {"chosen": [said[right]], "rejected": [said[name]]}, tools) for name in said if name != right]
 
 
 # name -> (the key sets that show it, what to tell a person, the converter)
 PAIR_LAYOUTS: dict[str, tuple[tuple[set[str], ...], str, Callable[[dict], list[dict]]]] = {
-    "preference": (({"chosen", "rejected"},), "prompt (where chosen and rejected do not begin with it), chosen, rejected", _from_preference),
+    "preference": (
+        ({"chosen", "rejected"},),
+        "prompt (where chosen and rejected do not begin with it), chosen, rejected",
+        _from_preference,
+    ),
     "sharegpt": (({"conversations", "chosen", "rejected"},), "conversations, chosen, rejected (from and value)", _from_sharegpt),
     "kto": (({"prompt", "completion", "label"}, {"messages", "label"}), "prompt and completion, or messages, with label", _from_kto),
     "toolpref": (({"conversations", "label"},), "conversations, label", _from_toolpref),

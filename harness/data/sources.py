@@ -68,9 +68,10 @@ class Skipped:
 
 @dataclass
 class LoadedRows:
-    """`counts`: read, kept, skipped (raw rows, of which one may give several canonical ones), one `layout/<name>` each; trained_calls and broken_calls (against their tool's schema), with the kind
-    of break in `broken/<kind>`; unparsable_answers (APIBench answers that are not Python). Of preference rows besides: untooled_calls (calls
-    of good answers whose rows offer no tools at all) and unpaired (labelled answers without one of the other label to the same question)."""
+    """`counts`: read, kept, skipped (raw rows, of which one may give several canonical ones), one `layout/<name>` each; trained_calls and
+    broken_calls (against their tool's schema), with the kind of break in `broken/<kind>`; unparsable_answers (APIBench answers that are not
+    Python). Of preference rows besides: untooled_calls (of good answers whose rows offer no tools) and unpaired (labelled answers whose
+    question has none with the other label)."""
 
     rows: list[SourceRow] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -242,7 +243,7 @@ def load_rows(
 ) -> LoadedRows:
     """Reads a source into canonical rows. `on_error`: "fail" raises DataError for the first bad row, "skip" leaves bad rows out, listed.
 
-    asks: rows are questions, as in `to_canonical`. kind: "samples" of supervised training, or preference rows: "pairs" or "labelled" (pairs.py).
+    asks: rows are questions, as in `to_canonical`. kind: "samples" of supervised training, or of preferences "pairs" or "labelled" answers.
     Raises DataError in both cases where a file cannot be read at all and where no row is left.
     """
     if on_error not in ("fail", "skip"):
@@ -259,7 +260,9 @@ def load_rows(
         _pair_labelled(loaded)
     if not loaded.rows:
         first = f"; the first: {loaded.skipped[0].location}: {loaded.skipped[0].reason}" if loaded.skipped else ""
-        first = f"; no question (system message, tools and all) has both a good and a bad answer{first}" if loaded.counts["unpaired"] else first
+        first = (
+            f"; no question (system message, tools and all) has both a good and a bad answer{first}" if loaded.counts["unpaired"] else first
+        )
         raise DataError(f"{source.path}: no row is left of {loaded.counts['read']}{first}")
     return loaded
 

@@ -138,7 +138,11 @@ def with_filler(dataset: "Dataset", count: int) -> "Dataset":
     if not count:
         return dataset
     shortest = min(range(len(dataset)), key=list(dataset["length"]).__getitem__) if "length" in dataset.column_names else 0
+    labels = [name for name in dataset.column_names if name.endswith("labels")]  # of pairs, of either side
     filler = dataset.select([shortest] * count).map(
-        lambda row: {"labels": [-100] * len(row["labels"])}, features=dataset.features, load_from_cache_file=False, keep_in_memory=True
+        lambda row: {name: [-100] * len(row[name]) for name in labels},
+        features=dataset.features,
+        load_from_cache_file=False,
+        keep_in_memory=True,
     )
     return concatenate_datasets([dataset, filler])
