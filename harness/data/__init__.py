@@ -6,20 +6,24 @@ from pathlib import Path
 from harness.resources import cache_root
 from harness.run import write_text_atomically
 
+KIND_OF_ROWS = {"dpo": "pairs", "reward": "pairs", "kto": "labelled"}
+"""What the rows of a task are, where they are not samples of supervised training."""
+
 
 def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, say=print):
     """Read, mix, hold out and tokenise what a recipe's `data` section names -> store.Prepared; a second call finds the first one's work.
 
-    `say` is told what people should know of the rows before they train on them. Raises DataError with the row's location.
+    `say` is told what people should know of the rows before they train on them. Pairs and labelled answers are never packed. Raises
+    DataError with the row's location.
     """
     from harness.data.prepare import prepare
-    from harness.data.report import Dropped
-    from harness.data.sources import content_digest, load_rows, mix
+    from harness.data.report import Dropped, warn_of_lengths
+    from harness.data.sources import content_digest, held_together, load_rows, mix
 
-    data = recipe.data
-    loaded = [load_rows(source, data.on_error) for source in data.train]
+    data, kind = recipe.data, KIND_OF_ROWS.get(recipe.task, "samples")
+    loaded = [load_rows(source, data.on_error, kind=kind) for source in data.train]
     mixture = mix(data.train, loaded, eval_fraction=data.eval_fraction, eval_rows=data.eval_rows, seed=data.seed)
-    held_out = [load_rows(source, data.on_error) for source in data.eval]
+    held_out = [load_rows(source, data.on_error, kind=kind) for source in data.eval]
     for warning in warnings_about(sum((part.counts for part in (*loaded, *held_out)), Counter())):
         say(warning)
     trained = {content_digest(row.row) for row in mixture.train} if held_out else set()
@@ -28,6 +32,11 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
         say(
             f"warning: {leaked:,} rows of data.eval are also rows of data.train, so the held-out loss is not held out; remove them from one"
         )
+    if kind != "samples" and held_out:
+        asked = {content_digest(held_together(row.row)) for row in mixture.train}
+        shared = len(asked & {content_digest(held_together(row.row)) for part in held_out for row in part.rows})
+        if shared:
+            say(f"warning: {shared:,} prompts of data.eval are prompts of data.train, so what is held out of them are at most the answers")
     skipped = Dropped()
     for part in (*loaded, *held_out):
         skipped.add(len(part.skipped), [f"{row.location}: {row.reason}" for row in part.skipped])
@@ -36,29 +45,38 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
         tokenizer,
         cache_dir=cache_root(data.cache_dir) / "data",
         max_length=data.max_length,
+        kind=kind,
         eval=mixture.held_out or mix(data.eval, held_out, seed=data.seed).train,
         too_long=data.too_long,
         train_on=data.train_on,
         on_error=data.on_error,
-        packing=packing,
+        packing=packing and kind == "samples",
         seed=data.seed,
         num_proc=data.num_proc,
         training_template=training_template,
         skipped=skipped,
     )
+    for warning in warn_of_lengths(prepared.report):
+        say(warning)
     if skipped.rows:
         say(f"warning: {skipped.rows:,} rows were skipped; each with its reason: {list_skipped((*loaded, *held_out), prepared.folder)}")
     return prepared
 
 
-def held_out_rows(data):
-    """The rows that a recipe's `data` section holds out, as its sources say them: not shortened, not tokenised."""
-    from harness.data.sources import load_rows, mix
+def held_out_rows(data, task: str = "sft"):
+    """The rows that a recipe's `data` section holds out, as its sources say them: not shortened, not tokenised. Of preference tasks the
+    chosen or good answers, as rows of supervised training."""
+    from harness.data.pairs import good_side
+    from harness.data.sources import SourceRow, load_rows, mix
 
+    kind = KIND_OF_ROWS.get(task, "samples")
     sources = data.eval or data.train
     fractions = {} if data.eval else {"eval_fraction": data.eval_fraction, "eval_rows": data.eval_rows}
-    mixture = mix(sources, [load_rows(source, data.on_error) for source in sources], seed=data.seed, **fractions)
-    return mixture.train if data.eval else mixture.held_out
+    mixture = mix(sources, [load_rows(source, data.on_error, kind=kind) for source in sources], seed=data.seed, **fractions)
+    rows = mixture.train if data.eval else mixture.held_out
+    if kind == "samples":
+        return rows
+    return [SourceRow(row.location, good) for row in rows if (good := good_side(row.row)) is not None]
 
 
 def list_skipped(parts, folder: Path) -> Path:
@@ -76,6 +94,13 @@ def warnings_about(counts: Counter) -> list[str]:
         by_kind = {kind.removeprefix("broken/").replace("_", " "): count for kind, count in sorted(counts.items()) if "broken/" in kind}
         kinds = ", ".join(f"{count} {kind}" for kind, count in by_kind.items())
         lines.append(f"warning: {broken} of {calls} gold calls ({broken / calls:.1%}) break their own tool's schema ({kinds})")
+    if counts["untooled_calls"]:
+        lines.append(
+            f"warning: {counts['untooled_calls']:,} calls of good answers stand in rows that offer no tools; a model learns from them to "
+            "call what nobody showed it"
+        )
+    if counts["unpaired"]:
+        lines.append(f"warning: {counts['unpaired']:,} labelled answers are in no pair: their prompt has none with the other label")
     if counts["unparsable_answers"]:
         lines.append(f"warning: {counts['unparsable_answers']} APIBench answers are not valid Python")
     return lines

@@ -48,7 +48,7 @@ def detect_format(row: dict) -> str:
     if found:
         raise DataError(f"{seen}, which fit {' and '.join(found)}; say which with the source's `format`")
     if {"chosen", "rejected"} <= row.keys():
-        seen += " (a preference pair, which supervised training does not read)"
+        seen += " (a preference pair, which supervised training does not read; tasks dpo, reward and kto do)"
     raise DataError(f"{seen}; must be one of the layouts {accepted}")
 
 
@@ -74,7 +74,7 @@ def to_canonical(row: dict, layout: str = "auto", *, asks: bool = False) -> dict
 
 
 def _from_messages(row: dict) -> dict:
-    return _conversation(_messages(row["messages"], "messages"), row.get("tools"))
+    return _conversation(messages_of(row["messages"], "messages"), row.get("tools"))
 
 
 def _from_prompt_completion(row: dict) -> dict:
@@ -86,14 +86,14 @@ def _from_prompt_completion(row: dict) -> dict:
             raise DataError("completion is empty; there is nothing to train")
         return {"prompt": prompt, "completion": completion}
     if not isinstance(prompt, list) or not isinstance(completion, list):
-        raise DataError(f"prompt is {_kind(prompt)} and completion is {_kind(completion)}; must be both text or both lists of messages")
-    messages = _messages(prompt, "prompt") + _messages(completion, "completion")
+        raise DataError(f"prompt is {kind_of(prompt)} and completion is {kind_of(completion)}; must be both text or both lists of messages")
+    messages = messages_of(prompt, "prompt") + messages_of(completion, "completion")
     return _conversation(messages, row.get("tools"), train_from=len(prompt))
 
 
 def _from_text(row: dict) -> dict:
     if not isinstance(row["text"], str) or not row["text"]:
-        raise DataError(f"text is {_kind(row['text'])}; must be text that is not empty")
+        raise DataError(f"text is {kind_of(row['text'])}; must be text that is not empty")
     return {"text": row["text"]}
 
 
@@ -107,20 +107,20 @@ def _from_xlam(row: dict) -> dict:
         query, tools, answers = row["query"], row["tools"], row["answers"]
         messages = [{"role": "user", "content": query}] if isinstance(query, str) else _turns(query)
     else:
-        request = _object(row["responses_create_params"], "responses_create_params")
+        request = object_of(row["responses_create_params"], "responses_create_params")
         query, tools, answers = request.get("input"), request.get("tools"), row["expected_answers"]
         if isinstance(query, list):
             query = [{k: v for k, v in turn.items() if (k, v) != ("type", "message")} if isinstance(turn, dict) else turn for turn in query]
-        messages = [{"role": "user", "content": query}] if isinstance(query, str) else _messages(query, "input")
+        messages = [{"role": "user", "content": query}] if isinstance(query, str) else messages_of(query, "input")
     answers = decode_json(answers, "answers")
     if not isinstance(answers, list):
-        raise DataError(f"answers is {_kind(answers)}; must be a list of calls")
+        raise DataError(f"answers is {kind_of(answers)}; must be a list of calls")
     if not answers:
         # The right reply is words that the row does not hold. An empty turn would teach silence, and a sentence of ours would be invented.
         raise DataError("answers is empty: no call is right, but the row has no reply to train; write it as messages with the reply")
     calls = [{"type": "function", "function": _seal_tools_names(answer)} for answer in answers]
     earlier = any(message["role"] == "assistant" for message in messages)
-    messages = _with_assistant(messages, {"tool_calls": _calls(calls, "answers")})
+    messages = _with_assistant(messages, {"tool_calls": calls_of(calls, "answers")})
     return _conversation(messages, tools, train_from=len(messages) - 1 if earlier and len(messages) > 1 else None)
 
 
@@ -135,14 +135,14 @@ def _turns(raw: object) -> list[dict]:
     """API-Bank's turns: `agent` speaks to the user, `assistant` writes calls as fenced JSON. Both are our assistant, so an agent's words
     and the calls that follow become one message. The cue "Generate API Request:" at the very end is the benchmark's own: dropped."""
     if not isinstance(raw, list) or not raw:
-        raise DataError(f"query is {_kind(raw)}; must be text or a list of turns")
+        raise DataError(f"query is {kind_of(raw)}; must be text or a list of turns")
     messages: list[dict] = []
     for i, turn in enumerate(raw):
         where = f"query[{i}]"
-        turn = _object(turn, where)
+        turn = object_of(turn, where)
         content = turn.get("content")
         if not isinstance(content, str):
-            raise DataError(f"{where}: content is {_kind(content)}; must be text")
+            raise DataError(f"{where}: content is {kind_of(content)}; must be text")
         if i == len(raw) - 1:
             content = content.removesuffix("Generate API Request:").rstrip()
         role = turn.get("role")
@@ -183,7 +183,7 @@ def _from_apibench(row: dict) -> dict:
     """
     code, api_call = row["code"], row["api_call"]
     if not isinstance(code, str) or not isinstance(api_call, str) or not api_call.strip():
-        raise DataError(f"code is {_kind(code)} and api_call is {_kind(api_call)}; must be both text, the call not empty")
+        raise DataError(f"code is {kind_of(code)} and api_call is {kind_of(api_call)}; must be both text, the call not empty")
     found = _INSTRUCTION.match(code) or _DICT_LIKE.match(code)
     if not found:
         raise DataError(f'code starts with "{code[:40]}"; must start with "###Instruction:" or "{{\'Instruction\':"')
@@ -208,16 +208,16 @@ LAYOUTS: dict[str, tuple[tuple[set[str], ...], str, Callable[[dict], dict]]] = {
 # ---- messages
 
 
-def _messages(raw: object, where: str) -> list[dict]:
+def messages_of(raw: object, where: str) -> list[dict]:
     raw = decode_json(raw, where)
     if not isinstance(raw, list):
-        raise DataError(f"{where} is {_kind(raw)}; must be a list of messages")
+        raise DataError(f"{where} is {kind_of(raw)}; must be a list of messages")
     return [_message(message, f"{where}[{i}]") for i, message in enumerate(raw)]
 
 
 def _message(raw: object, where: str) -> dict:
     # OpenAI's logs carry `"refusal": null`, `"annotations": []` and the like: nothing said, nothing lost.
-    raw = {key: value for key, value in _object(raw, where).items() if value is not None and value != []}
+    raw = {key: value for key, value in object_of(raw, where).items() if value is not None and value != []}
     for key in raw:
         if key not in _MESSAGE_KEYS:
             # Not ignored: `weight: 0` or `function_call` would change what is trained.
@@ -232,10 +232,10 @@ def _message(raw: object, where: str) -> dict:
     for key in ("reasoning_content", "tool_call_id", "name"):
         if key in raw:
             if not isinstance(raw[key], str):
-                raise DataError(f"{where}: {key} is {_kind(raw[key])}; must be text")
+                raise DataError(f"{where}: {key} is {kind_of(raw[key])}; must be text")
             message[key] = raw[key]
     if "tool_calls" in raw:
-        message["tool_calls"] = _calls(raw["tool_calls"], where)
+        message["tool_calls"] = calls_of(raw["tool_calls"], where)
     if role == "assistant" and not message.get("content") and "tool_calls" not in message:
         raise DataError(f"{where}: the assistant says nothing; must have content or tool_calls")
     if role != "assistant" and "content" not in message:
@@ -248,7 +248,7 @@ def _role(role: object, where: str) -> str:
     if role in ROLES:
         return role
     if not isinstance(role, str):
-        raise DataError(f"{where}: role is {_kind(role)}; must be {', '.join(ROLES)}")
+        raise DataError(f"{where}: role is {kind_of(role)}; must be {', '.join(ROLES)}")
     hint = f'; did you mean "{_HINTS[role]}"?' if role in _HINTS else did_you_mean(role, ROLES)
     raise DataError(f'{where}: role is "{role}"; must be {", ".join(ROLES)}{hint}')
 
@@ -258,7 +258,7 @@ def _content(content: object, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise DataError(f"{where}: content is {_kind(content)}; must be text (an object goes in as its JSON text)")
+        raise DataError(f"{where}: content is {kind_of(content)}; must be text (an object goes in as its JSON text)")
     for part in content:
         is_text = isinstance(part, dict) and part.get("type") in ("text", "input_text", "output_text") and isinstance(part.get("text"), str)
         if not is_text:
@@ -266,16 +266,16 @@ def _content(content: object, where: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _calls(raw: object, where: str) -> list[dict]:
+def calls_of(raw: object, where: str) -> list[dict]:
     raw = decode_json(raw, f"{where}: tool_calls")
     if not isinstance(raw, list):
-        raise DataError(f"{where}: tool_calls is {_kind(raw)}; must be a list")
+        raise DataError(f"{where}: tool_calls is {kind_of(raw)}; must be a list")
     return [_call(call, f"{where}: call {i}") for i, call in enumerate(raw)]
 
 
 def _call(raw: object, where: str) -> dict:
-    raw = _object(raw, where)
-    function = _object(raw["function"], where) if "function" in raw else raw
+    raw = object_of(raw, where)
+    function = object_of(raw["function"], where) if "function" in raw else raw
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise DataError(f"{where} has no name; must be {{name, arguments}}")
@@ -311,31 +311,38 @@ def _check_conversation(row: dict, *, asks: bool) -> None:
             raise DataError("nobody asks anything; there must be a message of the user or a tool to answer")
     elif messages[-1]["role"] != "assistant":
         raise DataError(f"the last message is the {messages[-1]['role']}'s; must be the assistant's, whose words are trained")
+    check_results(messages)
+    check_offered(messages[start:], row.get("tools", []), lambda i: f"messages[{i + start}]")
+
+
+def check_results(messages: list[dict], place: Callable[[int], str] = "messages[{}]".format) -> None:
+    """Raises DataError unless every tool result answers a call. place: what a person calls message i."""
     open_calls: list[dict] = []
     for i, message in enumerate(messages):
-        if message["role"] == "tool":
-            open_calls = _answered(open_calls, message, i)
-        else:
-            open_calls = list(message.get("tool_calls", []))
-    offered = [tool["function"]["name"] for tool in row.get("tools", [])]
-    for i, message in enumerate(messages[start:], start):
+        open_calls = _answered(open_calls, message, place(i)) if message["role"] == "tool" else list(message.get("tool_calls", []))
+
+
+def check_offered(messages: list[dict], tools: list[dict], place: Callable[[int], str] = "messages[{}]".format) -> None:
+    """Raises DataError unless every call names one of the tools. place: as in `check_results`."""
+    offered = [tool["function"]["name"] for tool in tools]
+    for i, message in enumerate(messages):
         for call in message.get("tool_calls", []):
             name = call["function"]["name"]
             if name not in offered:
                 what = f"is not among the row's tools{did_you_mean(name, offered)}" if offered else "is made, but the row offers no tools"
-                raise DataError(f'messages[{i}]: tool call "{name}" {what}')
+                raise DataError(f'{place(i)}: tool call "{name}" {what}')
 
 
-def _answered(open_calls: list[dict], result: dict, i: int) -> list[dict]:
+def _answered(open_calls: list[dict], result: dict, where: str) -> list[dict]:
     """The calls still without a result after this one; by id where both sides have one, else in order."""
     if not open_calls:
-        raise DataError(f"messages[{i}]: a tool result without a call; must follow an assistant message with as many tool_calls")
+        raise DataError(f"{where}: a tool result without a call; must follow an assistant message with as many tool_calls")
     identity = result.get("tool_call_id")
     ids = [call.get("id") for call in open_calls]
     if identity is None or None in ids:
         return open_calls[1:]
     if identity not in ids:
-        raise DataError(f'messages[{i}]: tool_call_id "{identity}" answers no open call; must be one of {", ".join(ids)}')
+        raise DataError(f'{where}: tool_call_id "{identity}" answers no open call; must be one of {", ".join(ids)}')
     return [call for call in open_calls if call["id"] != identity]
 
 
@@ -364,13 +371,13 @@ def is_python(code: str) -> bool:
 # ---- values
 
 
-def _object(value: object, what: str) -> dict:
+def object_of(value: object, what: str) -> dict:
     value = decode_json(value, what)
     if not isinstance(value, dict):
-        raise DataError(f"{what} is {_kind(value)}; must be an object")
+        raise DataError(f"{what} is {kind_of(value)}; must be an object")
     return value
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     names = {type(None): "missing", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return "empty" if value == "" else names.get(type(value), type(value).__name__)

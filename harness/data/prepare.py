@@ -9,11 +9,11 @@ capacity and seed. Where a row came from is no part of it: the same rows in anot
 
 Promises. No row is changed in silence: the report counts what was dropped, why and where first. A row over max_length loses whole
 trailing turns, so that it ends with an assistant turn, or goes; a call is never cut. A row without a trained token never gets through.
+What holds for pairs and labelled answers besides stands in prepare_pairs.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -32,9 +32,11 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from harness.data.packing import fill_rate, plan_packs, write_packs
+from harness.data.prepare_pairs import build_labelled, build_pair, check_labels
 from harness.data.report import SPLITS, Dropped, PrepareReport, SplitReport
-from harness.data.store import SAMPLE_FEATURES, Prepared, building, is_complete, load_prepared, save_manifest
-from harness.data.templates import Rendered, Renderer, TrainingTemplate, check_tokenizer
+from harness.data.samples import Rules, build_sample, digest_of, fit, row_digest
+from harness.data.store import FEATURES, Prepared, building, is_complete, load_prepared, save_manifest
+from harness.data.templates import Renderer, TrainingTemplate, check_tokenizer
 from harness.errors import DataError, HarnessError
 
 if TYPE_CHECKING:
@@ -43,17 +45,11 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "fit", "load_prepared", "prepare", "row_digest"]
 
 TOKENISATION = 1  # raise it when the same row would give other tokens or labels than before
+PAIRING = 1  # the same of pairs and labelled answers
 ROWS_PER_BATCH = 500
 ROWS_PER_PROCESS = 2000  # below that, starting another process costs more than it saves
 MOST_PROCESSES = 8  # unless more are asked for
-
-TOO_LONG = "longer than max_length"
-UNTRAINED = "no trained token"
-REFUSED = "refused by the chat template"
-
-
-class TooLongError(DataError):
-    """A row is over max_length and the recipe says that this must not be."""
+BUILDERS = {"samples": build_sample, "pairs": build_pair, "labelled": build_labelled}
 
 
 @dataclass(frozen=True)
@@ -65,19 +61,13 @@ class Shard:
     rows: Sequence[SourceRow]
 
 
-@dataclass(frozen=True)
-class Rules:
-    max_length: int
-    too_long: str
-    on_error: str
-
-
 def prepare(
     train: Sequence[SourceRow],
     tokenizer: PreTrainedTokenizerBase,
     *,
     cache_dir: str | Path,
     max_length: int,
+    kind: str = "samples",
     eval: Sequence[SourceRow] = (),
     too_long: str = "drop_turns",
     train_on: str = "assistant",
@@ -91,73 +81,38 @@ def prepare(
     """Tokenise, or find that it was done before. Raises DataError for a row (with its location), ModelError for the tokenizer.
 
     train, eval: canonical rows (shared with sources.py) in the order in which training shall meet them.
+    kind: of these rows: "samples" of supervised training, "pairs", or "labelled" answers (pairs.py), which are not packed.
     max_length: tokens of the longest row, and of a pack. packing: rows of up to max_length tokens, several samples in each.
     num_proc: processes that tokenise; by default as many as there are cores and work for them, at most 8.
     skipped: rows that the sources left out; only passed on into the report.
     """
     check_tokenizer(tokenizer, conversations=False)
     renderer = Renderer(tokenizer, training_template, train_on)
-    rules = Rules(max_length, too_long, on_error)
+    rules = Rules(max_length, too_long, on_error, kind)
     splits = {"train": train} | ({"eval": eval} if eval else {})
     folder = Path(cache_dir) / _digest(splits, renderer, rules)
     if not is_complete(folder):
-        if train_on == "assistant" and any("messages" in source.row for source in train):
+        if train_on == "assistant" and any(isinstance(source.row.get("messages", source.row.get("prompt")), list) for source in train):
             # Says where turns end with another token than the one at which generation stops.
             check_tokenizer(tokenizer, training_template=training_template)
         _tokenise(folder, splits, renderer, rules, num_proc)
     if packing:
-        samples, folder = folder, folder.with_name(_hash(folder.name, "packs", max_length, seed))
+        assert kind == "samples", f"{kind} are not packed"
+        samples, folder = folder, folder.with_name(digest_of(folder.name, "packs", max_length, seed))
         if not is_complete(folder):
             _pack(folder, load_prepared(samples), max_length, seed)
     return load_prepared(folder).with_skipped(skipped or Dropped())
 
 
-def fit(renderer: Renderer, row: dict, location: str, max_length: int, too_long: str) -> tuple[Rendered | None, int]:
-    """The row in at most `max_length` tokens, and how many messages it lost for that; (None, 0) if it has to go.
-
-    Turns are cut off the end and the rest is rendered again, as a template may write the last turn differently. What is left ends with
-    an assistant turn, and has one that is trained.
-    """
-    rendered = renderer.render(row, location)
-    if len(rendered.ids) <= max_length:
-        return rendered, 0
-    if too_long == "fail":
-        raise TooLongError(
-            f"{location}: {len(rendered.ids)} tokens; data.max_length is {max_length}; "
-            "raise it, or set data.too_long to drop_turns or drop_row"
-        )
-    if too_long == "drop_row" or "messages" not in row:
-        return None, 0
-    ends = [i + 1 for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-    known = len(rendered.turn_ends) == len(ends)  # how long the row is up to each turn; a good first guess, not a proof
-    for kept in range(len(ends), 0, -1):
-        if ends[kept - 1] <= row.get("train_from", 0):
-            break
-        if ends[kept - 1] == len(row["messages"]) or (known and rendered.turn_ends[kept - 1] > max_length):
-            continue
-        shorter = renderer.render({**row, "messages": row["messages"][: ends[kept - 1]]}, location)
-        if len(shorter.ids) <= max_length:
-            return shorter, len(row["messages"]) - ends[kept - 1]
-    return None, 0
-
-
 # ---- names ------------------------------------------------------------------------------------------------------------------------
 
 
-def row_digest(row: dict) -> str:
-    """Identity of a canonical row, 32 hex digits. The order of keys counts: templates write arguments in the order they have."""
-    return _hash(row)
-
-
-def _hash(*parts: object) -> str:
-    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
 def _digest(splits: dict[str, Sequence[SourceRow]], renderer: Renderer, rules: Rules) -> str:
-    rows = {name: _hash([row_digest(source.row) for source in rows]) for name, rows in splits.items()}
+    rows = {name: digest_of([row_digest(source.row) for source in rows]) for name, rows in splits.items()}
     settings = [rules.max_length, rules.too_long, rules.on_error, renderer.train_on]
-    return _hash(TOKENISATION, rows, tokenizer_digest(renderer.tokenizer), renderer.training_template, settings)
+    if rules.kind != "samples":
+        settings += [rules.kind, PAIRING]
+    return digest_of(TOKENISATION, rows, tokenizer_digest(renderer.tokenizer), renderer.training_template, settings)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -165,7 +120,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("padding", "truncation"):  # left behind by whoever called it last
         backend.pop(state, None)
-    return _hash(backend, tokenizer.special_tokens_map, tokenizer.chat_template)
+    return digest_of(backend, tokenizer.special_tokens_map, tokenizer.chat_template)
 
 
 # ---- tokenising -------------------------------------------------------------------------------------------------------------------
@@ -184,6 +139,8 @@ def _tokenise(folder: Path, splits: dict[str, Sequence[SourceRow]], renderer: Re
         files = {split: [shard.path for shard in shards if shard.split == split] for split in splits}
         for split in splits:
             _check_rows_left(split, getattr(report, split))
+            if rules.kind == "labelled":
+                check_labels(split, getattr(report, split))
             getattr(report, split).length_percentiles = _percentiles(_lengths([Dataset.from_file(str(path)) for path in files[split]]))
         save_manifest(scratch, report, files)
 
@@ -260,50 +217,14 @@ def _child(sender: Connection, shard: Shard, renderer: Renderer, rules: Rules) -
 
 
 def _tokenise_shard(shard: Shard, renderer: Renderer, rules: Rules, advance: Callable[[int], None]) -> SplitReport:
-    report, schema = SplitReport(), SAMPLE_FEATURES.arrow_schema
+    report, schema, build = SplitReport(), FEATURES[rules.kind].arrow_schema, BUILDERS[rules.kind]
     with pa.OSFile(str(shard.path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for first in range(0, len(shard.rows), ROWS_PER_BATCH):
             batch = shard.rows[first : first + ROWS_PER_BATCH]
-            samples = [sample for source in batch if (sample := _sample(source, renderer, rules, report))]
+            samples = [sample for source in batch if (sample := build(source, renderer, rules, report))]
             writer.write_batch(pa.RecordBatch.from_pylist(samples, schema=schema))
             advance(len(batch))
     return report
-
-
-def _sample(source: SourceRow, renderer: Renderer, rules: Rules, report: SplitReport) -> dict | None:
-    report.rows_in += 1
-    try:
-        rendered, lost = fit(renderer, source.row, source.location, rules.max_length, rules.too_long)
-    except TooLongError:
-        raise
-    except DataError as error:
-        if rules.on_error == "fail":
-            raise
-        report.drop(REFUSED, str(error))
-        return None
-    if rendered is None:
-        report.drop(TOO_LONG, source.location)
-        return None
-    labels = [token if trained else -100 for token, trained in zip(rendered.ids, rendered.mask, strict=True)]
-    labels[:1] = [-100]  # nothing comes before the first token that could predict it
-    trained_tokens = len(labels) - labels.count(-100)
-    if not trained_tokens:
-        report.drop(UNTRAINED, source.location)
-        return None
-    if control := renderer.control_token_in(source.row):
-        report.control_tokens.add(1, [f"{source.location}: {control}"])
-    report.rows += 1
-    report.tokens += len(labels)
-    report.trained_tokens += trained_tokens
-    report.shortened_rows += lost > 0
-    report.dropped_messages += lost
-    return {
-        "input_ids": rendered.ids,
-        "labels": labels,
-        "length": len(labels),
-        "sample": row_digest(source.row),
-        "location": source.location,
-    }
 
 
 def _check_rows_left(split: str, report: SplitReport) -> None:

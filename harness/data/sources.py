@@ -8,7 +8,7 @@ Read are .jsonl, .json (an array, or one row per line: many a .json is that), .p
 glob of them; and a hub id. A location is `path:line` (1-based) where rows are lines, `path:row N` (0-based) in arrays and Parquet.
 
 Promises. Every raw row ends up in `rows` or in `skipped`, never in neither. Choices depend on the content of the rows and the seed, not on
-the order of files: equal rows are always on the same side of the held-out split.
+the order of files: equal rows, and all answers to one question, are always on the same side of the held-out split.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from harness.data.formats import broken_calls, detect_format, is_python, to_canonical, trained_calls
+from harness.data.pairs import detect_layout, good_side, pair_answers, question, to_preferences
 from harness.embedded import resolve
 from harness.errors import DataError
 from harness.tools import did_you_mean
@@ -65,8 +68,10 @@ class Skipped:
 
 @dataclass
 class LoadedRows:
-    """`counts`: read, kept, skipped, one `layout/<name>` each; trained_calls and broken_calls (against their tool's schema), with the kind
-    of break in `broken/<kind>`; unparsable_answers (APIBench answers that are not Python)."""
+    """`counts`: read, kept, skipped (raw rows, of which one may give several canonical ones), one `layout/<name>` each; trained_calls and
+    broken_calls (against their tool's schema), with the kind of break in `broken/<kind>`; unparsable_answers (APIBench answers that are not
+    Python). Of preference rows besides: untooled_calls (of good answers whose rows offer no tools) and unpaired (labelled answers whose
+    question has none with the other label)."""
 
     rows: list[SourceRow] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -233,55 +238,101 @@ def _value(value: object, kind: pa.DataType) -> object:
 # ---- loading
 
 
-def load_rows(source: Source, on_error: str = "fail", base_dir: str | Path = ".", *, asks: bool = False) -> LoadedRows:
+def load_rows(
+    source: Source, on_error: str = "fail", base_dir: str | Path = ".", *, asks: bool = False, kind: str = "samples"
+) -> LoadedRows:
     """Reads a source into canonical rows. `on_error`: "fail" raises DataError for the first bad row, "skip" leaves bad rows out, listed.
 
-    asks: rows are questions, as in `to_canonical`.
+    asks: rows are questions, as in `to_canonical`. kind: "samples" of supervised training, or of preferences "pairs" or "labelled" answers.
     Raises DataError in both cases where a file cannot be read at all and where no row is left.
     """
     if on_error not in ("fail", "skip"):
         raise DataError(f'data.on_error = "{on_error}"; must be fail or skip')
     loaded = LoadedRows()
     raw_rows = _read(source.path, source.name, source.split, Path(base_dir))
+    take = _take if kind == "samples" else partial(_take_preferences, kind=kind)
+    take = partial(take, layout=source.format, loaded=loaded, **({"asks": asks} if kind == "samples" else {}))
     for location, raw in raw_rows:
-        _take(location, raw, source.format, loaded, asks)
+        take(location, raw)
         if loaded.skipped and on_error == "fail":
-            raise _first_bad(location, raw_rows, source.format, loaded, asks)
+            raise _first_bad(location, raw_rows, take, loaded)
+    if kind == "pairs":
+        _pair_labelled(loaded)
     if not loaded.rows:
         first = f"; the first: {loaded.skipped[0].location}: {loaded.skipped[0].reason}" if loaded.skipped else ""
+        first = (
+            f"; no question (system message, tools and all) has both a good and a bad answer{first}" if loaded.counts["unpaired"] else first
+        )
         raise DataError(f"{source.path}: no row is left of {loaded.counts['read']}{first}")
     return loaded
 
 
-def _take(location: str, raw: dict | DataError, layout: str, loaded: LoadedRows, asks: bool) -> None:
-    counts = loaded.counts
-    counts["read"] += 1
-    try:
-        if isinstance(raw, DataError):
-            raise raw
+def _take(location: str, raw: dict | DataError, *, layout: str, loaded: LoadedRows, asks: bool) -> None:
+    with _counted(location, loaded):
+        raw = _readable(raw)
         layout = detect_format(raw) if layout == "auto" else layout
         row = to_canonical(raw, layout, asks=asks)
+        loaded.rows.append(SourceRow(location, row))
+        loaded.counts[f"layout/{layout}"] += 1
+        _count_calls(row, loaded.counts)
+        if layout == "apibench" and not is_python(row["messages"][-1]["content"]):
+            loaded.counts["unparsable_answers"] += 1
+
+
+def _take_preferences(location: str, raw: dict | DataError, *, layout: str, loaded: LoadedRows, kind: str) -> None:
+    with _counted(location, loaded):
+        raw = _readable(raw)
+        layout = detect_layout(raw) if layout == "auto" else layout
+        rows = to_preferences(raw, layout, kind=kind)
+        loaded.rows += [SourceRow(f"{location}#{n}" if len(rows) > 1 else location, row) for n, row in enumerate(rows, 1)]
+        loaded.counts[f"layout/{layout}"] += 1
+        if (good := good_side(rows[0])) is None:
+            return
+        if "tools" in good:
+            _count_calls(good, loaded.counts)
+        else:
+            loaded.counts["untooled_calls"] += len(trained_calls(good))
+
+
+@contextmanager
+def _counted(location: str, loaded: LoadedRows) -> Iterator[None]:
+    """One raw row: kept when the block ends, skipped where it raises DataError."""
+    loaded.counts["read"] += 1
+    try:
+        yield
     except (DataError, RecursionError) as error:
         loaded.skipped.append(Skipped(location, str(error) if isinstance(error, DataError) else "nested too deeply"))
-        counts["skipped"] += 1
-        return
-    loaded.rows.append(SourceRow(location, row))
-    counts["kept"] += 1
-    counts[f"layout/{layout}"] += 1
+        loaded.counts["skipped"] += 1
+    else:
+        loaded.counts["kept"] += 1
+
+
+def _readable(raw: dict | DataError) -> dict:
+    if isinstance(raw, DataError):
+        raise raw
+    return raw
+
+
+def _count_calls(row: dict, counts: Counter) -> None:
     counts["trained_calls"] += len(trained_calls(row))
     for problem in broken_calls(row):
         counts["broken_calls"] += 1
         counts[f"broken/{problem.kind}"] += 1
-    if layout == "apibench" and not is_python(row["messages"][-1]["content"]):
-        counts["unparsable_answers"] += 1
 
 
-def _first_bad(location: str, rest: Iterator[tuple[str, dict | DataError]], layout: str, loaded: LoadedRows, asks: bool) -> DataError:
+def _pair_labelled(loaded: LoadedRows) -> None:
+    """Pairs in the place of a source's labelled answers, after those that were pairs already."""
+    labelled = [(row.location, row.row) for row in loaded.rows if "label" in row.row]
+    pairs, loaded.counts["unpaired"] = pair_answers(labelled)
+    loaded.rows = [row for row in loaded.rows if "label" not in row.row] + [SourceRow(*pair) for pair in pairs]
+
+
+def _first_bad(location: str, rest: Iterator[tuple[str, dict | DataError]], take: Callable, loaded: LoadedRows) -> DataError:
     """The error for the first bad row, saying whether it is alone: one broken row is repaired by hand, a thousand are another layout."""
     reason = loaded.skipped[0].reason
     seen = 0
     for seen, (where, raw) in enumerate(islice(rest, LOOK_AHEAD), 1):  # noqa: B007, the count is read after the loop
-        _take(where, raw, layout, loaded, asks)
+        take(where, raw)
     others = len(loaded.skipped) - 1
     more = f"\n{others} of the next {seen} rows are bad too; `data.on_error: skip` leaves bad rows out and lists them" if others else ""
     return DataError(f"{location}: {reason}{more}")
@@ -337,7 +388,7 @@ def _held_out(rows: Sequence[SourceRow], fraction: float | None, count: int | No
     if (fraction is None) == (count is None):
         raise DataError("the held-out split needs one of data.eval_fraction and data.eval_rows")
     wanted = count if count is not None else max(1, round(fraction * len(rows)))
-    digests = [content_digest(row.row) for row in rows]
+    digests = [content_digest(held_together(row.row)) for row in rows]
     copies = Counter(digests)
     out: set[str] = set()
     held_out = 0
@@ -349,6 +400,11 @@ def _held_out(rows: Sequence[SourceRow], fraction: float | None, count: int | No
     if held_out >= len(rows):
         raise DataError(f"the held-out split takes {held_out} of {len(rows)} rows and leaves none to train; ask for fewer")
     return [digest in out for digest in digests]
+
+
+def held_together(row: dict) -> dict:
+    """What all rows share that must be on one side of the held-out split: the question of preference rows, else the whole row."""
+    return question(row) if "chosen" in row or "label" in row else row
 
 
 def _weighted(source: Source, rows: list[SourceRow], seed: int) -> list[SourceRow]:

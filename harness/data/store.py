@@ -5,7 +5,8 @@
         train-00000.arrow …   Arrow streams, one per tokenising process, in the order of the rows
         eval-00000.arrow …    only where something is held out
 
-Columns of samples: input_ids, labels (-100 where not trained), length, sample (row_digest), location; of packs: packing.py.
+Columns of samples: input_ids, labels (-100 where not trained), length, sample (row_digest), location; of packs: packing.py; of pairs and
+labelled answers: prepare_pairs.py.
 
 Promise: a folder with that name loads whole or not at all. It is written under another name, flushed to the disk, and then renamed in
 one step; the process that loses a race for the name takes the winner's. A reader believes nothing but the manifest, and checks it.
@@ -36,15 +37,15 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 ABANDONED_AFTER_S = 600
 
-SAMPLE_FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "length": Value("int32"),
-        "sample": Value("string"),
-        "location": Value("string"),
-    }
+_TOKENS = List(Value("int32"))
+_PLACE = {"length": Value("int32"), "sample": Value("string"), "location": Value("string")}
+SAMPLE_FEATURES = Features({"input_ids": _TOKENS, "labels": _TOKENS, **_PLACE})
+PAIR_FEATURES = Features(
+    {f"{side}_{column}": _TOKENS for side in ("chosen", "rejected") for column in ("input_ids", "labels")}
+    | {"margin": Value("float32"), **_PLACE}
 )
+LABELLED_FEATURES = Features({"input_ids": _TOKENS, "labels": _TOKENS, "label": Value("bool"), "prompt_length": Value("int32"), **_PLACE})
+FEATURES = {"samples": SAMPLE_FEATURES, "pairs": PAIR_FEATURES, "labelled": LABELLED_FEATURES}
 
 
 @dataclass(frozen=True)

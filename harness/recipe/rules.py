@@ -11,6 +11,7 @@ from harness.recipe.backend import Backend, load_backend
 from harness.recipe.schema import Checkpoint, Recipe
 from harness.recipe.task_rules import (
     compute_type_rules,
+    format_rules,
     generate_rules,
     no_teacher_rules,
     other_task_rules,
@@ -44,13 +45,14 @@ _NO_EVAL_DATA = "there is nothing to evaluate on; give data.eval, data.eval_frac
 def check_rules(recipe: Recipe) -> list[str]:
     """Every rule that the recipe breaks, in the order of its sections; empty when all hold."""
     if recipe.task == "generate":
-        rules = (_type_rules, _data_rules, generate_rules, other_task_rules)
+        rules = (_type_rules, _data_rules, format_rules, generate_rules, other_task_rules)
     else:
         rules = (
             _model_rules,
             _type_rules,
             _lora_rules,
             _data_rules,
+            format_rules,
             *TASK_RULES.get(recipe.task, (no_teacher_rules,)),
             other_task_rules,
             _schedule_rules,

@@ -257,7 +257,10 @@ class Source(Section):
 
     path: str
     """A file (.jsonl, .json, .parquet, .jsonl.gz), a folder, a glob, or a hub id. Relative paths start where the command is run."""
-    format: Literal["auto", "messages", "prompt_completion", "text", "xlam", "apibench"] = "auto"
+    format: Literal[
+        "auto", "messages", "prompt_completion", "text", "xlam", "apibench", "preference", "sharegpt", "kto", "toolpref", "when2call"
+    ] = "auto"
+    """The layout of its rows, where their keys fit several. The last five are of `task: dpo`, `kto` and `reward`."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -289,7 +292,8 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=8)] = 2048
     """In tokens."""
     too_long: Literal["drop_turns", "drop_row", "fail"] = "drop_turns"
-    """A row over `max_length` loses whole turns from its end, or goes; it never keeps half a call."""
+    """A row over `max_length` loses whole turns from its end (a pair as many on both sides), or goes; it never keeps half a call. An answer
+    with a label goes."""
     train_on: Literal["assistant", "all"] = "assistant"
     """`assistant`: only what the assistant says is trained. `all`: every token, tool results too."""
     packing: Literal["auto"] | bool = "auto"

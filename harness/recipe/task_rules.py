@@ -132,6 +132,21 @@ OF_ONE_TASK = {
 """Section, and what the tasks of other names do not do."""
 
 
+PREFERENCE_FORMATS = ("preference", "sharegpt", "kto", "toolpref", "when2call")
+"""Values of a source's `format` whose rows say which answer is better (harness.data.pairs); the others have one answer, or none."""
+
+
+def format_rules(recipe: Recipe) -> Iterator[str]:
+    prefers = recipe.task in (*PAIRED, *COMPARED)
+    for part in ("train", "eval"):
+        for source in getattr(recipe.data, part):
+            wrong = f"data.{part}.format = {source.format}; such rows"
+            if prefers and source.format not in ("auto", *PREFERENCE_FORMATS):
+                yield f"{wrong} do not say which answer is better; task = {recipe.task} reads auto or {', '.join(PREFERENCE_FORMATS)}"
+            elif not prefers and source.format in PREFERENCE_FORMATS:
+                yield f"{wrong} say which answer is better, which task = {recipe.task} does not read; set task: dpo, kto or reward"
+
+
 def other_task_rules(recipe: Recipe) -> Iterator[str]:
     for section, what in OF_ONE_TASK.items():
         for key, value in given(getattr(recipe, section)) if recipe.task != section else ():

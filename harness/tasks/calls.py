@@ -112,6 +112,6 @@ def load_held_out_calls(recipe: Recipe, tokenizer, batch_size: int) -> HeldOutCa
 
     def choose():
         renderer = Renderer(tokenizer, training_template, recipe.data.train_on)
-        return choose_questions(held_out_rows(recipe.data), renderer, recipe.train.eval_tool_calls, recipe.data.max_length)
+        return choose_questions(held_out_rows(recipe.data, recipe.task), renderer, recipe.train.eval_tool_calls, recipe.data.max_length)
 
     return HeldOutCalls(*distributed.on_main(choose), tokenizer, batch_size)

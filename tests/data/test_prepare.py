@@ -261,7 +261,7 @@ KILLED = """
 import sys, time
 sys.path[:0] = [{tests!r}, {repo!r}]
 from chat_tokenizer import chat_tokenizer
-from harness.data import prepare as module, store
+from harness.data import prepare as module, samples, store
 from test_prepare import SourceRow, talk
 rows = [SourceRow(f"d:{{i}}", talk("q", "a")) for i in range(1200)]
 {hang}
@@ -269,13 +269,13 @@ module.prepare(rows, chat_tokenizer("qwen2_5"), cache_dir={cache!r}, max_length=
 """
 HANG = {
     "while rows are written": """
-fit = module.fit
+fit = samples.fit
 def slow(renderer, row, location, *rest):
     if location == "d:900":
         print("now", flush=True)
         time.sleep(60)
     return fit(renderer, row, location, *rest)
-module.fit = slow
+samples.fit = slow
 """,
     "before the rename": """
 def slow(*args):
