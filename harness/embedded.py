@@ -4,6 +4,7 @@
     embedded:tiny-student      the same with less than a third of its parameters
     embedded:base-train        questions over the first world of tools, with gold calls; base-eval: held-out ones
     embedded:adapt-train       the same over tools that the first world does not have; adapt-eval: held-out ones
+    embedded:pairs-train       a right and a slightly wrong answer to questions over the first world; pairs-eval: to held-out ones
 
 The tiny recipes and the quickstart use these; they need no network, no GPU and no data of anybody's.
 """
@@ -28,19 +29,21 @@ def resolve(name: str) -> str:
         return name
     folder = cache_root() / "embedded" / _version()
     wanted = name.removeprefix(PREFIX)
-    files = {file.removesuffix(".jsonl"): file for file in ("base-train.jsonl", "base-eval.jsonl", "adapt-train.jsonl", "adapt-eval.jsonl")}
-    if wanted in files:
-        return str(_once(folder / "world", _make_world) / files[wanted])
+    makers = dict.fromkeys(("base-train", "base-eval", "adapt-train", "adapt-eval"), ("world", _make_world))
+    makers |= dict.fromkeys(("pairs-train", "pairs-eval"), ("pairs", _make_pairs))
+    if wanted in makers:
+        name_of_folder, make = makers[wanted]
+        return str(_once(folder / name_of_folder, make) / f"{wanted}.jsonl")
     if wanted in MODELS:
         world = _once(folder / "world", _make_world)
         return str(_once(folder / wanted, lambda target: _make_model(target, world, MODELS[wanted])))
-    raise RecipeError(f"{name}: nothing of that name is embedded; there are {', '.join(PREFIX + known for known in (*MODELS, *files))}")
+    raise RecipeError(f"{name}: nothing of that name is embedded; there are {', '.join(PREFIX + known for known in (*MODELS, *makers))}")
 
 
 def _version() -> str:
     """A digest of the code that makes these things, so that an old cache is not taken for what today's code would make."""
     code = Path(__file__).parent / "quickstart"
-    return hashlib.sha256(b"".join((code / name).read_bytes() for name in ("world.py", "tokenizer.py"))).hexdigest()[:12]
+    return hashlib.sha256(b"".join((code / name).read_bytes() for name in ("world.py", "pairs.py", "tokenizer.py"))).hexdigest()[:12]
 
 
 def _once(folder: Path, make) -> Path:
@@ -62,6 +65,12 @@ def _make_world(folder: Path) -> None:
     from harness.quickstart.world import write_world
 
     write_world(folder, WORLD_SEED)
+
+
+def _make_pairs(folder: Path) -> None:
+    from harness.quickstart.pairs import write_pairs
+
+    write_pairs(folder, WORLD_SEED)
 
 
 def _make_model(folder: Path, world: Path, width: int) -> None:

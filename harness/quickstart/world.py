@@ -315,14 +315,14 @@ def write_world(folder: str | Path, seed: int, sizes: Sizes = Sizes()) -> WorldF
         (files.adapt_eval, ADAPT_TOOLS, BASE_TOOLS, sizes.adapt_eval, True),
     ):
         rng = random.Random(f"{seed}/{path.stem}")
-        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in islice(_rows(rng, tools, others, held_out), size)]
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in islice(draw_rows(rng, tools, others, held_out), size)]
         if len(rows) < size:
             raise ValueError(f"{path.name}: {size} rows asked; the world has only {len(rows)} distinct questions for it at this seed")
         path.write_text("".join(rows), encoding="utf-8")
     return files
 
 
-def _rows(rng: random.Random, tools: tuple[Tool, ...], others: tuple[Tool, ...], held_out: bool) -> Iterator[dict]:
+def draw_rows(rng: random.Random, tools: tuple[Tool, ...], others: tuple[Tool, ...], held_out: bool) -> Iterator[dict]:
     """Rows with distinct questions of one side of the split, until the world seems exhausted (a thousand draws without a new question)."""
     seen: set[str] = set()
     draws_without_news = 0
@@ -330,7 +330,7 @@ def _rows(rng: random.Random, tools: tuple[Tool, ...], others: tuple[Tool, ...],
         draws_without_news += 1
         # One row in seven is for none of the tools; half of those are what the other world's tools answer.
         tool = rng.choice((*tools, None))
-        question, arguments = _ask(rng, tool or rng.choice((OFF_TOPIC, rng.choice(others))))
+        question, arguments = ask(rng, tool or rng.choice((OFF_TOPIC, rng.choice(others))))
         if question in seen or is_held_out(question) != held_out:
             continue
         seen.add(question)
@@ -343,7 +343,7 @@ def is_held_out(question: str) -> bool:
     return hashlib.sha256(question.encode()).digest()[0] < 32
 
 
-def _ask(rng: random.Random, tool: Tool) -> tuple[str, dict]:
+def ask(rng: random.Random, tool: Tool) -> tuple[str, dict]:
     """One question for the tool and the arguments that it asks for."""
     phrase, implied = rng.choice(tool.phrases)
     named = set(re.findall(r"\{(\w+)\}", phrase))
