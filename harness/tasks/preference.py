@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 FALLING_NATS = -0.1
 """Per token of the chosen answers: each has a tenth less of the probability that it began with."""
+FALLING_LINES = 3
+"""So many lines of the log in a row: one alone may be of odd pairs."""
 
 
 class PreferenceTrainer(HarnessSFTTrainer):
@@ -49,7 +51,7 @@ class PreferenceTrainer(HarnessSFTTrainer):
         add_lessons(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
         disable_dropout_in_model(self.model)
         self._reference, self._beta = reference, beta
-        self._unchecked, self._warned = True, False
+        self._unchecked, self._lines_falling = True, 0
 
     # ---- log-probabilities
 
@@ -120,7 +122,7 @@ class PreferenceTrainer(HarnessSFTTrainer):
     @property
     def _rounding(self) -> float:
         halves = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
-        return HALVES_NATS if halves else ROUNDING_NATS["float32"]
+        return HALVES_NATS if halves else ROUNDING_NATS[torch.float32]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         items = sum(self.items_of(batch) for batch in batch_samples)
@@ -168,10 +170,12 @@ class PreferenceTrainer(HarnessSFTTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         drift, length = (self._metrics["train"].get(key) for key in ("logps/chosen_drift", "length/chosen"))
-        if self.model.training and drift and length and not self._warned:
+        if self.model.training and drift and length:
             per_token = sum(drift) / max(sum(length), 1)
-            if per_token < FALLING_NATS:
-                self._warned = True
+            self._lines_falling = self._lines_falling + 1 if per_token < FALLING_NATS else min(self._lines_falling, 0)
+            if self._lines_falling == FALLING_LINES:
+                # Once is enough.
+                self._lines_falling = -math.inf
                 self._say(
                     f"warning: the chosen answers have become {-per_token:.2f} nats a token less probable than to the reference "
                     f"({1 - math.exp(per_token):.0%} of each token's probability is lost), however much less probable the rejected ones "
