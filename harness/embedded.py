@@ -5,6 +5,7 @@
     embedded:base-train        questions over the first world of tools, with gold calls; base-eval: held-out ones
     embedded:adapt-train       the same over tools that the first world does not have; adapt-eval: held-out ones
     embedded:pairs-train       a right and a slightly wrong answer to questions over the first world; pairs-eval: to held-out ones
+    embedded:answers-train     one answer of each pair, labelled good or bad; answers-eval: to held-out questions
 
 The tiny recipes and the quickstart use these; they need no network, no GPU and no data of anybody's.
 """
@@ -30,7 +31,7 @@ def resolve(name: str) -> str:
     folder = cache_root() / "embedded" / _version()
     wanted = name.removeprefix(PREFIX)
     makers = dict.fromkeys(("base-train", "base-eval", "adapt-train", "adapt-eval"), ("world", _make_world))
-    makers |= dict.fromkeys(("pairs-train", "pairs-eval"), ("pairs", _make_pairs))
+    makers |= dict.fromkeys(("pairs-train", "pairs-eval", "answers-train", "answers-eval"), ("pairs", _make_pairs))
     if wanted in makers:
         name_of_folder, make = makers[wanted]
         return str(_once(folder / name_of_folder, make) / f"{wanted}.jsonl")

@@ -1,8 +1,9 @@
 """Pairs of answers in the small world: the right one, and one that a minimal edit has made wrong.
 
-Writes two JSONL files (`prompt`, `chosen`, `rejected`, `tools`; the first three are lists of messages):
+Writes four JSONL files over questions of base-train and base-eval, each asked once:
 
-    pairs-train.jsonl   pairs-eval.jsonl    over questions of base-train and base-eval, each asked once
+    pairs-train.jsonl     pairs-eval.jsonl      `prompt`, `chosen`, `rejected` (lists of messages), `tools`
+    answers-train.jsonl   answers-eval.jsonl    of each pair one answer, by turns: `prompt`, `completion`, `label`, `tools`
 
 An edit changes one value, adds an argument that was not asked for (or leaves one out, where all were), takes another tool, calls none, or
 calls one where none helps. Both answers stand under the same prompt, so nothing but the answer tells them apart.
@@ -26,26 +27,36 @@ TOOLS = {tool.name: tool for tool in BASE_TOOLS}
 class PairFiles:
     pairs_train: Path
     pairs_eval: Path
+    answers_train: Path
+    answers_eval: Path
 
 
 def write_pairs(folder: str | Path, seed: int, *, train: int = 4000, held_out: int = 256) -> PairFiles:
-    """Write both files into `folder` and return their paths. Raises ValueError if more questions are asked for than there are."""
+    """Write the files into `folder` and return their paths. Raises ValueError if more questions are asked for than there are."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = PairFiles(folder / "pairs-train.jsonl", folder / "pairs-eval.jsonl")
-    for path, size, of_eval in ((files.pairs_train, train, False), (files.pairs_eval, held_out, True)):
+    files = PairFiles(*(folder / f"{kind}-{split}.jsonl" for kind in ("pairs", "answers") for split in ("train", "eval")))
+    for path, answers, size, of_eval in (
+        (files.pairs_train, files.answers_train, train, False),
+        (files.pairs_eval, files.answers_eval, held_out, True),
+    ):
         rng = random.Random(f"{seed}/{path.stem}")
         rows = list(islice(draw_rows(rng, BASE_TOOLS, ADAPT_TOOLS, of_eval), size))
         if len(rows) < size:
             raise ValueError(f"{path.name}: {size} pairs asked; the world has only {len(rows)} distinct questions for it at this seed")
-        lines = (json.dumps(_pair(rng, row), ensure_ascii=False) + "\n" for row in rows)
-        path.write_text("".join(lines), encoding="utf-8")
+        pairs = [_pair(rng, row) for row in rows]
+        for file, written in ((path, pairs), (answers, [_answer(pair, good=number % 2 == 0) for number, pair in enumerate(pairs)])):
+            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
     return files
 
 
 def _pair(rng: random.Random, row: dict) -> dict:
     question, right = row["messages"]
     return {"prompt": [question], "chosen": [right], "rejected": [_spoil(rng, right)], "tools": row["tools"]}
+
+
+def _answer(pair: dict, *, good: bool) -> dict:
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good, "tools": pair["tools"]}
 
 
 def _spoil(rng: random.Random, right: dict) -> dict:

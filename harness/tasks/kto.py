@@ -2,11 +2,11 @@
 
 How far the policy is from the reference is estimated from answers that do not belong to their prompts: each prompt with the answer of the
 next row of the data. The estimate is of a whole step, on all ranks, before its first gradient (TRL makes one of each micro-batch, which is
-another loss on other ranks), and is logged as kl_baseline, in nats of an answer, never below 0.
+another loss on other ranks); of an evaluation, over all held-out rows. Logged as kl_baseline, in nats of an answer, never below 0.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -39,8 +39,17 @@ class KtoTrainer(PreferenceTrainer):
                 batch["divergence"] = divergence
         return batches, items
 
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        if self._kto.loss_type == "kto":
+            model = self.model_wrapped
+            was_training = model.training
+            model.eval()
+            self._of_held_out = self._divergence(model, (batch["others"] for batch in dataloader))
+            model.train(was_training)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     @torch.no_grad()
-    def _divergence(self, model, batches: list[dict]) -> float:
+    def _divergence(self, model, batches: Iterable[dict]) -> float:
         """Of the policy from the reference, over answers that do not belong to their prompts, of all ranks."""
         total = answers = 0.0
         for inputs in map(self._prepare_inputs, batches):
@@ -54,10 +63,7 @@ class KtoTrainer(PreferenceTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
-        others, divergence = inputs.pop("others", None), inputs.pop("divergence", None)
-        if others is not None:
-            # Of an evaluation, whose batches are all there is of a step.
-            divergence = self._divergence(model, [others])
+        divergence = self._of_held_out if inputs.pop("others", None) is not None else inputs.pop("divergence", None)
         reference = self.reference_log_probs(model, inputs)
         policy = self.policy_log_probs(model, inputs)
         owners, tokens = trained_owners(inputs), self._tokens_of_answers(inputs)
@@ -88,9 +94,8 @@ class KtoTrainer(PreferenceTrainer):
             }
         noted = self._note(means, tokens_read(inputs))
         if {"rewards/chosen", "rewards/rejected"} <= noted.keys():
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics["rewards/margins"].append(noted["rewards/chosen"] - noted["rewards/rejected"])
-            metrics["length/gap"].append(noted["length/chosen"] - noted["length/rejected"])
+            self._keep("rewards/margins", noted["rewards/chosen"] - noted["rewards/rejected"])
+            self._keep("length/gap", noted["length/chosen"] - noted["length/rejected"])
 
 
 # ---- answers that do not belong to their prompts

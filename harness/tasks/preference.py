@@ -155,18 +155,33 @@ class PreferenceTrainer(HarnessSFTTrainer):
     def _note(self, means: dict[str, tuple[Tensor, Tensor]], read: Tensor) -> dict[str, float]:
         """Keep what is logged, and return it. means: name -> (values, which of them count), both [n]. read: tokens that the model has read.
 
-        The mean of what a step's micro-batches leave here is the mean over the step, of all ranks, up to the share of filling.
+        The mean of what a step's micro-batches leave here is the mean over the step, of all ranks, up to the share of filling. Of an
+        evaluation it is the mean over all that was seen of it.
         """
         sums = [part.double().sum() for values, counted in means.values() for part in (torch.where(counted, values, 0), counted)]
         *sums, read = distributed.all_reduce_sum(torch.stack([*sums, read.to(sums[0])]).tolist())
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        noted = {name: total / count for name, total, count in zip(means, sums[0::2], sums[1::2], strict=True) if count}
+        training = self.model.training
+        seen = {} if training else self._seen
+        for name, total, count in zip(means, sums[0::2], sums[1::2], strict=True):
+            before = seen.get(name, (0.0, 0.0))
+            seen[name] = before[0] + total, before[1] + count
+        noted = {name: total / count for name, (total, count) in seen.items() if count}
         for name, mean in noted.items():
-            metrics[name].append(mean)
-        if self.model.training:
+            self._keep(name, mean)
+        if training:
             self._total_train_tokens += int(read)
-        metrics["num_tokens"] = [self._total_train_tokens]
+        self._metrics["train" if training else "eval"]["num_tokens"] = [self._total_train_tokens]
         return noted
+
+    def _keep(self, name: str, mean: float) -> None:
+        if self.model.training:
+            self._metrics["train"][name].append(mean)
+        else:
+            self._metrics["eval"][name] = [mean]
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._seen: dict[str, tuple[float, float]] = {}
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         drift, length = (self._metrics["train"].get(key) for key in ("logps/chosen_drift", "length/chosen"))

@@ -596,7 +596,8 @@ def keep_samples() -> None:
 
     def names_of(trainer) -> dict[str, str]:
         names = {}
-        for row in trainer.train_dataset:
+        # Of pairs a step takes two answers, laid out as it suits: they are known by their tokens alone.
+        for row in trainer.train_dataset if "input_ids" in trainer.train_dataset.column_names else ():
             tokens, samples = row["input_ids"], row.get("samples") or [row["sample"]]
             for length, sample in zip(row.get("seq_lengths") or [len(tokens)], samples, strict=True):
                 names[name_of(tokens[:length])], tokens = sample, tokens[length:]

@@ -42,6 +42,14 @@ def test_no_held_out_question_is_trained_on_and_none_occurs_twice(files):
     assert not any(map(is_held_out, train)) and all(map(is_held_out, held_out))
 
 
+def test_answers_with_labels_are_one_side_of_each_pair_as_many_good_as_bad(files):
+    pairs, answers = read(files.pairs_train), read(files.answers_train)
+    assert len(pairs) == len(answers) and sum(row["label"] for row in answers) == len(answers) / 2
+    for pair, answer in zip(pairs, answers, strict=True):
+        assert answer["prompt"] == pair["prompt"]
+        assert answer["completion"] == pair["chosen" if answer["label"] else "rejected"]
+
+
 def test_neither_length_nor_the_absence_of_a_call_gives_the_right_answer_away(files):
     rows = read(files.pairs_train)
     longer = [len(json.dumps(row["chosen"])) - len(json.dumps(row["rejected"])) for row in rows]
