@@ -35,7 +35,13 @@ def print_report(report: dict) -> None:
     for category, found in report["by_category"].items():
         low, high = found["interval"]
         rows.append(
-            (category, f"{found['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", f"{found['correct']} of {found['n']}", str(found["unanswered"]))
+            (
+                category,
+                f"{found['accuracy']:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{found['correct']} of {found['n']}",
+                str(found["unanswered"]),
+            )
         )
     print_table(("category", "right", "95 % interval", "rows", "without a row"), rows, right=("right", "rows", "without a row"))
     click.echo()
@@ -51,8 +57,8 @@ def _notes(report: dict) -> list[str]:
     notes = []
     if taken := report["abstention"]["malformed_taken_for_right"]:
         notes.append(
-            f"{len(taken)} of the {report['abstention']['n']} rows where nothing is to be called are right by the leaderboard's rules although "
-            f"they try to call, in a form that it cannot decode (such as {taken[0]}); --mode strict counts them as malformed"
+            f"{len(taken)} of the {report['abstention']['n']} rows where nothing is to be called are right by the leaderboard's rules "
+            f"although they try to call, in a form that it cannot decode (such as {taken[0]}); --mode strict counts them as malformed"
         )
     if broken := report["gold_breaks_schema"]:
         notes.append(f"gold itself breaks its tool's schema in {', '.join(broken)}; there gold alone decides")

@@ -17,6 +17,7 @@ and of bounded size; anything else cannot be read.
 from __future__ import annotations
 
 import ast
+import json
 import operator
 import re
 import warnings
@@ -46,26 +47,45 @@ Trouble = tuple[str, str]
 
 
 def decode_text(text: str) -> list[ToolCall] | None:
-    """The calls that the leaderboard reads from a prompted model's text; None where it cannot read it, which its irrelevance counts as right.
+    """The calls that the leaderboard reads from a prompted model's text; None where it reads none, which its irrelevance counts as right.
 
-    First as its handlers read Python: back quotes and line ends around it removed, brackets added, `ast`. What is no Python call is read as
-    JSON in the notations of parse_calls, all of it or nothing. Reasoning and end tokens are taken off before, as its servers do.
-    Arguments hold what Python has: tuples, and text for names and calls ("x" for x, "f(x)" for f(x)).
+    First as its handlers read Python: back quotes and line ends around it removed, brackets added, `ast`. Then as they read JSON, a list of
+    {"function", "parameters"} anywhere in the text. The leaderboard is told which of the two to expect, and no text is both. At last, for
+    models with a notation of their own, the marked and the bare JSON of parse_calls, all of it or nothing. Reasoning and end tokens are
+    taken off before, as its servers do. Arguments hold what Python has: tuples, and text for names and calls ("f(x)" for f(x)).
     """
     said = spoken(text)
     if said != text.strip():  # else the text as it came: a tab before a bracket is an error to the leaderboard
         text = said
-    calls = _decode_python(text)
+    listed = text.strip("`\n ")
+    listed = listed if listed.startswith("[") else f"[{listed}"
+    listed = listed if listed.endswith("]") else f"{listed}]"
+    calls = _decode_python(listed)
     if calls is None:
+        calls = _decode_json(listed)
+    if calls is None and not _OWN_JSON.search(listed):
         parsed = parse_calls(text, pythonic=False)
         calls = None if parsed.malformed else parsed.calls or None
     return calls
 
 
+_JSON = re.compile(r"\[\s*\{.*?\}\s*\]", re.DOTALL)  # ends with the first "}]", also where that ends an argument
+_OWN_JSON = re.compile(r'\[\s*\{\s*"function"\s*:\s*"')
+
+
+def _decode_json(text: str) -> list[ToolCall] | None:
+    found = _JSON.search(text)
+    try:
+        items = [item for item in json.loads(found.group()) if isinstance(item, dict)] if found else []
+    except (ValueError, RecursionError):
+        return None
+    read = [(item.get("function"), item.get("parameters")) for item in items]
+    if not read or not all(isinstance(name, str) and isinstance(arguments, dict) for name, arguments in read):
+        return None
+    return [ToolCall(name, arguments) for name, arguments in read]
+
+
 def _decode_python(text: str) -> list[ToolCall] | None:
-    text = text.strip("`\n ")
-    text = text if text.startswith("[") else f"[{text}"
-    text = text if text.endswith("]") else f"{text}]"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model's text is not our source code
@@ -130,7 +150,7 @@ _UNARY = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.i
 _MAX_SIZE = 100_000  # bits of a number, elements of a sequence: 9**9**9 is a few letters and a night
 
 
-def _computed(node: ast.expr) -> object:
+def _computed(node: ast.expr | None) -> object:
     match node:
         case ast.Constant(value=value):
             return value
@@ -138,6 +158,8 @@ def _computed(node: ast.expr) -> object:
             return [_computed(item) for item in items]
         case ast.Tuple(elts=items):
             return tuple(_computed(item) for item in items)
+        case ast.Dict(keys=keys, values=values):
+            return {_computed(key): _computed(value) for key, value in zip(keys, values, strict=True)}
         case ast.UnaryOp(op=op, operand=operand):
             return _UNARY[type(op)](_computed(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:

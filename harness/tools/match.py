@@ -34,7 +34,7 @@ FAILURES = (
 
 @dataclass(frozen=True)
 class OneOf:
-    """Stands in gold's arguments where one of several values is right, and perhaps leaving the key out. No values: it has to be left out."""
+    """Stands in gold's arguments where one of several values is right, and perhaps leaving out. Without values it has to be left out."""
 
     values: tuple
     omittable: bool = False
