@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.errors import DataError
 from harness.evaluate.statistics import wilson_interval
 from harness.evaluate.suite import CATEGORIES, Question, category_of, read_lines
-from harness.tools import ParsedCalls, ToolCall, did_you_mean, normalise_tools, parse_calls, read_call
+from harness.tools import ParsedCalls, ToolCall, normalise_tools, parse_calls, read_call
 from harness.tools.bfcl import check_answer, decode_text
 from harness.tools.gold import breaks_schema, judge_strictly, read_gold
 
@@ -103,7 +103,7 @@ def _question_of(prediction: Prediction, questions: dict[str, Question], mode: s
     try:
         category = category_of(prediction.id)
         if prediction.id not in questions:
-            raise DataError(f'"{prediction.id}" is in no file of questions{did_you_mean(prediction.id, questions)}')
+            raise DataError(f'"{prediction.id}" is in no file of questions; --questions must name the one with it')
         if questions[prediction.id].gold is None:
             raise DataError(f'"{prediction.id}" has no answer; give its file with --answers (in BFCL\'s data it is in possible_answer/)')
         if mode == "strict" and category == "live_relevance":
