@@ -15,9 +15,8 @@ from pathlib import Path
 from harness.errors import DataError
 from harness.evaluate.statistics import wilson_interval
 from harness.evaluate.suite import CATEGORIES, Question, category_of, read_lines
-from harness.tools import ParsedCalls, ToolCall, normalise_tools, parse_calls, read_call
+from harness.tools import ParsedCalls, ToolCall, breaks_schema, judge_strictly, normalise_tools, parse_calls, read_call, read_gold
 from harness.tools.bfcl import check_answer, decode_text
-from harness.tools.gold import breaks_schema, judge_strictly, read_gold
 
 MODES = ("bfcl", "strict")
 

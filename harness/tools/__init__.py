@@ -2,8 +2,22 @@
 
 from harness.tools.answers import FAULTS, Fault, read_answer
 from harness.tools.calls import ParsedCalls, ToolCall, parse_calls, read_call
-from harness.tools.gold import judge_strictly, read_gold, render_gold
-from harness.tools.match import FAILURES, Match, OneOf, Score, fits, json_equal, match_calls, same_call, score, summarise
+from harness.tools.gold import read_gold
+from harness.tools.match import (
+    FAILURES,
+    Match,
+    OneOf,
+    Score,
+    breaks_schema,
+    fits,
+    json_equal,
+    judge_strictly,
+    match_calls,
+    render_gold,
+    same_call,
+    score,
+    summarise,
+)
 from harness.tools.schema import Problem, check_call, did_you_mean, normalise_tool, normalise_tools, parse_type
 
 __all__ = [
@@ -16,6 +30,7 @@ __all__ = [
     "Problem",
     "Score",
     "ToolCall",
+    "breaks_schema",
     "check_call",
     "did_you_mean",
     "fits",

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from harness.tools.calls import ToolCall, parse_calls
+from harness.tools.calls import ParsedCalls, ToolCall, parse_calls
 from harness.tools.schema import check_call
 
 # From the gravest; an answer with several failures is counted under the first of them.
@@ -207,15 +207,56 @@ def _shown(value: object) -> str:
 def score(text: str, gold_calls: Sequence[ToolCall], tools: list[dict], order: str = "any") -> Score:
     """Scores what a model wrote against the calls it should have made (none: it should have answered in words). Any `text` gets a score."""
     parsed = parse_calls(text)
-    match = match_calls(parsed.calls, gold_calls, order)
-    failure = "malformed" if parsed.malformed else match.failure
+    trouble = judge_strictly(parsed, gold_calls, tools, order=order, spoke=bool(parsed.text))
+    failure = trouble and trouble[0]
     if not gold_calls:
-        if failure is None and not parsed.text:
-            failure = "no_answer"
         return Score(failure is None, None, None, failure is None, failure)
     valid_json = bool(parsed.calls) and not parsed.malformed
     valid_schema = valid_json and not any(check_call(call, tools) for call in parsed.calls)
     return Score(failure is None, valid_json, valid_schema, None, failure)
+
+
+def judge_strictly(
+    said: ParsedCalls, gold: Sequence[ToolCall], tools: list[dict], *, order: str = "any", spoke: bool = True
+) -> tuple[str, str] | None:
+    """(one of FAILURES, what is wrong) of an answer, or None.
+
+    A call that is one of gold's has to be taken by its tool's JSON Schema, too, unless gold itself is not, which is the data's fault.
+    spoke: the answer says something besides calls, without which no call is no abstention.
+    """
+    if said.malformed:
+        return "malformed", f"a call that cannot be read: {said.malformed[0][:200]}"
+    if not gold and not said.calls:
+        return None if spoke else ("no_answer", "says nothing; without a call it must be words")
+    match = match_calls(said.calls, gold, order)
+    if match.failure not in (None, "wrong_value"):
+        return match.failure, match.reason
+    # What remains may be of a wrong type, or be one of gold's values that the schema does not take.
+    problems = [problem for call in said.calls for problem in check_call(call, tools)]
+    if match.failure:
+        wrong_type = next((problem for problem in problems if problem.kind == "wrong_type"), None)
+        return ("wrong_type", str(wrong_type)) if wrong_type else (match.failure, match.reason)
+    return (problems[0].kind, str(problems[0])) if problems and not breaks_schema(gold, tools) else None
+
+
+def render_gold(gold: Sequence[ToolCall]) -> list[ToolCall]:
+    """One right answer: what may be left out is left out, and else the first value is taken, at every depth."""
+    return [ToolCall(call.name, _render_value(call.arguments)) for call in gold]
+
+
+def _render_value(value: object) -> object:
+    if isinstance(value, OneOf):
+        return _render_value(value.values[0]) if value.values else None
+    if isinstance(value, dict):
+        return {key: _render_value(one) for key, one in value.items() if not (isinstance(one, OneOf) and one.omittable)}
+    if isinstance(value, list):
+        return [_render_value(item) for item in value]
+    return value
+
+
+def breaks_schema(gold: Sequence[ToolCall], tools: list[dict]) -> bool:
+    """Whether gold, as it is rendered, is refused by its own tools."""
+    return any(check_call(call, tools) for call in render_gold(gold))
 
 
 def summarise(scores: Sequence[Score]) -> dict:

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.evaluate.suite import Question, load_questions
-from harness.tools import ToolCall
+from harness.tools import OneOf, ToolCall, read_gold, render_gold
 from harness.tools.bfcl import check_answer, decode_text
-from harness.tools.gold import OneOf, read_gold, render_gold
 
 SEED = 20261128
 PER_QUESTION = 6

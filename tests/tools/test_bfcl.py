@@ -9,9 +9,8 @@ from conftest import SHARED, needs_shared
 
 from harness.errors import DataError
 from harness.evaluate.suite import Question, load_questions
-from harness.tools import ToolCall, match_calls
+from harness.tools import ToolCall, match_calls, read_gold, render_gold
 from harness.tools.bfcl import check_answer, decode_text
-from harness.tools.gold import read_gold, render_gold
 
 BFCL = SHARED / "bfcl"
 

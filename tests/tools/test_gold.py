@@ -6,8 +6,19 @@ import pytest
 from conftest import SHARED, needs_shared
 
 from harness.evaluate.suite import load_questions
-from harness.tools import OneOf, ParsedCalls, ToolCall, fits, judge_strictly, match_calls, normalise_tools, read_gold, render_gold, score
-from harness.tools.gold import breaks_schema
+from harness.tools import (
+    OneOf,
+    ParsedCalls,
+    ToolCall,
+    breaks_schema,
+    fits,
+    judge_strictly,
+    match_calls,
+    normalise_tools,
+    read_gold,
+    render_gold,
+    score,
+)
 
 FUNCTIONS = [
     {
