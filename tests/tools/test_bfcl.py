@@ -52,6 +52,7 @@ VALUES = [
     # Text loses case, blanks and , . / - _ * ^, and nothing else.
     (STRING, ["35"], "3.5", True),
     (STRING, ["5"], "-5", True),
+    (STRING, ["abcdefgh"], "a b,c.d/e-f_g*^h", True),
     (STRING, ["New York, NY"], "newyorkny", True),
     (STRING, ["it's"], 'IT"S', True),
     (STRING, ["f(x)"], "fx", False),
