@@ -2,7 +2,22 @@
 
 from harness.tools.answers import FAULTS, Fault, read_answer
 from harness.tools.calls import ParsedCalls, ToolCall, parse_calls, read_call
-from harness.tools.match import FAILURES, Match, Score, json_equal, match_calls, same_call, score, summarise
+from harness.tools.gold import read_gold
+from harness.tools.match import (
+    FAILURES,
+    Match,
+    OneOf,
+    Score,
+    breaks_schema,
+    fits,
+    json_equal,
+    judge_strictly,
+    match_calls,
+    render_gold,
+    same_call,
+    score,
+    summarise,
+)
 from harness.tools.schema import Problem, check_call, did_you_mean, normalise_tool, normalise_tools, parse_type
 
 __all__ = [
@@ -10,13 +25,17 @@ __all__ = [
     "FAULTS",
     "Fault",
     "Match",
+    "OneOf",
     "ParsedCalls",
     "Problem",
     "Score",
     "ToolCall",
+    "breaks_schema",
     "check_call",
     "did_you_mean",
+    "fits",
     "json_equal",
+    "judge_strictly",
     "match_calls",
     "normalise_tool",
     "normalise_tools",
@@ -24,6 +43,8 @@ __all__ = [
     "parse_type",
     "read_answer",
     "read_call",
+    "read_gold",
+    "render_gold",
     "same_call",
     "score",
     "summarise",

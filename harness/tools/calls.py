@@ -5,7 +5,7 @@ Five notations are read, the ones that servers and chat templates in use speak:
     <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>      Hermes, Qwen; several blocks are parallel calls
     <|python_tag|>{"name": "f", "parameters": {"a": 1}}              Llama 3
     [TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]               Mistral
-    {"name": "f", "arguments": {"a": 1}}   or a list of them         bare JSON, also inside one code fence
+    {"name": "f", "arguments": {"a": 1}}   or a list of them         bare JSON, also inside one code fence; BFCL's has "function" for "name"
     [f(a=1), g(b="x")]   the brackets may be missing                 pythonic: literals and keyword arguments only
 
 An attempt that cannot be read is *malformed*, which is not the same as no attempt: counting broken calls as abstention is how a model that
@@ -33,7 +33,7 @@ _SEPARATOR = re.compile(r"[\s,;]*")
 _BROKEN_JSON = re.compile(r'\[?\s*\{\s*"(?:name|arguments|parameters|function|type"\s*:\s*"function)"')
 # Signs of an attempt in what no notation could read: a call inside prose, a stray tag, a notation that is not read here.
 _ATTEMPT = re.compile(
-    r'\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"(?:arguments|parameters)"\s*:|</?tool_call>|<\|python_tag\|>|\[TOOL_CALLS\]'
+    r'\{\s*"(?:name|function)"\s*:\s*"[^"]*"\s*,\s*"(?:arguments|parameters)"\s*:|</?tool_call>|<\|python_tag\|>|\[TOOL_CALLS\]'
     r"|<function=|<TOOLCALL>|functools\[|<function_?call>",
     re.IGNORECASE,
 )
@@ -58,8 +58,11 @@ class ParsedCalls:
         return bool(self.calls or self.malformed)
 
 
-def parse_calls(text: str) -> ParsedCalls:
-    """Reads every call that `text` makes. Never raises. Reasoning (`<think>…</think>`) is left out: a call only pondered is no call."""
+def parse_calls(text: str, *, pythonic: bool = True) -> ParsedCalls:
+    """Reads every call that `text` makes. Never raises. Reasoning (`<think>…</think>`) is left out: a call only pondered is no call.
+
+    pythonic: False leaves the last notation to a reader with rules of its own (harness.tools.bfcl).
+    """
     said = spoken(text)
     if "<tool_call>" in said:
         return _parsed(_HERMES.findall(said), _HERMES.sub("", said))
@@ -67,7 +70,7 @@ def parse_calls(text: str) -> ParsedCalls:
         if marker in said:
             before, *blocks = said.split(marker)
             return _parsed(blocks, before)
-    return _parse_unmarked(said)
+    return _parse_unmarked(said, pythonic)
 
 
 def spoken(text: str) -> str:
@@ -76,10 +79,14 @@ def spoken(text: str) -> str:
 
 
 def read_call(value: object) -> ToolCall | None:
-    """A decoded JSON value as a call, or None. Takes `arguments` or `parameters`, an object or its JSON text, and OpenAI's wrapper."""
+    """A decoded JSON value as a call, or None. Takes `arguments` or `parameters`, an object or its JSON text, OpenAI's wrapper, and the
+    name under `function`."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+    if not isinstance(value, dict):
+        return None
+    name = value.get("name", value.get("function"))
+    if not isinstance(name, str) or not name:
         return None
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
@@ -87,7 +94,7 @@ def read_call(value: object) -> ToolCall | None:
         arguments = decoded[0] if len(decoded) == 1 and not rest else None
     if not isinstance(arguments, dict) or not _is_plain_json(arguments):
         return None
-    return ToolCall(value["name"], arguments)
+    return ToolCall(name, arguments)
 
 
 def _without_reasoning(text: str) -> str:
@@ -126,7 +133,7 @@ def _attempts(text: str) -> list[str]:
     return [found.group() for found in _ATTEMPT.finditer(text)]
 
 
-def _parse_unmarked(said: str) -> ParsedCalls:
+def _parse_unmarked(said: str, pythonic: bool) -> ParsedCalls:
     fenced = _FENCE.fullmatch(said)
     body = fenced.group(1) if fenced else said
     if body.startswith(("{", "[")):
@@ -140,7 +147,7 @@ def _parse_unmarked(said: str) -> ParsedCalls:
             return ParsedCalls([call for call in read if call], malformed + _attempts(rest), rest)
         if not values and _BROKEN_JSON.match(body):
             return ParsedCalls([], [body], "")
-    if _PYTHONIC.match(body):
+    if pythonic and _PYTHONIC.match(body):
         parsed = _parse_pythonic(body)
         if parsed:
             return parsed
@@ -151,7 +158,7 @@ def _looks_like_call(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     has_arguments = "arguments" in value or "parameters" in value
-    return (has_arguments and "name" in value) or set(value) == {"name"} or isinstance(value.get("function"), dict)
+    return (has_arguments and ("name" in value or "function" in value)) or set(value) == {"name"} or isinstance(value.get("function"), dict)
 
 
 def _parse_pythonic(body: str) -> ParsedCalls | None:

@@ -270,8 +270,26 @@ def check_call(call: ToolCall, tools: list[dict]) -> list[Problem]:
 def _validator(parameters: str) -> Draft202012Validator:
     schema = json.loads(parameters)
     schema = _closed({"properties": {}, **schema} if set(schema) <= {"type", "description", "title", "required"} else schema)
-    Draft202012Validator.check_schema(schema)
+    if not _is_plain_schema(schema):
+        Draft202012Validator.check_schema(schema)
     return Draft202012Validator(schema, registry=Registry())  # an empty registry: a $ref never reaches for the network
+
+
+def _is_plain_schema(schema: object) -> bool:
+    """Whether a schema is seen at once to be one, as nearly every tool's is: the schema of schemas takes most of the time of a check."""
+    return isinstance(schema, dict) and all(key in _PLAIN and _PLAIN[key](value) for key, value in schema.items())
+
+
+_PLAIN = {
+    "type": lambda value: isinstance(value, str) and value in _JSON_TYPES,
+    "properties": lambda value: isinstance(value, dict) and all(map(_is_plain_schema, value.values())),
+    "required": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value),
+    "items": _is_plain_schema,
+    "unevaluatedProperties": lambda value: value is False,
+    "enum": lambda value: isinstance(value, list),
+    "description": lambda value: isinstance(value, str),
+    "default": lambda value: True,
+}
 
 
 def _closed(schema: object) -> object:

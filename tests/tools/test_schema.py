@@ -1,9 +1,12 @@
 import json
+import random
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from harness.errors import DataError
 from harness.tools import ToolCall, check_call, normalise_tool, normalise_tools, parse_type
+from harness.tools.schema import _closed, _is_plain_schema
 
 # The types that xLAM-60k's first hundred rows hold (research/tool-calling.md, section 2), API-Bank's, and what is near them.
 TYPES = [
@@ -198,3 +201,36 @@ def test_enum_and_union_are_told_apart_as_value_and_type():
 )
 def test_a_tool_whose_schema_is_broken_is_the_tools_fault_and_never_reaches_for_the_network(schema):
     assert problems({"a": "x"}, schema) == [("unusable_schema", "forecast")]
+
+
+WIDE = {**SCHEMA, "properties": {**SCHEMA["properties"], "at": {**SCHEMA, "enum": [1, "x"]}, "more": {"type": "array", "items": SCHEMA}}}
+
+
+def mutated(generator, schema):
+    """A copy in which one value, at any depth, is another one."""
+    copy = json.loads(json.dumps(schema))
+    places, boxes = [], [copy]
+    while boxes:
+        box = boxes.pop()
+        keys = list(box) if isinstance(box, dict) else range(len(box))
+        places += [(box, key) for key in keys]
+        boxes += [box[key] for key in keys if isinstance(box[key], (dict, list))]
+    box, key = generator.choice(places)
+    box[key] = generator.choice(
+        [None, True, False, 5, -1, "number", "numbre", [], ["a", "a"], ["a", 1], {}, {"type": 5}, {"type": "array"}]
+    )
+    if isinstance(box, dict):
+        new = ["type", "properties", "required", "items", "enum", "default", "description", "minimum", "$ref", "unevaluatedProperties"]
+        box[generator.choice(new)] = generator.choice([{}, "string", 1, ["a"]])
+    return copy
+
+
+def test_a_schema_that_is_seen_to_be_one_is_one_by_the_schema_of_schemas():
+    generator, plain = random.Random(0), 0
+    for _ in range(800):
+        schema = mutated(generator, WIDE)
+        if _is_plain_schema(schema):
+            plain += 1
+            Draft202012Validator.check_schema(schema)
+    assert plain > 50
+    assert _is_plain_schema(_closed(WIDE))

@@ -1,0 +1,49 @@
+from statistics import NormalDist
+
+import pytest
+
+from harness.evaluate.statistics import wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],  # Newcombe 1998, table I, method 3
+)
+def test_intervals_are_those_that_were_published(successes, trials, low, high):
+    assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def root(function, low, high):
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (function(middle) > 0) == (function(low) > 0) else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+def test_the_bounds_are_the_rates_that_a_score_test_just_does_not_reject(confidence):
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    for trials in (1, 7, 400):
+        for successes in {0, 1, trials // 2, trials - 1, trials}:
+            seen = successes / trials
+
+            def rejects(rate, seen=seen, trials=trials):
+                return (seen - rate) ** 2 - z * z * rate * (1 - rate) / trials
+
+            low, high = wilson_interval(successes, trials, confidence)
+            assert low == pytest.approx(root(rejects, 1e-15, seen) if successes else 0, abs=1e-9)
+            assert high == pytest.approx(root(rejects, seen, 1 - 1e-15) if successes < trials else 1, abs=1e-9)
+            assert 0 <= low <= seen <= high <= 1
+            assert low < high
+
+
+def test_nothing_tried_has_no_interval_and_nonsense_is_refused():
+    assert wilson_interval(0, 0) is None
+    for wrong in [(2, 1), (-1, 1), (0, -1), (1, 1, 1.0), (1, 1, 0.0)]:
+        with pytest.raises(ValueError):
+            wilson_interval(*wrong)
