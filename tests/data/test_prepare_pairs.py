@@ -174,6 +174,13 @@ def test_a_long_pair_keeps_as_many_turns_on_both_sides_and_is_counted(tokenizer,
     assert "shortened       1 rows" in render_report(cut.report)
 
 
+def test_a_long_answer_beside_a_short_one_keeps_as_many_turns_as_that_has(tokenizer, tmp_path):
+    row = {**MIDDLE, "chosen": long_answer(4, "Fine."), "rejected": [says("I guess.")]}
+    (sample,) = prepared([row], tokenizer, tmp_path).train
+    kept = [words(tokenizer, sample[f"{name}_labels"]) for name in SIDES]
+    assert [text.count("<|im_end|>") for text in kept] == [1, 1] and '"city 0"' in kept[0] and "I guess." in kept[1]
+
+
 def _messages(tokenizer, sample, name):
     """The messages of an answer, from the text: as many as there are headers after those of the prompt."""
     text = tokenizer.decode(sample[f"{name}_input_ids"])
