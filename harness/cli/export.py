@@ -83,4 +83,5 @@ def rows_to_compare(folder: RunDir) -> list[list[int]]:
     marker = sorted(folder.path.glob("logs/attempt-*/prepared-*.json"))[-1]
     prepared = load_prepared(json.loads(marker.read_text())["folder"])
     rows = prepared.eval if prepared.eval is not None else prepared.train
-    return [ids[:COMPARED_TOKENS] for ids in rows[:COMPARED_ROWS]["input_ids"]]
+    column = "input_ids" if "input_ids" in rows.column_names else "chosen_input_ids"
+    return [ids[:COMPARED_TOKENS] for ids in rows[:COMPARED_ROWS][column]]

@@ -42,6 +42,11 @@ def detect_format(row: dict) -> str:
     """The layout of a row, by its keys. Raises DataError where none or several fit."""
     found = [name for name, (keys, _, _) in LAYOUTS.items() if any(key_set <= row.keys() for key_set in keys)]
     if len(found) == 1:
+        if row.get("label") is False:
+            raise DataError(
+                "label is false: a bad answer, which supervised training would teach; use task kto, or take such rows out (if it means "
+                "something else, name the source's `format`)"
+            )
         return found[0]
     accepted = "; ".join(f"{name}: {shown}" for name, (_, shown, _) in LAYOUTS.items())
     seen = f"the row's keys are {', '.join(map(str, row)) or 'none'}"

@@ -312,7 +312,7 @@ def _turns(raw: object, where: str, *, strict: bool) -> list[dict]:
         if speaker == "assistant":
             messages += _spoken(value, place, strict)
         elif speaker == "call":
-            messages.append({"role": "assistant", "tool_calls": _listed_calls(value, place)})
+            messages.append(_listed_calls(value, place, strict))
         else:
             wrapped = _RESULT.fullmatch(value.strip()) if speaker == "tool" else None
             messages.append({"role": speaker, "content": wrapped.group(1) if wrapped else value})
@@ -321,32 +321,41 @@ def _turns(raw: object, where: str, *, strict: bool) -> list[dict]:
 
 def _spoken(value: str, where: str, strict: bool) -> list[dict]:
     """One text in which the assistant writes calls and the results stand between them, as the turns that they are."""
+    said, *rest = _RESULT.split(value)
+    if not rest:
+        return [_with_calls(said, where, strict)]
     messages = []
-    for n, part in enumerate(_RESULT.split(value)):
+    for n, part in enumerate((said, *rest)):
         if n % 2:
             messages.append({"role": "tool", "content": part})
-        elif part.strip() or len(value) == len(part):
-            messages.append(_with_calls(part, where, strict))
+        elif part.strip():
+            messages.append(_with_calls(part.strip(), where, strict))
     return messages
 
 
 def _with_calls(text: str, where: str, strict: bool) -> dict:
     if "<tool_call>" not in text:
-        return {"role": "assistant", "content": text.strip()}
+        return {"role": "assistant", "content": text}
     parsed = parse_calls(text)
     if parsed.malformed or not parsed.calls:
         if strict:
             raise DataError(f"{where}: the assistant's call cannot be read: {(parsed.malformed or [text])[0][:80]}")
-        return {"role": "assistant", "content": text.strip()}
+        return {"role": "assistant", "content": text}
     reasoning = _REASONING.match(text)
     calls = [{"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in parsed.calls]
     said = {"reasoning_content": reasoning and reasoning.group(1).strip(), "content": parsed.text}
     return {"role": "assistant", **{key: value for key, value in said.items() if value}, "tool_calls": calls}
 
 
-def _listed_calls(text: str, where: str) -> list[dict]:
-    listed = decode_json(text, where)
-    return calls_of(listed if isinstance(listed, list) else [listed], where)
+def _listed_calls(text: str, where: str, strict: bool) -> dict:
+    """A message from a call, or a list of them, as JSON text; what cannot be read is the message's words."""
+    try:
+        listed = decode_json(text, where)
+        return {"role": "assistant", "tool_calls": calls_of(listed if isinstance(listed, list) else [listed], where)}
+    except DataError:
+        if strict:
+            raise
+        return {"role": "assistant", "content": text}
 
 
 def _when2call_answer(raw: object, where: str, *, strict: bool, calls: bool = False) -> dict:
@@ -357,12 +366,8 @@ def _when2call_answer(raw: object, where: str, *, strict: bool, calls: bool = Fa
     marked = _TOOLCALL.fullmatch(text)
     if not calls and not marked:
         return {"role": "assistant", "content": text}
-    try:
-        return {"role": "assistant", "tool_calls": _listed_calls(marked.group(1) if marked else text, where)}
-    except DataError:
-        if strict:
-            raise
-        return {"role": "assistant", "content": text}
+    said = _listed_calls(marked.group(1) if marked else text, where, strict)
+    return said if "tool_calls" in said else {"role": "assistant", "content": text}
 
 
 # ---- what holds for every row

@@ -1,7 +1,7 @@
 """Canonical pairs and labelled answers (pairs.py) become samples of two sides, or of one with its label.
 
     pairs      chosen_input_ids, chosen_labels, rejected_input_ids, rejected_labels, margin (null where the row has none)
-    labelled   input_ids, labels, label (true: good), prompt_length (tokens before the first that the policy says)
+    labelled   input_ids, labels, label (true: good), prompt_length (tokens that are the same whatever is answered to this prompt)
     both       length (of pairs: of the longer side), sample (row_digest), location
 
 Each side is rendered as supervised training renders the same conversation (samples.py), so masks, ends of turns and refusals are the same:
@@ -112,8 +112,18 @@ def build_labelled(source: SourceRow, renderer: Renderer, rules: Rules, report: 
         return None
     report.good_rows += row["label"]
     report.bad_rows += not row["label"]
-    prompt_length = len(_prompt(sample["input_ids"], sample["labels"]))
+    prompt_length = _prompt_length(row, sample, renderer, source.location)
     return {**sample, "label": row["label"], "prompt_length": prompt_length, "sample": row_digest(row)}
+
+
+def _prompt_length(row: dict, sample: dict, renderer: Renderer, location: str) -> int:
+    """Not where the labels begin: some templates mark white space after the head of a turn as the assistant's, and others before a call
+    only, so that prompt and answer of two rows would not fit together."""
+    ids = sample["input_ids"]
+    if isinstance(row["prompt"], str):
+        return len(_prompt(ids, sample["labels"]))
+    asked = renderer.render_prompt({**row, "messages": row["prompt"]}, location)
+    return next((i for i, (token, other) in enumerate(zip(asked, ids, strict=False)) if token != other), min(len(asked), len(ids)))
 
 
 def check_labels(split: str, counts: SplitReport) -> None:

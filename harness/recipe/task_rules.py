@@ -132,6 +132,18 @@ OF_ONE_TASK = {
 """Section, and what the tasks of other names do not do."""
 
 
+def other_task_rules(recipe: Recipe) -> Iterator[str]:
+    for section, what in OF_ONE_TASK.items():
+        for key, value in given(getattr(recipe, section)) if recipe.task != section else ():
+            yield f"{section}.{key} = {value}; task = {recipe.task} {what}; set task: {section}, or remove this"
+
+
+# ---- preferences
+
+PAIRED = ("dpo", "reward")
+"""Tasks whose rows are pairs."""
+COMPARED = ("dpo", "kto")
+"""Tasks whose policy is compared with a reference."""
 PREFERENCE_FORMATS = ("preference", "sharegpt", "kto", "toolpref", "when2call")
 """Values of a source's `format` whose rows say which answer is better (harness.data.pairs); the others have one answer, or none."""
 
@@ -145,20 +157,6 @@ def format_rules(recipe: Recipe) -> Iterator[str]:
                 yield f"{wrong} do not say which answer is better; task = {recipe.task} reads auto or {', '.join(PREFERENCE_FORMATS)}"
             elif not prefers and source.format in PREFERENCE_FORMATS:
                 yield f"{wrong} say which answer is better, which task = {recipe.task} does not read; set task: dpo, kto or reward"
-
-
-def other_task_rules(recipe: Recipe) -> Iterator[str]:
-    for section, what in OF_ONE_TASK.items():
-        for key, value in given(getattr(recipe, section)) if recipe.task != section else ():
-            yield f"{section}.{key} = {value}; task = {recipe.task} {what}; set task: {section}, or remove this"
-
-
-# ---- preferences
-
-PAIRED = ("dpo", "reward")
-"""Tasks whose rows are pairs."""
-COMPARED = ("dpo", "kto")
-"""Tasks whose policy is compared with a reference."""
 
 
 def preference_rules(recipe: Recipe) -> Iterator[str]:
