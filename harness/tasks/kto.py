@@ -1,8 +1,8 @@
 """Kahneman-Tversky optimisation over answers that are good or bad, each by itself: harness.tasks.preference with the loss of answers.
 
 How far the policy is from the reference is estimated from answers that do not belong to their prompts: each prompt with the answer of the
-next row of the data. The estimate is of a whole step, on all ranks, before its first gradient (TRL makes one of each micro-batch, which is
-another loss on other ranks); of an evaluation, over all held-out rows. Logged as kl_baseline, in nats of an answer, never below 0.
+next row with another prompt. The estimate is of a whole step, on all ranks, before its first gradient (TRL makes one of each micro-batch,
+which is another loss on other ranks); of an evaluation, over all held-out rows. Logged as kl_baseline, in nats of an answer, never below 0.
 """
 
 import functools
@@ -14,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
 from harness import distributed
+from harness.errors import DataError
 from harness.losses.preference import answer_loss, divergence_of_tokens
 from harness.recipe.schema import Kto
 from harness.tasks import sft
@@ -102,12 +103,27 @@ class KtoTrainer(PreferenceTrainer):
 
 
 def numbered(train: Dataset, held_out: Dataset | None) -> tuple[Dataset, Dataset | None]:
-    """With the place, among all rows, of the one whose answer each prompt is given: the next of its split."""
-    numbers = [(at + 1) % len(train) for at in range(len(train))]
+    """With the place, among all rows, of the one whose answer each prompt is given: of its split."""
+    numbered_train = train.add_column("other", others(train))
     if held_out is None:
-        return train.add_column("other", numbers), None
-    of_held_out = [len(train) + (at + 1) % len(held_out) for at in range(len(held_out))]
-    return train.add_column("other", numbers), held_out.add_column("other", of_held_out)
+        return numbered_train, None
+    return numbered_train, held_out.add_column("other", [len(train) + other for other in others(held_out)])
+
+
+def others(rows: Dataset) -> list[int]:
+    """For each row the next one with another prompt: neighbours are often answers to one. Raises DataError where all prompts are equal."""
+    prompts = [hash(tuple(row["input_ids"][: row["prompt_length"]])) for row in rows]
+    # From the end, twice around: the next of a row is its neighbour, or its neighbour's next where the two share a prompt.
+    found: list[int | None] = [None] * len(rows)
+    for at in reversed(range(2 * len(rows))):
+        row, neighbour = at % len(rows), (at + 1) % len(rows)
+        found[row] = neighbour if prompts[neighbour] != prompts[row] else found[neighbour]
+    if None in found:
+        raise DataError(
+            f"task = kto: all {len(rows)} rows have one prompt, and only an answer to another one tells how far the policy is from the "
+            "reference; add rows, or set kto.loss_type: apo_zero_unpaired"
+        )
+    return found
 
 
 class Partners:
@@ -142,10 +158,20 @@ class AnswerCollator:
 
 
 def build_trainer(
-    args, model, tokenizer, train_rows, eval_rows, callbacks: list, *, reference: Reference, kto: Kto, partners: Partners, flattens: bool
+    args,
+    model,
+    tokenizer,
+    train_rows,
+    eval_rows,
+    callbacks: list,
+    *,
+    reference: Reference,
+    kto: Kto,
+    partners: Partners | None,
+    flattens: bool,
 ) -> KtoTrainer:
     lay_out = choose_layout(model, tokenizer, flattens=flattens, pairs=False)
-    collator = AnswerCollator(lay_out, partners if kto.loss_type == "kto" else None)
+    collator = AnswerCollator(lay_out, partners)
     trainer = sft.build_trainer(args, model, tokenizer, train_rows, eval_rows, callbacks, kind=KtoTrainer, data_collator=collator)
     trainer.compare(reference, kto.beta)
     trainer.learn_by(kto)
@@ -155,16 +181,18 @@ def build_trainer(
 def plan(stage: Stage) -> TaskPlan:
     """With the reference loaded, or what it says computed."""
     kto, flattens = stage.recipe.kto, stage.settled.flattens
-    train, held_out = numbered(stage.train_rows, stage.eval_rows)
-    partners = Partners(train, held_out, stage.recipe.data.max_length)
+    train, held_out, partners, columns = stage.train_rows, stage.eval_rows, None, {"reference": "labels"}
+    if kto.loss_type == "kto":
+        train, held_out = numbered(train, held_out)
+        partners, columns = Partners(train, held_out, stage.recipe.data.max_length), COLUMNS
 
     def lay_out(model):
         return choose_layout(model, stage.tokenizer, flattens=flattens, pairs=False)
 
     def answers_of(row: dict) -> list[Answer]:
-        return [answer_of_row(row), partners.of(row)]
+        return [answer_of_row(row), *([partners.of(row)] if partners else ())]
 
     stage = replace(stage, train_rows=train, eval_rows=held_out)
-    reference = choose_reference(stage, kto.reference, COLUMNS, answers_of, lay_out)
+    reference = choose_reference(stage, kto.reference, columns, answers_of, lay_out)
     build = functools.partial(build_trainer, reference=reference, kto=kto, partners=partners, flattens=flattens)
     return TaskPlan(build, build_arguments, {"reference": reference.digest}, reference.add_to(train, held_out))

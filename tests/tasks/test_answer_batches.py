@@ -1,4 +1,4 @@
-"""Answers in batches: three layouts, one log-probability for each token, against the model's own logits in float64, one answer at a time."""
+"""Answers in batches: three layouts, one log-probability for each token, against the model's own logits of one answer at a time."""
 
 import pytest
 import torch
@@ -111,8 +111,7 @@ def test_gradients_are_the_same_whether_a_prompt_is_read_once_or_twice(model, pa
 
 
 def test_a_tool_result_between_an_answers_words_has_no_part_in_the_loss_whatever_its_label_would_be(model, pairs):
-    """The label that a token would have, were it trained, is put in the place of its -100 in the answer's own ids: another result changes what
-    comes after it, and nothing is added for the result itself."""
+    """Against the sum by hand over what was said alone; were the result's tokens labelled, the sum would be another by far."""
     chosen, rejected = pairs[8:10]
     batch = laid_out("shared", [chosen, rejected])
     with torch.no_grad():
