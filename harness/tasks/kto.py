@@ -93,10 +93,13 @@ class KtoTrainer(PreferenceTrainer):
                 f"logps/{side}_drift": (ratio, those),
                 f"length/{side}": (tokens, those),
             }
-        noted = self._note(means, tokens_read(inputs))
-        if {"rewards/chosen", "rewards/rejected"} <= noted.keys():
-            self._keep("rewards/margins", noted["rewards/chosen"] - noted["rewards/rejected"])
-            self._keep("length/gap", noted["length/chosen"] - noted["length/rejected"])
+        self._note(means, tokens_read(inputs))
+
+    def _settle_log(self, means: dict[str, float]) -> dict[str, float]:
+        if not {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            return means
+        margin, gap = (means[f"{name}/chosen"] - means[f"{name}/rejected"] for name in ("rewards", "length"))
+        return means | {"rewards/margins": margin, "length/gap": gap}
 
 
 # ---- answers that do not belong to their prompts

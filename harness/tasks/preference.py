@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 FALLING_NATS = -0.1
 """Per token of the chosen answers: each has a tenth less of the probability that it began with."""
+SUM, COUNT = "sum of ", "count of "
+"""Before a metric's name, until its mean is taken."""
 FALLING_LINES = 3
 """So many lines of the log in a row: one alone may be of odd pairs."""
 
@@ -44,6 +46,7 @@ FALLING_LINES = 3
 class PreferenceTrainer(HarnessSFTTrainer):
     """`compare` must follow construction."""
 
+    keeps_means_of_batches = False
     answers_of_item = 1
     """Answers that a loss is of: 2 of a pair."""
 
@@ -152,41 +155,36 @@ class PreferenceTrainer(HarnessSFTTrainer):
     # ---- what is logged
 
     @torch.no_grad()
-    def _note(self, means: dict[str, tuple[Tensor, Tensor]], read: Tensor) -> dict[str, float]:
-        """Keep what is logged, and return it. means: name -> (values, which of them count), both [n]. read: tokens that the model has read.
-
-        The mean of what a step's micro-batches leave here is the mean over the step, of all ranks, up to the share of filling. Of an
-        evaluation it is the mean over all that was seen of it.
-        """
+    def _note(self, means: dict[str, tuple[Tensor, Tensor]], read: Tensor) -> None:
+        """Keep what is logged: sums and counts of all ranks, of which `log` makes means over all that there was since the last line.
+        means: name -> (values, which of them count), both [n]. read: tokens that the model has read."""
         sums = [part.double().sum() for values, counted in means.values() for part in (torch.where(counted, values, 0), counted)]
         *sums, read = distributed.all_reduce_sum(torch.stack([*sums, read.to(sums[0])]).tolist())
-        training = self.model.training
-        seen = {} if training else self._seen
+        metrics = self._metrics["train" if self.model.training else "eval"]
         for name, total, count in zip(means, sums[0::2], sums[1::2], strict=True):
-            before = seen.get(name, (0.0, 0.0))
-            seen[name] = before[0] + total, before[1] + count
-        noted = {name: total / count for name, (total, count) in seen.items() if count}
-        for name, mean in noted.items():
-            self._keep(name, mean)
-        if training:
-            self._total_train_tokens += int(read)
-        self._metrics["train" if training else "eval"]["num_tokens"] = [self._total_train_tokens]
-        return noted
-
-    def _keep(self, name: str, mean: float) -> None:
+            # In lists, as TRL's own: so a checkpoint carries them, and a step that is passed over takes its part back.
+            metrics[SUM + name].append(total)
+            metrics[COUNT + name].append(count)
         if self.model.training:
-            self._metrics["train"][name].append(mean)
-        else:
-            self._metrics["eval"][name] = [mean]
+            self._total_train_tokens += int(read)
+        metrics["num_tokens"] = [self._total_train_tokens]
 
-    def evaluation_loop(self, *args, **kwargs):
-        self._seen: dict[str, tuple[float, float]] = {}
-        return super().evaluation_loop(*args, **kwargs)
+    def _take_means(self, metrics: dict[str, list[float]]) -> dict[str, float]:
+        """Of what `_note` has kept, which goes."""
+        names = [key.removeprefix(SUM) for key in metrics if key.startswith(SUM)]
+        kept = {name: (sum(metrics.pop(SUM + name)), sum(metrics.pop(COUNT + name))) for name in names}
+        return {name: total / count for name, (total, count) in kept.items() if count}
+
+    def _settle_log(self, means: dict[str, float]) -> dict[str, float]:
+        """What follows from the means is added."""
+        return means
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        drift, length = (self._metrics["train"].get(key) for key in ("logps/chosen_drift", "length/chosen"))
-        if self.model.training and drift and length:
-            per_token = sum(drift) / max(sum(length), 1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        means = self._settle_log(self._take_means(metrics))
+        metrics.update({name: [mean] for name, mean in means.items()})
+        if self.model.training and "logps/chosen_drift" in means:
+            per_token = means["logps/chosen_drift"] / max(means["length/chosen"], 1)
             self._lines_falling = self._lines_falling + 1 if per_token < FALLING_NATS else min(self._lines_falling, 0)
             if self._lines_falling == FALLING_LINES:
                 # Once is enough.

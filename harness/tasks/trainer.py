@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class HarnessTrainer:
     """Mixed in before a trainer of TRL. `configure` must follow construction."""
 
+    keeps_means_of_batches = True
+    """As TRL's trainers do with what they log."""
     calls: "HeldOutCalls | None" = None
     """Questions that are answered at each evaluation."""
 
@@ -106,7 +108,7 @@ class HarnessTrainer:
         losses, items = sums[:batches], sums[batches:]
         output.metrics[f"{metric_key_prefix}_loss"] = sum(losses) / max(sum(items), 1)
         # TRL keeps one value per batch, already over all ranks; their plain mean would weigh a short last batch like a full one.
-        for values in self._metrics["eval"].values():
+        for values in self._metrics["eval"].values() if self.keeps_means_of_batches else ():
             if len(values) == batches:
                 values[:] = [sum(value * count for value, count in zip(values, items, strict=True)) / max(sum(items), 1)]
         if self.calls is not None:
