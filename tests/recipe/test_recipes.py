@@ -16,7 +16,7 @@ from harness.recipe.names import ELSEWHERE
 from harness.recipe.schema import Section
 from harness.resources import find_config, shipped, shipped_names
 
-REFERENCE = ("sft/", "distill/")
+REFERENCE = ("sft/", "distill/", "dpo/", "kto/", "reward/", "rlhf/")
 RECIPES = [name for name in shipped_names("") if not name.startswith(NO_RECIPES)]
 BACKENDS = shipped_names("backends")
 
