@@ -115,10 +115,10 @@ def _on_policy_rules(recipe: Recipe) -> Iterator[str]:
             f"model.attn_implementation = {attention}; on_policy writes from prompts that are padded at the left, which it does not read; "
             "use auto, sdpa or flash_attention_2"
         )
-    if recipe.model.lora and distill.on_policy.use_vllm is True:
+    if recipe.model.trains_adapter and distill.on_policy.use_vllm is True:
         yield (
             "distill.on_policy.use_vllm = true; for vLLM TRL merges an adapter into its base and takes it out again, which rounds the base "
-            "a little in every step; use auto or false, or train without model.lora"
+            "a little in every step; use auto or false, or train without an adapter"
         )
 
 
@@ -220,6 +220,8 @@ def _generate_model_rules(recipe: Recipe) -> Iterator[str]:
         yield (
             "model.lora: a new adapter has learnt nothing; remove it (for an adapter that was trained, model.name_or_path takes its folder)"
         )
+    if model.adapter:
+        yield f"model.adapter = {model.adapter}; task = generate trains nothing that begins from it; give its folder as model.name_or_path"
     if model.attn_implementation == "varlen":
         yield "model.attn_implementation = varlen; it takes no padded batches, and answers are written in such; leave it out"
 
