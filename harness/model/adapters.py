@@ -149,10 +149,13 @@ def _check_kind(recipe: Recipe, folder: Path, settings: dict) -> None:
         raise ModelError(f"{where}; has bias = {settings['bias']}, so it is the base's own biases too; it cannot be gone on from")
     if mode == "merge":
         return
-    named = {part for name in _tensor_names(folder) for part in name.split(".")}
-    for head in HEADS:
-        if head in named:
-            raise ModelError(f"{where}; holds {head}, and the fused loss reads the frozen head; set model.adapter_mode: merge")
+    whole = set(settings.get("modules_to_save") or ())
+    for name in _tensor_names(folder):
+        parts = set(name.split("."))
+        if parts & set(HEADS):
+            raise ModelError(f"{where}; holds {name}, and the fused loss reads the frozen head; set model.adapter_mode: merge")
+        if ".lora_" not in name and not parts & whole:
+            raise ModelError(f"{where}; holds {name}, a weight of its base; set model.adapter_mode: merge")
     if recipe.model.quantization and settings.get("use_dora"):
         raise ModelError(f"{where}; is DoRA, whose norms need whole weights; remove model.quantization")
     if mode == "stack":
@@ -209,8 +212,8 @@ def stack_beneath(model: "PeftModel", folder: Path, *, float32: bool) -> None:
 
 
 def save_the_live_alone(model: "PeftModel") -> None:
-    """PEFT's `save_pretrained` would write every adapter, and a resume would read them all back."""
-    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=[LIVE])
+    """PEFT's `save_pretrained` would write every adapter, which a resume would read back, and the base's own embedding beside one on it."""
+    model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=[LIVE], save_embedding_layers=False)
 
 
 @contextlib.contextmanager
