@@ -386,6 +386,11 @@ def test_an_adapter_that_brings_a_weight_of_the_base_can_only_be_merged(recipe_o
     assert "embed_tokens.base_layer.weight, a weight of its base" in refusal(recipe_of, base, folder)
 
 
+def test_settings_that_are_cut_off_are_refused(spoilt, recipe_of, base):
+    (spoilt / "adapter_config.json").write_text('{"peft_type": "LO')
+    assert "adapter_config.json: is no JSON" in refusal(recipe_of, base, spoilt)
+
+
 def test_weights_that_are_not_safetensors_are_refused(spoilt, recipe_of, base):
     (spoilt / "adapter_model.safetensors").rename(spoilt / "adapter_model.bin")
     assert "holds no adapter_model.safetensors" in refusal(recipe_of, base, spoilt)

@@ -91,7 +91,10 @@ def load_earlier(recipe: Recipe, source: str) -> Earlier:
     manifest = verify_export(folder) if (folder / MANIFEST).is_file() else None
     if not (folder / WEIGHTS).is_file():
         raise ModelError(f"{folder}: holds no {WEIGHTS}; weights are read from safetensors alone")
-    settings = json.loads((folder / CONFIG).read_text())
+    try:
+        settings = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ModelError(f"{folder / CONFIG}: is no JSON ({error}); copy the adapter again") from error
     _check_base(recipe, source, folder, settings, manifest)
     _check_kind(recipe, folder, settings)
     about = {key: value for key, value in settings.items() if key != "base_model_name_or_path"}
