@@ -24,6 +24,7 @@ from harness.model.adapters import (
     find_adapter,
     load_earlier,
     reference_of,
+    trained_as_they_are,
 )
 from harness.model.export import MANIFEST, adapter_shapes, digest_base, digest_file
 from harness.recipe import load
@@ -143,6 +144,17 @@ def test_an_adapter_on_4_bits_may_be_continued(base, adapter, recipe_of):
     outside = logits(model)
     with reference_of(model):
         assert not torch.allclose(logits(model), outside)
+
+
+def test_a_trainer_that_casts_what_is_trained_does_not_round_what_an_adapter_has_learnt(adapter, policy_of):
+    model = policy_of(adapter)
+    before = {name: parameter.data.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with trained_as_they_are(model):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)  # as TRL does for a 4-bit base
+    after = dict(model.named_parameters())
+    assert before and all(after[name].dtype == torch.float32 and torch.equal(after[name], data) for name, data in before.items())
 
 
 # ---- stacked, and two as one

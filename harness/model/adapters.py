@@ -234,6 +234,19 @@ def live_alone(model) -> Iterator[None]:
         tuner.active_adapter = before
 
 
+@contextlib.contextmanager
+def trained_as_they_are(model) -> Iterator[None]:
+    """Around the construction of a trainer: TRL casts an adapter on a 4-bit base to bfloat16, where AdamW rounds updates away, and with it
+    what an earlier adapter has learnt. Afterwards each tensor that is trained is again what it was, where the trainer has put it."""
+    before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    if not hasattr(model, "peft_config"):
+        before = []
+    yield
+    for parameter, data in before:
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)
+
+
 def _add_frozen(model: "PeftModel", name: str, config: "LoraConfig", *, float32: bool) -> None:
     """Add an adapter that stays frozen, also where PEFT makes adapters active, or switches them off and on again, which thaws others."""
     model.add_adapter(name, config, autocast_adapter_dtype=float32)

@@ -184,7 +184,13 @@ def _reference_rules(recipe: Recipe) -> Iterator[str]:
         )
     if model.init:
         yield f"model.init = {model.init}; random weights have no preferences to begin from; give model.name_or_path"
-    if model.lora and getattr(recipe, task).reference == "resident":
+    asked = getattr(recipe, task).reference
+    if model.adapter and model.adapter_mode != "merge" and asked != "auto":
+        yield (
+            f"{task}.reference = {asked}; the policy begins as the earlier adapter, which is its reference and which it carries, frozen; "
+            "use auto"
+        )
+    elif model.lora and asked == "resident":
         yield (
             f"{task}.reference = resident; with an adapter the base is the reference when the adapter is off, and needs no second copy; "
             "use auto, or cached"

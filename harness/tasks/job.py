@@ -134,6 +134,7 @@ def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
 def _train(job: Job, resumed: Selected | None) -> None:
     job.report.enter("importing libraries")
     from harness.model import check_positions, load_tokenizer
+    from harness.model.adapters import add_reference_adapter
     from harness.tasks.arguments import eval_strategy, training_arguments
     from harness.tasks.calls import load_held_out_calls, measure_teacher
     from harness.tasks.export import export
@@ -164,6 +165,8 @@ def _train(job: Job, resumed: Selected | None) -> None:
 
     job.report.enter("loading model")
     model = load_model(recipe, backend, settled, source, tokenizer, args)
+    if plan.copies_adapter:
+        add_reference_adapter(model)
     check_positions(model, prepared.report.train.length_percentiles["max"])
     facts = facts_of(job, recipe, args, prepared.digest, source, model, resumed, earlier) | {"teacher": None} | plan.facts
     facts["lineage"] = build_lineage(recipe.task, job.recipe.model, facts, earlier)
@@ -236,6 +239,8 @@ class TaskPlan:
     """What must be the same when the run is continued, besides what must be of every task."""
     rows: tuple | None = None
     """(train, eval), where they are other than the prepared ones: with what a reference says of them."""
+    copies_adapter: bool = False
+    """The policy is compared with the adapter that it continues, so it carries a frozen copy of it."""
 
 
 def plan_task(stage: Stage) -> TaskPlan:
@@ -384,7 +389,8 @@ def build_trainer(
     from transformers import PrinterCallback
 
     from harness.data.order import EpochOrder
-    from harness.model import check_4bit_is_sharded, describe_parameters, settle_adapter_dtype
+    from harness.model import check_4bit_is_sharded, describe_parameters
+    from harness.model.adapters import trained_as_they_are
     from harness.tasks.trainer import pad_for_ranks, padding_share, row_lengths, with_filler
 
     world_size, quantization = distributed.world_size(), recipe.model.quantization
@@ -397,12 +403,11 @@ def build_trainer(
         train_rows = with_filler(train_rows, 1)
     history = distributed.broadcast_object(read_ledger(job.run.ledger) if distributed.is_main() else None)
     callbacks, tracking, throughput = build_callbacks(job, model, history, resumed)
-    trainer = build(args, model, tokenizer, train_rows, eval_rows, callbacks)
+    with trained_as_they_are(model):
+        trainer = build(args, model, tokenizer, train_rows, eval_rows, callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.configure(throughput=throughput, isolates=settled.flattens)
     trainer.live(build_lives(job, recipe, model, order, facts, history, resumed, tracking))
-    if recipe.model.trains_adapter:
-        settle_adapter_dtype(model, job.backend, settled.dtype)
     if distributed.is_main():
         batches = "packed" if settled.packing else "flattened" if settled.flattens else "of like length" if groups else "in random order"
         autocast = ", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""

@@ -53,8 +53,9 @@ def exported(run: Run) -> dict:
     return json.loads((run.path / "final" / "harness.json").read_text())
 
 
-def stage(folder: Path, parent: Run, mode: str, *overrides: str, backend: str = "single") -> Run:
-    return Run(folder, *SHORT, f"model.adapter={parent.path}", f"model.adapter_mode={mode}", *overrides, backend=backend)
+def stage(folder: Path, parent: Run, mode: str, *overrides: str, backend: str = "single", samples: bool = True) -> Run:
+    begins = (f"model.adapter={parent.path}", f"model.adapter_mode={mode}")
+    return Run(folder, *SHORT, *begins, *overrides, backend=backend, samples=samples)
 
 
 @pytest.mark.parametrize("backend", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)])
@@ -94,6 +95,31 @@ def test_three_stages_have_three_entries_and_each_manifest_says_so(first, tmp_pa
     assert {name: tensor.shape for name, tensor in before.items()} == {name: tensor.shape for name, tensor in after.items()}
     assert not any(torch.equal(before[name], after[name]) for name in before)
     plain(third.path / "final")
+
+
+@pytest.mark.parametrize(
+    "mode, lora, backend",
+    [
+        ("continue", "model.lora=null", "ddp"),
+        pytest.param("stack", NEW, "zero2", marks=pytest.mark.slow),
+        pytest.param("continue", "model.lora=null", "zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_preferences_over_an_adapter_are_learnt_against_it_whatever_dies(first, tmp_path, mode, lora, backend):
+    """Before its first step the trainer itself refuses a reference that is not the policy as it begins."""
+    pairs = ("task=dpo", 'data={train: [{path: "embedded:pairs-train", max_rows: 24}], max_length: 256}', lora)
+    whole = stage(tmp_path / "whole", first, mode, *pairs, backend=backend, samples=False)
+    life = whole.live()
+    assert {"continue": "a frozen copy", "stack": "the earlier adapter alone"}[mode] in life.output(0)
+    drift = [abs(value) for (_, key), value in whole.points().items() if key == "train/logps/chosen_drift"]
+    assert drift[0] < 1e-3 < drift[-1]
+    cut = stage(tmp_path / "cut", first, mode, *pairs, backend=backend, samples=False)
+    cut.live(die_in_phase(1, "saving: hashing", occurrence=2), code=-9)
+    cut.live()
+    check_same(cut, whole, repeats=True)
+    assert not [entry for entry in (whole.path / "checkpoint-6").iterdir() if (entry / "adapter_config.json").is_file()]
+    assert [(entry["task"], entry.get("adapter_mode")) for entry in exported(whole)["lineage"]] == [("sft", None), ("dpo", mode)]
+    assert (plain(whole.path / "final") - plain(first.path / "final")).abs().max() > 1e-2
 
 
 def test_a_merged_base_is_written_once_and_the_new_adapter_names_it(first, tmp_path):

@@ -334,6 +334,12 @@ COMBINATIONS = [
     ("noise to compare", f"{P} train.neftune_noise_alpha=5", "train.neftune_noise_alpha", "noise on a policy that is compared"),
     ("a policy that changes", f"{P} model.lora.dropout=0.1", "model.lora.dropout", "task = dpo needs 0"),
     ("no preferences", "task=dpo model.name_or_path=null model.init=config.json", "model.init", "have no preferences"),
+    (
+        "a reference beside the one it carries",
+        "task=dpo model.adapter=a dpo.reference=cached",
+        "dpo.reference",
+        "which is its reference and which it carries, frozen",
+    ),
     ("a needless copy", f"{P} dpo.reference=resident", "dpo.reference", "needs no second copy"),
     ("weights of other losses", f"{P} dpo.loss_weights=[1,2]", "dpo.loss_weights", "loss_type has 1; give one weight for each"),
     ("dpo that is sft", f"{P} dpo.loss_type=sft", "dpo.loss_type", "alone it compares nothing"),
