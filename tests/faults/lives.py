@@ -21,23 +21,23 @@ NOT_COMPARED = ("speed/", "memory/", "run/", "time", "train/epoch", "replays")
 class Run:
     """One run, and of all its lives together what each rank recorded: steps[rank][step] and samples[rank][step]."""
 
-    def __init__(self, folder: Path, *overrides: str, backend: str = "ddp", inject: str = "", samples: bool = True):
+    def __init__(self, folder: Path, *overrides: str, backend: str = "ddp", inject: str = ""):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.overrides, self.backend, self.inject = folder / "run", overrides, backend, inject
-        self._recording = record_steps() + (record_samples() if samples else "")
         self.world = 1 if backend == "single" else 2
         self._recipe = folder / "job.yaml"
         self._recipe.write_text(RECIPE)
         self.steps, self.samples = ([{} for _ in range(self.world)] for _ in range(2))
 
     def start(self, fault: str = "", **options) -> Life:
+        recording = record_steps() + record_samples() + self.inject
         return shared_rig().start(
             self._recipe,
             f"output_dir={self.path}",
             *self.overrides,
             world=self.world,
             backend=self.backend,
-            inject=self._recording + self.inject + fault,
+            inject=recording + fault,
             **options,
         )
 

@@ -53,9 +53,9 @@ def exported(run: Run) -> dict:
     return json.loads((run.path / "final" / "harness.json").read_text())
 
 
-def stage(folder: Path, parent: Run, mode: str, *overrides: str, backend: str = "single", samples: bool = True) -> Run:
+def stage(folder: Path, parent: Run, mode: str, *overrides: str, backend: str = "single") -> Run:
     begins = (f"model.adapter={parent.path}", f"model.adapter_mode={mode}")
-    return Run(folder, *SHORT, *begins, *overrides, backend=backend, samples=samples)
+    return Run(folder, *SHORT, *begins, *overrides, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)])
@@ -108,12 +108,12 @@ def test_three_stages_have_three_entries_and_each_manifest_says_so(first, tmp_pa
 def test_preferences_over_an_adapter_are_learnt_against_it_whatever_dies(first, tmp_path, mode, lora, backend):
     """Before its first step the trainer itself refuses a reference that is not the policy as it begins."""
     pairs = ("task=dpo", 'data={train: [{path: "embedded:pairs-train", max_rows: 24}], max_length: 256}', lora)
-    whole = stage(tmp_path / "whole", first, mode, *pairs, backend=backend, samples=False)
+    whole = stage(tmp_path / "whole", first, mode, *pairs, backend=backend)
     life = whole.live()
     assert {"continue": "a frozen copy", "stack": "the earlier adapter alone"}[mode] in life.output(0)
     drift = [abs(value) for (_, key), value in whole.points().items() if key == "train/logps/chosen_drift"]
     assert drift[0] < 1e-3 < drift[-1]
-    cut = stage(tmp_path / "cut", first, mode, *pairs, backend=backend, samples=False)
+    cut = stage(tmp_path / "cut", first, mode, *pairs, backend=backend)
     cut.live(die_in_phase(1, "saving: hashing", occurrence=2), code=-9)
     cut.live()
     check_same(cut, whole, repeats=True)
