@@ -2,14 +2,14 @@
 
 runs/<name>/
   recipe.yaml            the resolved recipe; loading it again gives the same recipe
-  run.json               what the run is: recipe digest, backend and who chose it, world, versions, git commit, argv
+  run.json               what the run is: recipe digest, backend and who chose it, world, versions, git commit, argv, lineage
   logs/attempt-K/        one life of the run: rank-R.log of every rank; alive/rank-R.json: its host, pid, phase and step, written over with
                          every step; errors/rank-R.json if it failed; prepared-R.json: the prepared data that the machine of rank R (the
                          first on it) loads; outcome.json: how the life ended; hang.txt: every rank's stack, if one stood still
   logs/latest            a link to the newest of them
   metrics.jsonl          every logged point, the same keys and steps as W&B
   wandb.json, wandb/     the W&B id of this run, and its offline files
-  init/                  the weights that were drawn, for `model.init`
+  init/                  the weights that were drawn, for `model.init`, or merged, for `model.adapter_mode: merge`
   checkpoint-N/          what a run continues from: complete on every rank, with a manifest of digests, or not there (harness.checkpoint)
   ledger.jsonl           what happened to the run: each life, commit, retirement, failed save, quarantine, skipped step and rollback
   STOP, SAVE             made by a person or a scheduler: save and leave; save and go on
@@ -50,7 +50,7 @@ from harness.recipe import Recipe, load, recipe_digest, render_recipe
 
 LOCK = ".lock"
 OURS = re.compile(
-    r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|init|checkpoint-\d+|(final|merged)(\.incomplete|\.old)?"
+    r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|checkpoint-\d+|(final|merged|init)(\.incomplete|\.old)?"
     r"|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+|share\.json|job\.sbatch|job\.json|cluster\.yaml|code\.diff"
 )
 """The names of what a run leaves in its folder, `.NAME.PID` and `.NAME.PID.N` being files that were about to be renamed."""
@@ -178,6 +178,9 @@ class RunDir:
             **facts,
         }
         write_text_atomically(self.manifest, json.dumps(content, indent=2) + "\n")
+
+    def add_to_manifest(self, **facts) -> None:
+        write_text_atomically(self.manifest, json.dumps(self.read_manifest() | facts, indent=2) + "\n")
 
     def read_manifest(self) -> dict:
         if not self.manifest.is_file():

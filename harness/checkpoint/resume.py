@@ -26,7 +26,7 @@ FREE = (
 ).split()
 """Fields that may change freely: they do not decide what the weights become (but for rounding), or something else is compared in their
 place: the prepared data, the engine, the global batch."""
-DATA, GLOBAL_BATCH, BASE, TEACHER = "data", "global_batch", "base", "teacher"
+DATA, GLOBAL_BATCH, BASE, ADAPTER, TEACHER = "data", "global_batch", "base", "adapter", "teacher"
 """What `--allow-change` takes beside the names of recipe fields."""
 
 
@@ -59,10 +59,10 @@ def check_recipe(manifest: dict, recipe: Recipe, allowed: tuple[str, ...]) -> No
     known = now.keys() | then.keys()
     for name in allowed:
         # It would allow nothing, in silence.
-        if name not in (DATA, GLOBAL_BATCH, BASE, TEACHER) and not any(_is_under(key, name) for key in known):
+        if name not in (DATA, GLOBAL_BATCH, BASE, ADAPTER, TEACHER) and not any(_is_under(key, name) for key in known):
             raise LaunchError(
                 f"--allow-change {name}: no such setting; give the dotted name of a recipe's field (train.learning_rate), "
-                f"or {DATA}, {GLOBAL_BATCH}, {BASE}, {TEACHER}"
+                f"or {DATA}, {GLOBAL_BATCH}, {BASE}, {ADAPTER}, {TEACHER}"
             )
     problems = [
         f"{key} = {now.get(key)}; the checkpoint was made with {then.get(key)}"
@@ -79,7 +79,7 @@ def changed_fields(manifest: dict, recipe: Recipe) -> list[str]:
 
 
 def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    """Raises LaunchError when the data, the base or the teacher of `facts` is not the checkpoint's."""
+    """Raises LaunchError when the data, the base, the earlier adapter or the teacher of `facts` is not the checkpoint's."""
     problems = []
     if facts["data"]["digest"] != manifest["data"]["digest"] and DATA not in allowed:
         problems.append(
@@ -87,6 +87,9 @@ def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...])
         )
     if _identity(facts["base"]) != _identity(manifest["base"]) and BASE not in allowed:
         problems.append(f"{BASE}: the weights of {facts['base']['name']} are not those that the checkpoint was made with")
+    now, then = (about.get("adapter") for about in (facts, manifest))
+    if (now and now["digest"]) != (then and then["digest"]) and ADAPTER not in allowed:
+        problems.append(f"{ADAPTER}: the one in {(now or then)['folder']} is not that which the checkpoint's run began from")
     if facts["teacher"] != manifest.get("teacher") and TEACHER not in allowed:
         problems.append(f"{TEACHER}: its weights are not those that the checkpoint's run has learnt from")
     _refuse(problems, manifest, _PUT_BACK)

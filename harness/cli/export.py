@@ -10,10 +10,6 @@ from harness.logs import quieten
 from harness.recipe import load
 from harness.run import RunDir, replace_folder
 
-COMPARED_ROWS = 8
-COMPARED_TOKENS = 256
-KL_LIMIT = 0.05
-"""Nats per token between base + adapter and the merged model, both in bfloat16. Rounding stays far below; a wrong base is far above."""
 COMPARED_WITH = {"adapter": "base + adapter", "trained_4bit": "the 4-bit model that was trained"}
 
 
@@ -26,7 +22,7 @@ def command(run: Path, merge: bool, force: bool):
     folder = RunDir(run.expanduser().resolve())
     folder.read_manifest()
     quieten()
-    from harness.model.export import verify_export
+    from harness.model.export import KL_LIMIT, verify_export
 
     manifest = verify_export(folder.final)
     click.echo(f"{folder.final}: {len(manifest['files'])} files, all as they were exported at step {manifest['step']}")
@@ -66,7 +62,7 @@ def merge_run(folder: RunDir, manifest: dict) -> tuple[dict, int]:
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": manifest["base_revision"]})})
     staging = folder.path / "merged.incomplete"
     shutil.rmtree(staging, ignore_errors=True)
-    rows = rows_to_compare(folder)
+    rows = prepared_rows(folder)
     differences = merge_adapter(folder.final, base, recipe, manifest["dtype"], staging, rows)
     load_tokenizer(recipe).save_pretrained(staging)
     files = check_export(staging, None, adapter=False)
@@ -76,12 +72,9 @@ def merge_run(folder: RunDir, manifest: dict) -> tuple[dict, int]:
     return differences, sum(map(len, rows))
 
 
-def rows_to_compare(folder: RunDir) -> list[list[int]]:
-    """Token ids of a few rows that the run held out, or of its first training rows."""
+def prepared_rows(folder: RunDir) -> list[list[int]]:
     from harness.data.store import load_prepared
+    from harness.model.export import rows_to_compare
 
     marker = sorted(folder.path.glob("logs/attempt-*/prepared-*.json"))[-1]
-    prepared = load_prepared(json.loads(marker.read_text())["folder"])
-    rows = prepared.eval if prepared.eval is not None else prepared.train
-    column = "input_ids" if "input_ids" in rows.column_names else "chosen_input_ids"
-    return [ids[:COMPARED_TOKENS] for ids in rows[:COMPARED_ROWS][column]]
+    return rows_to_compare(load_prepared(json.loads(marker.read_text())["folder"]))

@@ -335,7 +335,7 @@ def plan_stages(pipeline: Pipeline) -> list[StagePlan]:
 def model_folder(source: StagePlan, element: int) -> Path:
     """Where the model of a stage lies when it is done."""
     run = source.runs[element]
-    return run.merged if source.recipes[element].model.lora else run.final
+    return run.merged if source.recipes[element].model.trains_adapter else run.final
 
 
 def _load_recipes(pipeline: Pipeline, name: str, stage: Stage, model: Path | None) -> list[Recipe]:

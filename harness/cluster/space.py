@@ -65,6 +65,9 @@ def checkpoint_bytes(run: Path, recipe: Recipe) -> tuple[int | None, str]:
     shapes = list(tensor_shapes(folder)) if folder else []
     if not shapes:
         return None, ""
+    if recipe.model.trains_adapter and not recipe.model.lora:
+        earlier = Path(recipe.model.adapter).expanduser()
+        shapes = list(tensor_shapes(earlier)) or list(tensor_shapes(earlier / "final")) or shapes
     trained, lora = sum(math.prod(shape) for _, shape in shapes), recipe.model.lora
     if lora:
         # No adapter is larger than one on every matrix.

@@ -173,6 +173,7 @@ def check_inputs(recipe: Recipe, awaited: tuple[str, ...] = ()) -> None:
         ("model.name_or_path", recipe.model.name_or_path),
         ("model.init", recipe.model.init),
         ("model.tokenizer", recipe.model.tokenizer),
+        ("model.adapter", recipe.model.adapter),
     ]
     named += [(f"data.{key}.{at}.path", source.path) for key in ("train", "eval") for at, source in enumerate(getattr(recipe.data, key))]
     for key, name in named:

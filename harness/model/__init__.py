@@ -80,11 +80,11 @@ def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> st
     """
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
-    if recipe.train.fp16 and recipe.model.lora:
+    if recipe.train.fp16 and recipe.model.trains_adapter:
         return "float16"
     if not bf16_hardware or recipe.train.fp16:
         return "float32"
-    return "bfloat16" if recipe.model.lora or backend.kind == "deepspeed" else "float32"
+    return "bfloat16" if recipe.model.trains_adapter or backend.kind == "deepspeed" else "float32"
 
 
 def quantization_config(recipe: Recipe, dtype: str, *, shards: bool = False):
@@ -238,21 +238,45 @@ def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
 
 
 def attach_adapter(model: "PreTrainedModel", recipe: Recipe, backend: Backend, dtype: str):
-    """The model with a LoRA adapter on it; the base is frozen.
+    """The model with a LoRA adapter on it, a new one or the recipe's earlier one; the base is frozen, and so is an adapter beneath.
 
     The adapter is float32, except under ZeRO-3, whose gathers need one type for all persistent parameters (its masters are float32).
-    Raises ModelError when a target does not exist.
+    Raises ModelError when a target does not exist, or the earlier one does not fit.
     """
-    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
-    lora = recipe.model.lora
+    from harness.model import adapters
+
+    mode = recipe.model.adapter and recipe.model.adapter_mode
+    earlier = adapters.find_adapter(recipe.model.adapter) if mode in ("continue", "stack") else None
+    float32 = backend.zero_stage != 3
     if recipe.model.quantization:
         # Norms in float32 as in the QLoRA paper, except where one type must serve all; checkpointing is switched on by the trainer.
         if backend.shards_parameters:
             model.requires_grad_(False)
         else:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(
+    config = adapters.earlier_config(earlier) if mode == "continue" else lora_config(recipe)
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=float32)
+    except ValueError as error:
+        leaves = sorted({name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
+        what = "model.adapter" if mode == "continue" else "model.lora.target_modules"
+        raise ModelError(f"{what}: {_first_line(error)}; modules with weights are: {', '.join(leaves)}") from error
+    if mode == "continue":
+        adapters.load_weights(adapted, earlier, adapters.LIVE)
+    elif mode == "stack":
+        adapters.stack_beneath(adapted, earlier, float32=float32)
+    adapters.save_the_live_alone(adapted)
+    settle_adapter_dtype(adapted, backend, dtype)
+    return adapted
+
+
+def lora_config(recipe: Recipe):
+    from peft import LoraConfig, TaskType
+
+    lora = recipe.model.lora
+    return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
@@ -262,13 +286,6 @@ def attach_adapter(model: "PreTrainedModel", recipe: Recipe, backend: Backend, d
         modules_to_save=list(lora.modules_to_save) or None,
         task_type=TaskType.CAUSAL_LM,
     )
-    try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=backend.zero_stage != 3)
-    except ValueError as error:
-        leaves = sorted({name.split(".")[-1] for name, module in model.named_modules() if hasattr(module, "weight")})
-        raise ModelError(f"model.lora.target_modules: {_first_line(error)}; modules with weights are: {', '.join(leaves)}") from error
-    settle_adapter_dtype(adapted, backend, dtype)
-    return adapted
 
 
 def settle_adapter_dtype(model, backend: Backend, dtype: str) -> None:

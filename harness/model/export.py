@@ -109,11 +109,34 @@ def verify_export(folder: Path) -> dict:
 # ---- merge
 
 
-def merge_adapter(adapter: Path, base: str, recipe: Recipe, dtype: str, target: Path, token_rows: list[list[int]]) -> dict[str, dict]:
-    """Merge an adapter into its base in bfloat16, save it to `target`, reopen it, and measure what the merge changed.
+COMPARED_ROWS = 8
+COMPARED_TOKENS = 256
+KL_LIMIT = 0.05
+"""Nats per token between base + adapter and the merged model, both in one type. Rounding stays far below; a wrong base is far above."""
+
+
+def rows_to_compare(prepared) -> list[list[int]]:
+    """Token ids of a few rows of prepared data that are held out, or of its first training rows."""
+    rows = prepared.eval if prepared.eval is not None else prepared.train
+    column = "input_ids" if "input_ids" in rows.column_names else "chosen_input_ids"
+    return [ids[:COMPARED_TOKENS] for ids in rows[:COMPARED_ROWS][column]]
+
+
+def check_merge(difference: dict[str, float]) -> None:
+    """Raises ModelError when a merge has changed what the model says (one of `merge_adapter`'s findings) by more than rounding."""
+    if not difference["kl"] <= KL_LIMIT:
+        raise ModelError(
+            f"the merge changed the model: KL {difference['kl']:.3g} nats per token, above {KL_LIMIT}; is the base what it was in training?"
+        )
+
+
+def merge_adapter(
+    adapter: Path, base: str, recipe: Recipe, dtype: str, target: Path, token_rows: list[list[int]], into: str = "bfloat16"
+) -> dict[str, dict]:
+    """Merge an adapter into its base in the type `into`, save it to `target`, reopen it, and measure what the merge changed.
 
     dtype: in which the run loaded its base. token_rows: token ids to compare on. Returns name -> {"max_abs", "mean_abs", "kl"} of the
-    reopened merged model's logits against `adapter` (base + adapter in bfloat16: what merging alone changes) and, for a 4-bit run, against
+    reopened merged model's logits against `adapter` (base + adapter in that type: what merging alone changes) and, for a 4-bit run, against
     `trained_4bit` (what training saw: the 4-bit base's own error, which the adapter has learnt to live with and the merged model lacks).
     """
     import torch
@@ -132,7 +155,8 @@ def merge_adapter(adapter: Path, base: str, recipe: Recipe, dtype: str, target: 
         keep_4bit_weights_as_they_are(model)
         return model.eval()
 
-    model = PeftModel.from_pretrained(load(base, torch.bfloat16), str(adapter)).eval()
+    into = getattr(torch, into)
+    model = PeftModel.from_pretrained(load(base, into), str(adapter)).eval()
     before = {"adapter": _logits(model, token_rows)}
     model.merge_and_unload(safe_merge=True).save_pretrained(target)
     # One model in memory at a time.
@@ -142,7 +166,7 @@ def merge_adapter(adapter: Path, base: str, recipe: Recipe, dtype: str, target: 
         trained = PeftModel.from_pretrained(load(base, getattr(torch, dtype), quantized), str(adapter)).eval()
         before["trained_4bit"] = _logits(trained, token_rows)
         del trained
-    after = _logits(load(target, torch.bfloat16), token_rows)
+    after = _logits(load(target, into), token_rows)
     return {name: compare_logits(logits, after) for name, logits in before.items()}
 
 

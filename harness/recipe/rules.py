@@ -49,6 +49,7 @@ def check_rules(recipe: Recipe) -> list[str]:
     else:
         rules = (
             _model_rules,
+            _earlier_adapter_rules,
             _type_rules,
             _lora_rules,
             _data_rules,
@@ -84,9 +85,38 @@ def _model_rules(recipe: Recipe) -> Iterator[str]:
         yield "model.quantization: random weights must be trained, and 4-bit weights cannot be; remove it"
     if model.init and model.revision:
         yield f"model.revision = {model.revision}; `init` draws weights from a config, which has no revision; remove it"
-    if model.quantization and not model.lora:
+    if model.quantization and not model.trains_adapter:
         yield (
             "model.quantization: 4-bit weights cannot be trained; add a `model.lora` section (QLoRA), or remove this for full fine-tuning"
+        )
+
+
+def _earlier_adapter_rules(recipe: Recipe) -> Iterator[str]:
+    model, mode = recipe.model, recipe.model.adapter_mode
+    if model.adapter is None:
+        if mode != "continue":
+            yield f"model.adapter_mode = {mode}; there is no earlier adapter; give its folder as model.adapter, or remove this"
+        return
+    if model.init:
+        yield f"model.adapter = {model.adapter}; it was trained on weights that exist, and `init` draws others; give model.name_or_path"
+    if mode == "continue" and model.lora:
+        yield (
+            "model.lora: the adapter that is continued has a rank and targets of its own; remove this, or set adapter_mode: stack to train "
+            "a new one above it"
+        )
+    if mode == "stack" and not model.lora:
+        yield "model.adapter_mode = stack; say what is trained above the earlier adapter: model.lora (or use adapter_mode: continue)"
+    if mode == "stack" and model.lora:
+        for key in ("use_dora", "modules_to_save"):
+            if getattr(model.lora, key):
+                yield (
+                    f"model.lora.{key} = {getattr(model.lora, key)}; with adapter_mode: stack both are exported as one plain LoRA, which "
+                    "cannot hold it; remove it, or use adapter_mode: merge"
+                )
+    if mode == "merge" and model.quantization:
+        yield (
+            "model.adapter_mode = merge; an adapter cannot be merged into 4-bit weights without rounding it away; use stack, "
+            "which keeps it as it is above them, or remove model.quantization"
         )
 
 
@@ -182,7 +212,7 @@ def _precision_rules(recipe: Recipe) -> Iterator[str]:
     train, model = recipe.train, recipe.model
     if train.fp16 and train.bf16 is True:
         yield "train.fp16 = true; bf16 is true as well; keep one (bf16 where the card has it)"
-    if train.fp16 and model.dtype == "float16" and not model.lora:
+    if train.fp16 and model.dtype == "float16" and not model.trains_adapter:
         yield "model.dtype = float16; fp16 training needs float32 weights to scale its gradients; use float32 with fp16, or bfloat16"
     if train.fp16 and model.dtype == "bfloat16":
         yield "train.fp16 = true; model.dtype is bfloat16; use bf16: true"
@@ -267,7 +297,7 @@ def _sharded_4bit_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
 def _zero3_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
     if backend.zero_stage != 3:
         return
-    if recipe.model.lora and recipe.train.gradient_checkpointing_kwargs.use_reentrant is False:
+    if recipe.model.trains_adapter and recipe.train.gradient_checkpointing_kwargs.use_reentrant is False:
         yield (
             "train.gradient_checkpointing_kwargs.use_reentrant = false; an adapter under ZeRO-3 needs reentrant checkpointing "
             "(parameters are gathered anew); leave it out"

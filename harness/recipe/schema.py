@@ -73,6 +73,16 @@ class Model(Section):
     """Run Python code from the model's repository. Off: a model is data."""
     quantization: Quantization | None = None
     lora: Lora | None = None
+    adapter: str | None = None
+    """An adapter that was trained earlier on `name_or_path`, to begin from: a run's folder, its `final`, or a LoRA folder of PEFT."""
+    adapter_mode: Literal["continue", "stack", "merge"] = "continue"
+    """`continue`: it is trained further. `stack`: it stays as it is beneath a new one (`model.lora`), and both are exported as one.
+    `merge`: it becomes part of the base, on which a new one is trained, or without `model.lora` all weights."""
+
+    @property
+    def trains_adapter(self) -> bool:
+        """An adapter is trained and exported, not a whole model."""
+        return self.lora is not None or (self.adapter is not None and self.adapter_mode == "continue")
 
 
 class Server(Section):

@@ -115,10 +115,10 @@ def _on_policy_rules(recipe: Recipe) -> Iterator[str]:
             f"model.attn_implementation = {attention}; on_policy writes from prompts that are padded at the left, which it does not read; "
             "use auto, sdpa or flash_attention_2"
         )
-    if recipe.model.lora and distill.on_policy.use_vllm is True:
+    if recipe.model.trains_adapter and distill.on_policy.use_vllm is True:
         yield (
             "distill.on_policy.use_vllm = true; for vLLM TRL merges an adapter into its base and takes it out again, which rounds the base "
-            "a little in every step; use auto or false, or train without model.lora"
+            "a little in every step; use auto or false, or train without an adapter"
         )
 
 
@@ -184,7 +184,13 @@ def _reference_rules(recipe: Recipe) -> Iterator[str]:
         )
     if model.init:
         yield f"model.init = {model.init}; random weights have no preferences to begin from; give model.name_or_path"
-    if model.lora and getattr(recipe, task).reference == "resident":
+    asked = getattr(recipe, task).reference
+    if model.adapter and model.adapter_mode != "merge" and asked != "auto":
+        yield (
+            f"{task}.reference = {asked}; the policy begins as the earlier adapter, which is its reference and which it carries, frozen; "
+            "use auto"
+        )
+    elif model.lora and asked == "resident":
         yield (
             f"{task}.reference = resident; with an adapter the base is the reference when the adapter is off, and needs no second copy; "
             "use auto, or cached"
@@ -220,6 +226,8 @@ def _generate_model_rules(recipe: Recipe) -> Iterator[str]:
         yield (
             "model.lora: a new adapter has learnt nothing; remove it (for an adapter that was trained, model.name_or_path takes its folder)"
         )
+    if model.adapter:
+        yield f"model.adapter = {model.adapter}; task = generate trains nothing that begins from it; give its folder as model.name_or_path"
     if model.attn_implementation == "varlen":
         yield "model.attn_implementation = varlen; it takes no padded batches, and answers are written in such; leave it out"
 

@@ -59,7 +59,7 @@ def autocasts_bf16(recipe: Recipe, bf16_hardware: bool) -> bool:
 def use_reentrant(recipe: Recipe, backend: Backend) -> bool:
     """Reentrant checkpointing where an adapter's base is gathered anew for the backward pass (ZeRO-3), non-reentrant everywhere else."""
     asked = recipe.train.gradient_checkpointing_kwargs.use_reentrant
-    return asked if asked is not None else bool(recipe.model.lora) and backend.zero_stage == 3
+    return asked if asked is not None else recipe.model.trains_adapter and backend.zero_stage == 3
 
 
 def eval_strategy(recipe: Recipe) -> str:

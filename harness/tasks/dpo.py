@@ -91,4 +91,4 @@ def plan(stage: Stage) -> TaskPlan:
     reference = choose_reference(stage, dpo.reference, COLUMNS, answers_of, lay_out)
     build = functools.partial(build_trainer, reference=reference, dpo=dpo, flattens=stage.settled.flattens)
     rows = reference.add_to(stage.train_rows, stage.eval_rows)
-    return TaskPlan(build, build_arguments, {"reference": reference.digest}, rows)
+    return TaskPlan(build, build_arguments, {"reference": reference.digest}, rows, copies_adapter=reference.copied)

@@ -7,59 +7,69 @@ from typing import TYPE_CHECKING
 
 from harness import distributed
 from harness.errors import ModelError
-from harness.model.export import MANIFEST, adapter_shapes, check_export, digest_base
-from harness.recipe import recipe_digest
+from harness.model.adapters import concatenate_adapters
+from harness.model.export import MANIFEST, adapter_shapes, check_export
 from harness.run import replace_folder
+from harness.tasks.lineage import lineage_at
 
 if TYPE_CHECKING:
+    from harness.model.adapters import Earlier
     from harness.tasks.job import Job
 
 
-def export(job: "Job", trainer, data_digest: str, source: str, dtype: str, tracking) -> None:
-    """final/: gathered by all ranks, written beside its place, reopened and compared, and only then renamed to `final`."""
+def export(job: "Job", trainer, dtype: str, tracking, earlier: "Earlier | None" = None) -> None:
+    """final/: gathered by all ranks, written beside its place, reopened and compared, and only then renamed to `final`.
+
+    earlier: what the run began from; with `adapter_mode: stack` it and the adapter above it are exported as one.
+    """
     staging = job.run.path / "final.incomplete"
     if distributed.is_main():
         shutil.rmtree(staging, ignore_errors=True)
     distributed.barrier()
     # A collective under ZeRO and FSDP: every rank calls it, rank 0 writes.
     trainer.save_model(str(staging))
-    adapter, files, problem = bool(job.recipe.model.lora), {}, None
+    adapter, files, problem = job.recipe.model.trains_adapter, {}, None
     if distributed.is_main():
         expected, tied = (adapter_shapes(trainer.model), frozenset()) if adapter else whole_shapes(trainer.model)
         try:
             files = check_export(staging, expected, tied=tied, adapter=adapter, moved=trainer.state.global_step > 0)
+            if earlier and job.recipe.model.adapter_mode == "stack":
+                files = check_export(staging, concatenate_adapters(earlier.folder, staging), adapter=True)
         except ModelError as error:
             problem = error
     # All ranks leave together: one that waited for a rank that has gone would wait for as long as a collective may.
     if distributed.agree(problem is not None):
         raise problem or ModelError("the export is not what was trained; rank 0 says what is wrong with it")
     if distributed.is_main():
-        publish(job, trainer, staging, files, data_digest, source, dtype, tracking)
+        publish(job, trainer, staging, files, dtype, tracking)
     distributed.barrier()
 
 
-def publish(job: "Job", trainer, staging: Path, files: dict[str, str], data_digest: str, source: str, dtype: str, tracking) -> None:
+def publish(job: "Job", trainer, staging: Path, files: dict[str, str], dtype: str, tracking) -> None:
     """Say in the manifest what the export was made from, and give it its name."""
-    base, state, args = job.recipe.model.name_or_path or job.recipe.model.init, trainer.state, trainer.args
+    state, args, facts = trainer.state, trainer.args, trainer.lives.facts
+    # Of the weights that are exported: the best model's, where there is one.
+    step = state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else state.global_step
     manifest = {
         "task": job.recipe.task,
-        "base": base,
+        "base": facts["base"]["name"],
         # For a hub id the commit that was read: its branch may be elsewhere on the day of the merge.
-        "base_revision": getattr(trainer.model.config, "_commit_hash", None) or job.recipe.model.revision,
-        "base_digest": digest_base(source),
-        "adapter": bool(job.recipe.model.lora),
-        "data": data_digest,
-        "recipe_digest": recipe_digest(job.recipe),
+        "base_revision": facts["base"]["revision"],
+        "base_digest": facts["base"]["digest"],
+        "adapter": job.recipe.model.trains_adapter,
+        "data": facts["data"]["digest"],
+        "recipe_digest": facts["recipe_digest"],
         "dtype": dtype,
-        # Of the weights that are exported: the best model's, where there is one.
-        "step": state.best_global_step if args.load_best_model_at_end and state.best_model_checkpoint else state.global_step,
+        "step": step,
         "best_metric": state.best_metric,
+        "lineage": lineage_at(facts["lineage"], step),
         "files": files,
     }
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     replace_folder(staging, job.run.final)
-    lineage = {key: manifest[key] for key in ("base", "base_revision", "base_digest", "data", "recipe_digest", "step")}
-    tracking.log_artifact(job.run.final, lineage)
+    job.run.add_to_manifest(lineage=manifest["lineage"])
+    about = {key: manifest[key] for key in ("base", "base_revision", "base_digest", "data", "recipe_digest", "step", "lineage")}
+    tracking.log_artifact(job.run.final, about)
     print(f"exported {len(files)} files to {job.run.final} (reopened and verified)", flush=True)
 
 

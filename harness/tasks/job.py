@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ from harness.logs import open_log
 from harness.operators import announce_compiling, release_abandoned_locks
 from harness.recipe import Recipe, recipe_digest
 from harness.recipe.backend import Backend
-from harness.run import RankReport, RunDir, rank_reports, write_outcome, write_text_atomically
+from harness.run import RankReport, RunDir, rank_reports, replace_folder, write_outcome, write_text_atomically
+from harness.tasks.lineage import build_lineage
 from harness.tasks.lives import RolledBack, build_lives, continue_from, end_life, facts_of, is_exact, leave_early
 from harness.watchdog import register_stack_dump
 
@@ -132,6 +134,7 @@ def check_one_recipe(recipe: Recipe, *, smoke: bool) -> None:
 def _train(job: Job, resumed: Selected | None) -> None:
     job.report.enter("importing libraries")
     from harness.model import check_positions, load_tokenizer
+    from harness.model.adapters import add_reference_adapter
     from harness.tasks.arguments import eval_strategy, training_arguments
     from harness.tasks.calls import load_held_out_calls, measure_teacher
     from harness.tasks.export import export
@@ -152,7 +155,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
     if job.smoke:
         recipe, train_rows, eval_rows = smoke_test(recipe, train_rows, world_size)
 
-    source = base_source(job)
+    source, earlier = base_source(job, prepared, settled)
     plan = plan_task(Stage(job, recipe, settled, source, tokenizer, prepared, train_rows, eval_rows))
     train_rows, eval_rows = plan.rows or (train_rows, eval_rows)
 
@@ -162,10 +165,15 @@ def _train(job: Job, resumed: Selected | None) -> None:
 
     job.report.enter("loading model")
     model = load_model(recipe, backend, settled, source, tokenizer, args)
+    if plan.copies_adapter:
+        add_reference_adapter(model)
     check_positions(model, prepared.report.train.length_percentiles["max"])
-    facts = facts_of(job, recipe, args, prepared.digest, source, model, resumed) | {"teacher": None} | plan.facts
+    facts = facts_of(job, recipe, args, prepared.digest, source, model, resumed, earlier) | {"teacher": None} | plan.facts
+    facts["lineage"] = build_lineage(recipe.task, job.recipe.model, facts, earlier)
     if resumed:
         resume.check_facts(resumed.manifest, facts, job.allowed)
+    if distributed.is_main():
+        job.run.add_to_manifest(lineage=facts["lineage"])
 
     job.report.enter("building trainer")
     trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, plan.build)
@@ -183,7 +191,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
         if job.smoke:
             report_smoke(recipe, train_rows)
         else:
-            export(job, trainer, prepared.digest, source, settled.dtype, tracking)
+            export(job, trainer, settled.dtype, tracking, earlier)
             if distributed.is_main():
                 trainer.lives.committer.finish(trainer.state.best_global_step)
             end_life(job, "done", "finished", trainer.state.global_step, trainer.state.global_step, "")
@@ -231,6 +239,8 @@ class TaskPlan:
     """What must be the same when the run is continued, besides what must be of every task."""
     rows: tuple | None = None
     """(train, eval), where they are other than the prepared ones: with what a reference says of them."""
+    copies_adapter: bool = False
+    """The policy is compared with the adapter that it continues, so it carries a frozen copy of it."""
 
 
 def plan_task(stage: Stage) -> TaskPlan:
@@ -304,16 +314,46 @@ def load_data(job: Job, tokenizer, packing: bool):
 # ---- model
 
 
-def base_source(job: Job) -> str:
-    """Where the base lies; for `model.init` the weights that rank 0 has drawn into the run folder."""
+def base_source(job: Job, prepared, settled: Settled):
+    """(where the base lies, the adapter that the run begins from if it does). The base is what rank 0 has put into the run folder for
+    `model.init` (weights that it drew) and for `adapter_mode: merge`, so that every backend reads it as it reads any other."""
     from harness.model import draw_weights
+    from harness.model.adapters import check_is_no_adapter, load_earlier
 
-    if not job.recipe.model.init:
-        return resolve(job.recipe.model.name_or_path)
-    if distributed.is_main():
-        _without_zero_init(draw_weights, job.recipe, job.run.init)
-    distributed.barrier()
-    return str(job.run.init)
+    model = job.recipe.model
+    if model.init:
+        distributed.on_main(lambda: _without_zero_init(draw_weights, job.recipe, job.run.init))
+        return str(job.run.init), None
+    source = resolve(model.name_or_path)
+    check_is_no_adapter(model.name_or_path, source)
+    if not model.adapter:
+        return source, None
+    earlier = distributed.on_main(lambda: load_earlier(job.recipe, source))
+    if model.adapter_mode != "merge":
+        return source, earlier
+    distributed.on_main(lambda: _without_zero_init(merge_into_base, job, earlier, source, prepared, settled.dtype))
+    return str(job.run.init), earlier
+
+
+def merge_into_base(job: Job, earlier, source: str, prepared, dtype: str) -> None:
+    """Write base and adapter into the run folder as one model, once; what is there is of an earlier life."""
+    from harness.model.export import check_merge, merge_adapter, rows_to_compare
+
+    target = job.run.init
+    if target.is_dir():
+        return
+    job.report.enter("merging the earlier adapter into the base")
+    staging = target.with_name(f"{target.name}.incomplete")
+    shutil.rmtree(staging, ignore_errors=True)
+    rows = rows_to_compare(prepared)
+    found = merge_adapter(earlier.folder, source, job.recipe, dtype, staging, rows, into=dtype)["adapter"]
+    check_merge(found)
+    replace_folder(staging, target)
+    say(
+        f"merged {earlier.folder} into {source}, in {dtype}; over {sum(map(len, rows))} tokens its logits differ from base + adapter by at "
+        f"most {found['max_abs']:.3g}, KL {found['kl']:.3g} nats per token"
+    )
+    job.report.enter("loading model")
 
 
 def load_model(recipe: Recipe, backend: Backend, settled: Settled, source: str, tokenizer, args):
@@ -329,7 +369,7 @@ def load_model(recipe: Recipe, backend: Backend, settled: Settled, source: str, 
         models.check_4bit_survives_the_engine(model, "bfloat16" if args.bf16 else "float16" if args.fp16 else None)
     models.check_vocabulary(model, tokenizer)
     missed = models.follow_tokenizer(model, tokenizer, end_of_turn_ids(tokenizer))
-    if not recipe.model.lora:
+    if not recipe.model.trains_adapter:
         return model
     if missed and distributed.is_main():
         # An adapter is saved without a generation config: whoever loads it generates by the base's.
@@ -349,7 +389,8 @@ def build_trainer(
     from transformers import PrinterCallback
 
     from harness.data.order import EpochOrder
-    from harness.model import check_4bit_is_sharded, describe_parameters, settle_adapter_dtype
+    from harness.model import check_4bit_is_sharded, describe_parameters
+    from harness.model.adapters import trained_as_they_are
     from harness.tasks.trainer import pad_for_ranks, padding_share, row_lengths, with_filler
 
     world_size, quantization = distributed.world_size(), recipe.model.quantization
@@ -362,12 +403,11 @@ def build_trainer(
         train_rows = with_filler(train_rows, 1)
     history = distributed.broadcast_object(read_ledger(job.run.ledger) if distributed.is_main() else None)
     callbacks, tracking, throughput = build_callbacks(job, model, history, resumed)
-    trainer = build(args, model, tokenizer, train_rows, eval_rows, callbacks)
+    with trained_as_they_are(model):
+        trainer = build(args, model, tokenizer, train_rows, eval_rows, callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.configure(throughput=throughput, isolates=settled.flattens)
     trainer.live(build_lives(job, recipe, model, order, facts, history, resumed, tracking))
-    if recipe.model.lora:
-        settle_adapter_dtype(model, job.backend, settled.dtype)
     if distributed.is_main():
         batches = "packed" if settled.packing else "flattened" if settled.flattens else "of like length" if groups else "in random order"
         autocast = ", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""

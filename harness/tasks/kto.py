@@ -198,4 +198,5 @@ def plan(stage: Stage) -> TaskPlan:
     stage = replace(stage, train_rows=train, eval_rows=held_out)
     reference = choose_reference(stage, kto.reference, columns, answers_of, lay_out)
     build = functools.partial(build_trainer, reference=reference, kto=kto, partners=partners, flattens=flattens)
-    return TaskPlan(build, build_arguments, {"reference": reference.digest}, reference.add_to(train, held_out))
+    rows = reference.add_to(train, held_out)
+    return TaskPlan(build, build_arguments, {"reference": reference.digest}, rows, copies_adapter=reference.copied)

@@ -15,12 +15,14 @@ from harness.checkpoint.retention import clean
 from harness.checkpoint.selection import Selected, name_run, run_name, select_checkpoint
 from harness.errors import HarnessError, LaunchError, Stopped
 from harness.guard import Guard, windows_of
+from harness.model.adapters import check_revision
 from harness.model.export import digest_base
 from harness.recipe import Recipe, recipe_digest
 from harness.run import RankReport, git_commit, library_versions, write_outcome
 
 if TYPE_CHECKING:
     from harness.data.order import EpochOrder
+    from harness.model.adapters import Earlier
     from harness.tasks.job import Job
     from harness.tracking.callback import TrackingCallback
 
@@ -77,9 +79,16 @@ def continue_from(job: "Job", *, must_resume: bool) -> Selected | None:
     return found
 
 
-def facts_of(job: "Job", recipe: Recipe, args, data_digest: str, source: str, model, resumed: Selected | None) -> dict[str, Any]:
+def facts_of(
+    job: "Job", recipe: Recipe, args, data_digest: str, source: str, model, resumed: Selected | None, earlier: "Earlier | None" = None
+) -> dict[str, Any]:
     """What every manifest of this life says alike; `recipe` is the one that is trained, the job's the one that was asked for."""
-    base = job.recipe.model.name_or_path or job.recipe.model.init
+    asked = job.recipe.model
+    merged = asked.adapter_mode == "merge"
+    base, revision = (source, None) if merged else (asked.name_or_path or asked.init, asked.revision)
+    revision = getattr(model.config, "_commit_hash", None) or revision
+    if earlier and not merged:
+        check_revision(earlier, revision)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.world_size()
     return {
         "run": run_name(job.run) if distributed.is_main() else None,
@@ -99,10 +108,11 @@ def facts_of(job: "Job", recipe: Recipe, args, data_digest: str, source: str, mo
         "base": distributed.broadcast_object(
             {
                 "name": base,
-                "revision": getattr(model.config, "_commit_hash", None) or job.recipe.model.revision,
+                "revision": revision,
                 "digest": digest_base(source) if distributed.is_main() else None,
             }
         ),
+        "adapter": earlier and {"folder": str(earlier.folder), "mode": asked.adapter_mode, "digest": earlier.digest},
         "data": {"digest": data_digest},
     }
 

@@ -176,7 +176,7 @@ def uses_vllm(recipe: Recipe, *, has_gpu: bool) -> bool:
             "distill.on_policy.use_vllm = true; the package vllm or a GPU is not here; pip install 'trl[vllm]' on a machine with a GPU, or "
             "use auto, which writes by transformers until then"
         )
-    return asked is True or asked == "auto" and has_both and recipe.model.lora is None
+    return asked is True or asked == "auto" and has_both and not recipe.model.trains_adapter
 
 
 # ---- trainer

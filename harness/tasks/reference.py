@@ -21,7 +21,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,7 @@ from harness.data.prepare import tokenizer_digest
 from harness.data.store import building
 from harness.embedded import resolve
 from harness.errors import DataError
+from harness.model.adapters import reference_of
 from harness.recipe import Recipe
 from harness.resources import cache_root
 from harness.tasks.answer_batches import Answer, model_inputs, sum_by_answer, trained_owners
@@ -65,6 +66,8 @@ class Reference:
     """A second model, where there is one."""
     instead_of: "Callable[[PreTrainedModel], contextlib.AbstractContextManager] | None" = None
     """Inside of it the policy's forward is the reference's."""
+    copied: bool = False
+    """It is an adapter that the policy carries for it, a copy of its own as it begins."""
     tables: dict[str, Dataset] = field(default_factory=dict)
     """split -> what was computed before, row by row."""
     digest: str | None = None
@@ -98,9 +101,9 @@ def reference_recipe(stage: Stage) -> Recipe:
     """The recipe with what the policy begins from as its model, in the type in which the policy computes."""
     recipe, settled = stage.recipe, stage.settled
     computes = settled.computes if settled.dtype == "float32" else settled.dtype
-    model = recipe.model.model_copy(
-        update={"lora": None, "init": None, "name_or_path": stage.source, "dtype": computes, "attn_implementation": settled.attention}
-    )
+    bare = {"lora": None, "adapter": None, "adapter_mode": "continue", "init": None}
+    update = bare | {"name_or_path": stage.source, "dtype": computes, "attn_implementation": settled.attention}
+    model = recipe.model.model_copy(update=update)
     return recipe.model_copy(update={"model": model})
 
 
@@ -113,21 +116,20 @@ def choose_reference(
     lay_out: (model) -> collator of answers. Raises ModelError when it cannot be loaded, DataError when a cache cannot be written.
     """
     recipe = stage.recipe
-    if recipe.model.lora and asked == "auto":
-        _say("reference: the policy with its adapter off; no second model, one more forward pass in every step")
-        return Reference("dpo.reference = auto", instead_of=_adapter_off)
+    if recipe.model.trains_adapter and asked == "auto":
+        begins = recipe.model.adapter and recipe.model.adapter_mode
+        how = {
+            "continue": "the adapter as it is now, a frozen copy beside the one that is trained",
+            "stack": "the earlier adapter alone, without the one above it",
+        }.get(begins, "the policy with its adapter off")
+        _say(f"reference: {how}; no second model, one more forward pass in every step")
+        return Reference(f"{recipe.task}.reference = auto", instead_of=reference_of, copied=begins == "continue")
     if asked == "resident":
         model = load_reference(stage)
         shared = "a share of it" if stage.job.backend.zero_stage == 3 else "a whole one"
         _say(f"reference: resident, {shared} on every rank ({_held(model)}), one more forward pass in every step")
         return Reference(f"{recipe.task}.reference = resident", model=model, digest=model.digest)
     return cached_reference(stage, columns, answers_of, lay_out)
-
-
-@contextlib.contextmanager
-def _adapter_off(model: "PreTrainedModel") -> Iterator[None]:
-    with model.disable_adapter():
-        yield
 
 
 def load_reference(stage: Stage) -> ResidentTeacher:

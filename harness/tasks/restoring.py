@@ -18,6 +18,7 @@ from harness.checkpoint import state as carried
 from harness.checkpoint import zero
 from harness.checkpoint.selection import check_checkpoint
 from harness.errors import CheckpointError
+from harness.model.adapters import live_alone
 
 
 class RestoringTrainer:
@@ -71,7 +72,8 @@ class RestoringTrainer:
 
     def _load_from_checkpoint(self, *args, **kwargs):
         self.lives.report.enter("resuming: loading weights")
-        return super()._load_from_checkpoint(*args, **kwargs)
+        with live_alone(self.model):
+            return super()._load_from_checkpoint(*args, **kwargs)
 
     def _issue_warnings_after_load(self, load_result):
         # A tied weight is in the checkpoint under the other name.
@@ -149,4 +151,5 @@ class RestoringTrainer:
         manifest = distributed.on_main(verify)
         if self.is_deepspeed_enabled:
             zero.prepare_loading(self.model_wrapped, best, manifest, distributed.world_size())
-        super()._load_best_model()
+        with live_alone(self.model):
+            super()._load_best_model()

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from harness import distributed
 from harness.checkpoint import state as carried
 from harness.checkpoint import zero
+from harness.tasks.lineage import lineage_at
 
 REASONS = ("stop", "end", "asked", "best", "interval")
 """Why a checkpoint is made; of several the first is the one that its manifest tells."""
@@ -128,6 +129,7 @@ class SavingTrainer:
             **lives.facts,
             "epoch": self.state.epoch,
             "max_steps": self.state.max_steps,
+            "lineage": lineage_at(lives.facts["lineage"], self.state.global_step),
             "samples": self._epoch * order.rows + cursor,
             "tokens": self._total_train_tokens,
             "data": lives.facts["data"] | data,

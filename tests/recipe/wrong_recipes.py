@@ -85,6 +85,8 @@ FROM_ELSEWHERE = [
     ("LLaMA-Factory's rank", "model.lora.lora_rank=8", "model.lora.lora_rank", "`lora_rank` is `model.lora.r` here"),
     ("LLaMA-Factory's model", "model_name_or_path=x", "model_name_or_path", "`model_name_or_path` is `model.name_or_path` here"),
     ("LLaMA-Factory's adapter", "finetuning_type=lora", "finetuning_type", "is `model.lora"),
+    ("LLaMA-Factory's earlier adapter", "adapter_name_or_path=x", "adapter_name_or_path", "is `model.adapter` here"),
+    ("axolotl's earlier adapter", "model.lora_model_dir=x", "model.lora_model_dir", "`lora_model_dir` is `model.adapter` here"),
     ("axolotl's length", "sequence_len=2048", "sequence_len", "`sequence_len` is `data.max_length` here"),
     ("axolotl's batch", "micro_batch_size=2", "micro_batch_size", "is `train.per_device_train_batch_size` here"),
     ("axolotl's packing", "data.sample_packing=true", "data.sample_packing", "`sample_packing` is `data.packing` here"),
@@ -147,6 +149,7 @@ VALUES = [
 ]
 
 Q = "model.quantization.load_in_4bit=true model.lora.r=8"
+STACKED = "model.adapter=a model.adapter_mode=stack model.lora.r=8"
 EVAL = "data.eval=held-out.jsonl"
 COMBINATIONS = [
     ("no model", "model.name_or_path=null", "model", "exactly one of `name_or_path`"),
@@ -166,6 +169,18 @@ COMBINATIONS = [
         "model.quantization.bnb_4bit_compute_dtype",
         "make them equal",
     ),
+    ("a mode of no adapter", "model.adapter_mode=stack", "model.adapter_mode", "there is no earlier adapter"),
+    (
+        "an earlier adapter on random weights",
+        "model.name_or_path=null model.init=c model.adapter=a",
+        "model.adapter",
+        "give model.name_or_path",
+    ),
+    ("a rank that is said twice", "model.adapter=a model.lora.r=8", "model.lora", "a rank and targets of its own"),
+    ("nothing above it", "model.adapter=a model.adapter_mode=stack", "model.adapter_mode", "say what is trained above"),
+    ("DoRA above it", f"{STACKED} model.lora.use_dora=true", "model.lora.use_dora", "exported as one plain LoRA"),
+    ("more than LoRA above it", f"{STACKED} model.lora.modules_to_save=[norm]", "model.lora.modules_to_save", "or use adapter_mode: merge"),
+    ("merged into 4 bits", f"{Q} model.adapter=a model.adapter_mode=merge", "model.adapter_mode", "use stack, which keeps it"),
     ("adapter on nothing", "model.lora.target_modules=[]", "model.lora.target_modules", "write all-linear"),
     ("adapter on the head", "model.lora.target_modules=[q_proj,lm_head]", "model.lora.target_modules", "holds lm_head; the fused loss"),
     ("adapter on the head by its path", "model.lora.target_modules=[model.lm_head]", "model.lora.target_modules", "holds model.lm_head"),
@@ -319,6 +334,12 @@ COMBINATIONS = [
     ("noise to compare", f"{P} train.neftune_noise_alpha=5", "train.neftune_noise_alpha", "noise on a policy that is compared"),
     ("a policy that changes", f"{P} model.lora.dropout=0.1", "model.lora.dropout", "task = dpo needs 0"),
     ("no preferences", "task=dpo model.name_or_path=null model.init=config.json", "model.init", "have no preferences"),
+    (
+        "a reference beside the one it carries",
+        "task=dpo model.adapter=a dpo.reference=cached",
+        "dpo.reference",
+        "which is its reference and which it carries, frozen",
+    ),
     ("a needless copy", f"{P} dpo.reference=resident", "dpo.reference", "needs no second copy"),
     ("weights of other losses", f"{P} dpo.loss_weights=[1,2]", "dpo.loss_weights", "loss_type has 1; give one weight for each"),
     ("dpo that is sft", f"{P} dpo.loss_type=sft", "dpo.loss_type", "alone it compares nothing"),
@@ -380,6 +401,7 @@ COMBINATIONS = [
     ("answers of sft", "generate.temperature=1", "generate.temperature", "task = sft writes no answers"),
     ("answers of random weights", f"{G} model.name_or_path=null model.init=x", "model.name_or_path", "have nothing to say"),
     ("answers of a new adapter", f"{G} model.lora.r=8", "model.lora", "model.name_or_path takes its folder"),
+    ("answers from an earlier adapter", f"{G} model.adapter=a", "model.adapter", "give its folder as model.name_or_path"),
     ("answers in a flattened batch", f"{G} model.attn_implementation=varlen", "model.attn_implementation", "takes no padded batches"),
     (
         "fp16 products in bf16 weights, which answer",
