@@ -1,5 +1,5 @@
-"""DPO by real ranks against a hand-written one in float64: two steps of plain gradient descent, so that the second begins from a policy that
-is no longer its reference; and the cache of what a reference says."""
+"""DPO by real ranks against a hand-written one in float64: two steps of plain gradient descent, of which the second begins from a policy
+that is no longer its reference; and the cache of what a reference says."""
 
 import json
 import sys
