@@ -32,8 +32,8 @@ SEED = 7
 SKIP = 2
 """Steps at the start that do not count: allocators and caches fill."""
 TOLERANCE = {"cpu": {"adapter": 1e-2, "full": 2e-3}, "gpu": {"adapter": 3e-2, "full": 3e-2}}
-"""Relative. AdamW's first steps divide by nearly nothing, which makes much of rounding; and the two draw an adapter's A from other places of
-the random numbers."""
+"""Relative. AdamW's first steps divide by nearly nothing, which makes much of rounding; and the two draw an adapter's A from other places
+of the random numbers."""
 AIMS = {"adapter": 1.2, "full": 1.3}
 LENGTHS = {"tools": ((6.0, 0.5, 100, 1600), (3.6, 0.5, 8, 160)), "chat": ((4.0, 0.6, 16, 300), (5.3, 0.6, 30, 800))}
 """Of prompts and of answers: log-normal (mu, sigma), clipped to (least, most) tokens."""
