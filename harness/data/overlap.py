@@ -39,6 +39,10 @@ class Overlap:
             self._runs.setdefault(run, []).append(len(self._texts))
         self._texts.append((name, len(words)))
 
+    def __contains__(self, text: str) -> bool:
+        """Whether one of the texts is the same."""
+        return _digest(normalise(text)) in self._whole
+
     def find(self, text: str) -> str | None:
         """Why the text may not be used: `the same as NAME`, or `NN% in runs of 8 words with NAME`; None when it repeats nothing."""
         words = normalise(text)

@@ -76,9 +76,7 @@ def answer_prompts(recipe: Recipe, worker: Worker, *, stop: Callable[[], str | N
     return folder / ANSWERS
 
 
-def ask_prompts(
-    recipe: Recipe, worker: Worker, *, stop: Callable[[], str | None], say: Callable[[str], None]
-) -> dict[str, list[Said]]:
+def ask_prompts(recipe: Recipe, worker: Worker, *, stop: Callable[[], str | None], say: Callable[[str], None]) -> dict[str, list[Said]]:
     """Do units until all are there, and return what was said to each prompt, by its key; nothing is judged. Raises as answer_prompts."""
     work = _begin(recipe, say)
     with _writing(work.folder):
