@@ -25,7 +25,7 @@ from harness.model.export import verify_export
 from harness.recipe import Recipe, load
 from harness.recipe.load import apply_override, render_recipe, validate
 from harness.recipe.rules import check_rules
-from harness.recipe.schema import Data, Source
+from harness.recipe.schema import Source
 from harness.run import RunDir, write_text_atomically
 from harness.tasks.generate import ask_prompts
 from harness.tasks.templates import training_template
@@ -36,6 +36,10 @@ ASKING, ANSWERS, QUESTIONS = "generate.yaml", "answers", "questions.jsonl"
 PAIRS, REPORT, LEFT_OUT = "pairs.jsonl", "pairs.report.json", "left-out.jsonl"
 MAY_BE_SET = ("generate.", "model.dtype", "model.quantization", "model.attn_implementation", "data.seed", "data.max_length")
 """Keys that the command line may give; what is asked, and who answers, follows from the run and the mining files."""
+
+
+SUPERVISED = ("sft", "distill")
+"""Tasks whose rows are questions with gold answers."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
     check_tokenizer(tokenizer, training_template=training_template)
     scribe = Scribe(tokenizer, training_template)
 
-    trained, held_out = rows_of(trained_by.data)
+    trained, held_out = rows_of(trained_by, wanted.exclude)
     excluded = {path: load_rows(Source(path=path)) for path in wanted.exclude}
     known = known_questions([*held_out, *(row for part in excluded.values() for row in part.rows)])
     mining = {path: load_rows(Source(path=path)) for path in wanted.data}
@@ -119,8 +123,18 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
     return Plan(folder, recipe, cases, left_out, facts, scribe)
 
 
-def rows_of(data: Data) -> tuple[list[SourceRow], list[SourceRow]]:
-    """(trained, held out) rows of a recipe's `data` section."""
+def rows_of(recipe: Recipe, exclude: Sequence[str]) -> tuple[list[SourceRow], list[SourceRow]]:
+    """(trained, held out) conversations of a run. Raises RecipeError for one whose own rows do not say what it is evaluated on."""
+    if recipe.task == "reward":
+        raise RecipeError("task = reward; such a model scores answers and writes none; give the run whose answers are to be mined")
+    if recipe.task not in SUPERVISED:
+        if not exclude:
+            raise RecipeError(
+                f"task = {recipe.task}; its rows are no questions with gold answers, so they do not say what you evaluate on; give that "
+                "with --exclude"
+            )
+        return [], []
+    data = recipe.data
     loaded = [load_rows(source, data.on_error) for source in data.train]
     mixture = mix(data.train, loaded, seed=data.seed, eval_fraction=data.eval_fraction, eval_rows=data.eval_rows)
     held_out = [load_rows(source, data.on_error) for source in data.eval]
