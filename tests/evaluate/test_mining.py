@@ -210,6 +210,16 @@ def test_a_template_that_does_not_write_what_was_said_makes_no_pair_of_it(tmp_pa
     assert sum(entry.reason == "round_trip" for entry in mined.left_out) == len(spoilt)
 
 
+def test_a_template_that_changes_words_makes_no_pair_of_them_though_they_fail_alike(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content or ''", "(message.content or '') | upper")
+    mined, _ = mine_planted(tokenizer, tmp_path)
+    reasons = {entry.source.rpartition(":")[2]: entry.reason for entry in mined.left_out}
+    for number, plant in enumerate(PLANTED, 1):
+        if plant.outcome == "no_call" and plant.said or plant.question == "makes a tool up":
+            assert reasons[str(number)] == "round_trip"
+
+
 def test_a_template_whose_calls_are_not_read_back_proves_no_gold(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
     tokenizer.chat_template = MICRO_TEMPLATE.read_text()
