@@ -11,7 +11,8 @@
 Promises. No question of a pair is an evaluation question, nor nearly one (harness/data/overlap.py). Each pair is proven in the form in
 which it will be trained: both turns are written by the student's template, cut where generation would stop, read back and scored; the
 chosen one is exact and keeps to its tools' schemas, the rejected one fails with the class that the pair names, and still says what the
-model said. A question has at most one pair of a class. The same questions and answers give the same pairs, whatever the order of the rows.
+model said; and `task: dpo` reads the row as it was written. A question has at most one pair of a class. The same questions and answers
+give the same pairs, whatever the order of the rows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from harness.data.overlap import Overlap
+from harness.data.pairs import to_preferences
 from harness.data.prompts import question_of
 from harness.data.sources import SourceRow, content_digest
 from harness.data.templates import Renderer, TrainingTemplate
@@ -56,6 +58,7 @@ REASONS = {
     "control_token": "rows, and failing answers, with a control token in their words, which would end or open a turn",
     "not_text": "failing answers with bytes that are no character, which no text can hold",
     "round_trip": "failing answers that the template does not write as the model did, or that are not read back as the same failure",
+    "no_row": "failing answers that no preference row can hold: silence, which is no turn",
     "repeated_failure": "failing answers of a class in which another answer to the same question failed",
     "other_class": "failing answers of a class that was not asked for",
     "over_the_limit": "pairs above --max-per-class",
@@ -169,16 +172,26 @@ class Scribe:
 # ---- the questions
 
 
-def asked_words(row: dict) -> str:
-    """What the user says in a conversation before its last turn: by this, questions are compared."""
-    return "\n".join(message["content"] for message in question_of(row)["messages"] if message["role"] == "user")
+def asked_of(row: dict) -> dict | None:
+    """{"messages", "tools"?} of what a canonical row asks, whether it has an answer, a pair or a label; None of a row that is mere text."""
+    if "messages" in row:
+        return question_of(row)
+    if isinstance(row.get("prompt"), list):
+        return {"messages": row["prompt"]} | ({"tools": row["tools"]} if "tools" in row else {})
+    return None
+
+
+def words_of(question: dict) -> str:
+    """What the user says in it: by this, questions are compared."""
+    return "\n".join(message["content"] for message in question["messages"] if message["role"] == "user")
 
 
 def known_questions(rows: Iterable[SourceRow]) -> Overlap:
     """The questions of rows, to be kept out."""
     known = Overlap()
     for row in rows:
-        if "messages" in row.row and (words := asked_words(row.row)).strip():
+        question = asked_of(row.row)
+        if question and (words := words_of(question)).strip():
             known.add(words, row.location)
     return known
 
@@ -216,7 +229,7 @@ def _fault_of(row: SourceRow, known: Overlap) -> tuple[str, str] | None:
     question = question_of(row.row)
     if not question["messages"] or question["messages"][-1]["role"] not in ("user", "tool"):
         return "asks_nothing", ""
-    found = known.find(asked_words(row.row))
+    found = known.find(words_of(question))
     return ("evaluation", found) if found else None
 
 
@@ -319,7 +332,14 @@ def _prove(case: Case, turn: dict, said: str, failure: str, scribe: Scribe, *, e
     again = score(written.text, case.gold, case.tools).failure
     if again != failure or not _says_the_same(written.text, said, is_structured=bool(turn.get("tool_calls"))):
         return LeftOut(case.source, "round_trip", f"{failure}: {said[:200]!r} is written as {written.text[:200]!r}, which is {again}")
-    return Pair(case, failure, turn, written.tokens, edited)
+    pair = Pair(case, failure, turn, written.tokens, edited)
+    try:
+        [read] = to_preferences(pair.row(), "preference", kind="pairs")
+    except DataError as error:
+        return LeftOut(case.source, "no_row", f"{failure}: {error}")
+    if any(read.get(name) != pair.row().get(name) for name in ("prompt", "chosen", "rejected", "tools")):
+        return LeftOut(case.source, "no_row", f"{failure}: is read as {json.dumps(read, ensure_ascii=False)[:200]}")
+    return pair
 
 
 def _says_the_same(written: str, said: str, *, is_structured: bool) -> bool:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import model as models
+from harness.data import KIND_OF_ROWS
 from harness.data.overlap import Overlap
-from harness.data.prompts import question_of
 from harness.data.sources import LoadedRows, SourceRow, content_digest, data_fingerprint, load_rows, mix
 from harness.data.templates import check_tokenizer
 from harness.embedded import resolve
 from harness.errors import DataError, EvaluationError, RecipeError
-from harness.evaluate.mining import LEAST_TOKENS, Case, LeftOut, Scribe, asked_words, known_questions, mine, report_of, select_cases
+from harness.evaluate.mining import LEAST_TOKENS, Case, LeftOut, Scribe, asked_of, known_questions, mine, report_of, select_cases, words_of
 from harness.model.export import verify_export
 from harness.recipe import Recipe, load
 from harness.recipe.load import apply_override, render_recipe, validate
@@ -36,10 +36,6 @@ ASKING, ANSWERS, QUESTIONS = "generate.yaml", "answers", "questions.jsonl"
 PAIRS, REPORT, LEFT_OUT = "pairs.jsonl", "pairs.report.json", "left-out.jsonl"
 MAY_BE_SET = ("generate.", "model.dtype", "model.quantization", "model.attn_implementation", "data.seed", "data.max_length")
 """Keys that the command line may give; what is asked, and who answers, follows from the run and the mining files."""
-
-
-SUPERVISED = ("sft", "distill")
-"""Tasks whose rows are questions with gold answers."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
     scribe = Scribe(tokenizer, training_template)
 
     trained, held_out = rows_of(trained_by, wanted.exclude)
-    excluded = {path: load_rows(Source(path=path)) for path in wanted.exclude}
+    excluded = {path: load_excluded(path, say) for path in wanted.exclude}
     known = known_questions([*held_out, *(row for part in excluded.values() for row in part.rows)])
     mining = {path: load_rows(Source(path=path)) for path in wanted.data}
     names = {"data.eval": [source.path for source in trained_by.data.eval], "--exclude": list(excluded)}
@@ -101,7 +97,7 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
     longest = max(case.chosen_tokens for case in cases)
     recipe = _asking_recipe(base, longest, trained_by.data.max_length, tokenizer)
     _write_questions(folder, cases, recipe)
-    seen = {content_digest(question_of(row.row)) for row in trained if "messages" in row.row}
+    seen = {content_digest(asked) for row in trained if (asked := asked_of(row.row))}
     facts = {
         "run": str(run.path),
         "model": str(run.final),
@@ -124,21 +120,27 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
 
 
 def rows_of(recipe: Recipe, exclude: Sequence[str]) -> tuple[list[SourceRow], list[SourceRow]]:
-    """(trained, held out) conversations of a run. Raises RecipeError for one whose own rows do not say what it is evaluated on."""
+    """(trained, held out) rows of a run. Raises RecipeError for one that writes no answers, or holds nothing out."""
     if recipe.task == "reward":
         raise RecipeError("task = reward; such a model scores answers and writes none; give the run whose answers are to be mined")
-    if recipe.task not in SUPERVISED:
+    if recipe.task == "rlhf":
         if not exclude:
-            raise RecipeError(
-                f"task = {recipe.task}; its rows are no questions with gold answers, so they do not say what you evaluate on; give that "
-                "with --exclude"
-            )
+            raise RecipeError("task = rlhf; its rows are bare prompts, none of which is held out; say what you evaluate on with --exclude")
         return [], []
-    data = recipe.data
-    loaded = [load_rows(source, data.on_error) for source in data.train]
+    data, kind = recipe.data, KIND_OF_ROWS.get(recipe.task, "samples")
+    loaded = [load_rows(source, data.on_error, kind=kind) for source in data.train]
     mixture = mix(data.train, loaded, seed=data.seed, eval_fraction=data.eval_fraction, eval_rows=data.eval_rows)
-    held_out = [load_rows(source, data.on_error) for source in data.eval]
+    held_out = [load_rows(source, data.on_error, kind=kind) for source in data.eval]
     return mixture.train, mixture.held_out or mix(data.eval, held_out, seed=data.seed).train
+
+
+def load_excluded(path: str, say: Callable[[str], None]) -> LoadedRows:
+    """Questions with or without an answer; what is neither is said, for it keeps nothing out."""
+    loaded = load_rows(Source(path=path), "skip", asks=True)
+    if loaded.skipped:
+        first = loaded.skipped[0]
+        say(f"warning: {len(loaded.skipped):,} rows of --exclude {path} keep nothing out; the first: {first.location}: {first.reason}")
+    return loaded
 
 
 def check_is_not_evaluation(path: str, rows: LoadedRows, names: dict[str, list[str]], known: Overlap) -> None:
@@ -146,8 +148,8 @@ def check_is_not_evaluation(path: str, rows: LoadedRows, names: dict[str, list[s
     for what, paths in names.items():
         if any(Path(resolve(path)).expanduser().resolve() == Path(resolve(other)).expanduser().resolve() for other in paths):
             raise DataError(f"--data {path}: is an evaluation file ({what}); pairs of it would spoil what it measures; give other rows")
-    questions = [row for row in rows.rows if "messages" in row.row]
-    if questions and all(asked_words(row.row) in known for row in questions):
+    questions = [asked for row in rows.rows if (asked := asked_of(row.row))]
+    if questions and all(words_of(asked) in known for asked in questions):
         raise DataError(
             f"--data {path}: each of its {len(questions)} questions is one that is held out for evaluation; pairs of it would spoil what "
             "they measure; give other rows"

@@ -19,7 +19,7 @@ from harness.data.sources import content_digest, load_rows
 from harness.embedded import resolve
 from harness.evaluate.edits import edits_of
 from harness.evaluate.mining import Scribe, known_questions, mine, report_of, select_cases, warnings_about
-from harness.recipe import load
+from harness.recipe import load, render_recipe
 from harness.recipe.schema import Source
 from harness.run import RunDir
 from harness.tasks import pairs as task
@@ -69,8 +69,6 @@ PLANTED = [
     Planted("says it in words", [PARIS], "It rains in Paris.", "no_call"),
     Planted("calls for nothing", "No tool can do that.", hermes(HALL), "unneeded_call"),
     Planted("makes a tool up for nothing", "No tool can do that.", hermes(("joke", {})), "unneeded_call"),
-    Planted("is silent", "No tool can do that.", "", "no_answer"),
-    Planted("is silent where a call was wanted", [PARIS], "", "no_call"),
     Planted("forgets the second", [PARIS, HALL], hermes(PARIS), "wrong_count"),
     Planted("takes the other tool", [PARIS], hermes(("light", {"city": "Paris", "days": 3})), "wrong_tool"),
     Planted("makes a tool up", [PARIS], "Wait. " + hermes(("get_wether", {"city": "Paris", "days": 3})), "wrong_tool"),
@@ -92,6 +90,8 @@ PLANTED = [
     Planted("cut off", [PARIS], '<tool_call>{"name": "weather", "arg', "cut_off", ended=False),
     Planted("cut off in words", [PARIS], "It is wrong to", "cut_off", ended=False),
     Planted("opens a turn", [PARIS], "It <|user|> rains.", "control_token"),
+    Planted("is silent", "No tool can do that.", "", "no_row"),
+    Planted("is silent where a call was wanted", [PARIS], "", "no_row"),
     Planted("half a character", [PARIS], "It ra\ufffdns.", "not_text"),
 ]
 
@@ -170,7 +170,8 @@ def check_pair(tokenizer, pair: dict) -> None:
 def test_every_class_is_found_and_none_is_mislabelled(tokenizer, tmp_path):
     mined, left_out = mine_planted(tokenizer, tmp_path)
     expected = {plant.question: plant.outcome for plant in PLANTED if plant.outcome in FAILURES}
-    assert set(expected.values()) == set(FAILURES)
+    # Silence is no turn that a preference row could hold; test_what_is_right… has that it is counted.
+    assert set(expected.values()) == set(FAILURES) - {"no_answer"}
     found = {pair.row()["prompt"][0]["content"]: pair.row()["class"] for pair in mined.pairs}
     assert found == expected and len(mined.pairs) == len(expected)
     assert not left_out and mined.asked == mined.answers == len(PLANTED)
@@ -216,7 +217,7 @@ def test_a_template_that_changes_words_makes_no_pair_of_them_though_they_fail_al
     mined, _ = mine_planted(tokenizer, tmp_path)
     reasons = {entry.source.rpartition(":")[2]: entry.reason for entry in mined.left_out}
     for number, plant in enumerate(PLANTED, 1):
-        if plant.outcome == "no_call" and plant.said or plant.question == "makes a tool up":
+        if plant.outcome == "no_call" or plant.question == "makes a tool up":
             assert reasons[str(number)] == "round_trip"
 
 
@@ -226,7 +227,7 @@ def test_a_template_whose_calls_are_not_read_back_proves_no_gold(tmp_path):
     mined, left_out = mine_planted(tokenizer, tmp_path)
     wanted = [plant for plant in PLANTED if not isinstance(plant.gold, str)]
     assert Counter(entry.reason for entry in left_out) == {"gold_not_right": len(wanted)}
-    assert {pair.failure for pair in mined.pairs} <= {"unneeded_call", "no_answer"}
+    assert not mined.pairs
 
 
 # ---- several answers, several rows
@@ -291,8 +292,8 @@ def test_the_most_of_a_class_is_drawn_by_content_and_seed_and_not_by_order(own, 
 
 
 def test_only_the_classes_that_are_asked_for_become_pairs(own, tmp_path):
-    mined, _ = mine_planted(own, tmp_path, classes=("wrong_tool", "no_answer"))
-    assert Counter(pair.failure for pair in mined.pairs) == {"wrong_tool": 3, "no_answer": 1}
+    mined, _ = mine_planted(own, tmp_path, classes=("wrong_tool", "wrong_count"))
+    assert Counter(pair.failure for pair in mined.pairs) == {"wrong_tool": 3, "wrong_count": 1}
     failing = sum(plant.outcome in FAILURES for plant in PLANTED)
     assert sum(entry.reason == "other_class" for entry in mined.left_out) == failing - 4
 
@@ -447,9 +448,11 @@ def test_the_command_writes_proven_pairs_and_what_they_were_made_from(run, own, 
     assert Counter(pair["class"] for pair in pairs) == expected
     for pair in pairs:
         check_pair(own, pair)
+    read = load_rows(Source(path=str(run / "pairs" / "pairs.jsonl")), kind="pairs").rows
+    assert [row.row for row in read] == [{key: value for key, value in pair.items() if key not in ("class", "source")} for pair in pairs]
     assert "Lisbon" not in (run / "pairs" / "pairs.jsonl").read_text() + (run / "pairs" / "questions.jsonl").read_text()
     report = json.loads((run / "pairs" / "pairs.report.json").read_text())
-    assert report["left_out"] == {"evaluation": 2, "cut_off": 2, "control_token": 1, "not_text": 1}
+    assert report["left_out"] == {"evaluation": 2, "cut_off": 2, "control_token": 1, "not_text": 1, "no_row": 2}
     assert {name: found["pairs"] for name, found in report["classes"].items()} == expected
     assert report["model"] == str(run / "final") and report["step"] == 7 and report["seed"] == 42
     assert report["questions_trained_on"] == 2 and report["held_out_rows"] == 2 and len(report["data"]) == 1
@@ -490,15 +493,55 @@ def test_what_cannot_be_mined_is_refused_with_the_reason(run, capsys, arguments,
     assert words in capsys.readouterr().err
 
 
-def test_a_run_that_holds_nothing_out_is_warned_of_and_one_of_other_rows_must_say_what_it_is_evaluated_on(run, capsys):
-    recipe = (run / "recipe.yaml").read_text().replace("eval_steps: 10", "eval_steps: null")
-    (run / "recipe.yaml").write_text(
-        re.sub(r"(?s)  eval:\n  - .*?(?=  eval_fraction)", "  eval: []\n", recipe).replace("eval_steps: 10", "eval_steps: null")
-    )
+def rewrite_recipe(run: Path, *overrides: str) -> None:
+    (run / "recipe.yaml").write_text(render_recipe(load(run / "recipe.yaml", overrides)))
+
+
+def test_a_run_that_holds_nothing_out_is_warned_of(run, capsys):
+    rewrite_recipe(run, "data.eval=[]", "train.eval_steps=null")
     assert command(run, "--data", "mining.jsonl") == 0
     assert "warning: the run held nothing out and no --exclude is given" in capsys.readouterr().out
-    assert command(run, "--data", "mining.jsonl", "--exclude", "eval.jsonl") == 0
-    assert "warning: the run held" not in capsys.readouterr().out
+    Path("mixed.jsonl").write_text(Path("eval.jsonl").read_text() + json.dumps({"text": "once"}) + "\n")
+    assert command(run, "--data", "mining.jsonl", "--exclude", "mixed.jsonl") == 0
+    said = capsys.readouterr().out
+    assert "the run held nothing out" not in said
+    assert "warning: 1 rows of --exclude mixed.jsonl keep nothing out; the first: mixed.jsonl:3: a row of text has no turn" in said
+
+
+def test_questions_to_be_kept_out_need_no_answers(run):
+    asked = row_of(HELD_OUT, [PARIS])
+    with open("mining.jsonl", "a") as stream:
+        stream.write(json.dumps(asked) + "\n")
+    rewrite_recipe(run, "data.eval=[]", "train.eval_steps=null")
+    Path("bare.jsonl").write_text(json.dumps({**asked, "messages": asked["messages"][:1]}) + "\n")
+    assert command(run, "--data", "mining.jsonl", "--exclude", "bare.jsonl") == 0
+    assert "Lisbon" not in (run / "pairs" / "pairs.jsonl").read_text()
+
+
+def test_a_run_of_preferences_keeps_its_held_out_pairs_from_the_next_round(run):
+    assert command(run, "--data", "mining.jsonl") == 0
+    pairs = (run / "pairs" / "pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(pairs[1:]))
+    Path("held-out.jsonl").write_text(pairs[0])
+    rewrite_recipe(
+        run, "task=dpo", "model.init=null", "model.name_or_path=embedded:tiny-llama", "data.train=pairs.jsonl", "data.eval=held-out.jsonl"
+    )
+    assert command(run, "--data", "mining.jsonl") == 0
+    again = (run / "pairs" / "pairs.jsonl").read_text().splitlines(keepends=True)
+    assert again == pairs[1:]
+    assert json.loads((run / "pairs" / "pairs.report.json").read_text())["questions_trained_on"] == len(pairs) - 1
+
+
+@pytest.mark.parametrize(
+    "task_name, more, words",
+    [("reward", [], "such a model scores answers and writes none"), ("rlhf", [], "say what you evaluate on with --exclude")],
+)
+def test_a_run_without_answers_or_without_held_out_rows_is_refused(run, capsys, task_name, more, words):
+    text = (run / "recipe.yaml").read_text()
+    assert text.startswith("task: sft\n")
+    (run / "recipe.yaml").write_text(text.replace("task: sft\n", f"task: {task_name}\n", 1))
+    assert command(run, "--data", "mining.jsonl") == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_model_that_was_changed_after_its_export_is_not_mined(run, capsys):
