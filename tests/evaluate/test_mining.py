@@ -17,6 +17,7 @@ from harness.data.overlap import Overlap
 from harness.data.prompts import question_of
 from harness.data.sources import content_digest, load_rows
 from harness.embedded import resolve
+from harness.evaluate import mining
 from harness.evaluate.edits import edits_of
 from harness.evaluate.mining import Scribe, known_questions, mine, report_of, select_cases, warnings_about
 from harness.recipe import load, render_recipe
@@ -198,14 +199,19 @@ def test_a_malformed_answer_is_kept_word_for_word_and_calls_that_can_be_read_are
     assert rejected["in another notation"]["tool_calls"][0]["function"]["arguments"] == {"city": "Paris", "days": 3}
 
 
-def test_a_template_that_does_not_write_what_was_said_makes_no_pair_of_it(tmp_path):
+@pytest.mark.parametrize("compared", ["words and class", "class alone"])
+def test_a_template_that_does_not_write_what_was_said_makes_no_pair_of_it(compared, tmp_path, monkeypatch):
+    if compared == "class alone":
+        monkeypatch.setattr(mining, "_says_the_same", lambda *args, **options: True)
     tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
     # Words lose the marks of calls, so that what is broken would be trained as mere words.
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "message.content or ''", "(message.content or '') | replace('<tool_call>', '')"
     )
     mined, _ = mine_planted(tokenizer, tmp_path)
-    spoilt = [plant.question for plant in PLANTED if plant.outcome == "malformed"] + ["a call and then words"]
+    spoilt = [plant.question for plant in PLANTED if plant.outcome == "malformed"]
+    # Read as the same call without its mark, and so of the same class.
+    spoilt += ["a call and then words"] if compared == "words and class" else []
     found = {pair.row()["prompt"][0]["content"] for pair in mined.pairs}
     assert not found & set(spoilt)
     assert sum(entry.reason == "round_trip" for entry in mined.left_out) == len(spoilt)
@@ -274,6 +280,7 @@ def test_a_row_that_cannot_be_proven_is_left_out_with_its_reason(own, tmp_path):
         "asks_nothing",
         "no_conversation",
     ]
+    assert 'weather.days: is "3" (text); must be integer' in [entry.detail for entry in left_out]
     assert [case.question["messages"][0]["content"] for case in cases] == ["good"]
 
 
@@ -357,8 +364,9 @@ def test_edits_of_the_world_are_what_they_say_and_change_one_call():
         for edit in edits_of(question, gold):
             said = hermes(*((call.name, call.arguments) for call in edit.calls))
             assert score(said, gold, row.row["tools"]).failure == edit.failure
-            if edit.failure == "unneeded_call":
-                assert not check_call(edit.calls[0], row.row["tools"])
+            problems = {problem.kind for call in edit.calls for problem in check_call(call, row.row["tools"])}
+            # Another tool's arguments may break its schema or not; the other kinds are wrong by the schema, too, or right by it.
+            assert edit.failure == "wrong_tool" or (problems >= {edit.failure} if gold else not problems)
             found[edit.failure] += 1
     assert found.keys() == {"wrong_tool", "missing_argument", "extra_argument", "wrong_type", "unneeded_call"}
     assert min(found.values()) > 10
