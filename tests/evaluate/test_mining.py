@@ -204,14 +204,11 @@ def test_a_template_that_does_not_write_what_was_said_makes_no_pair_of_it(compar
     if compared == "class alone":
         monkeypatch.setattr(mining, "_says_the_same", lambda *args, **options: True)
     tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
-    # Words lose the marks of calls, so that what is broken would be trained as mere words.
-    tokenizer.chat_template = tokenizer.chat_template.replace(
-        "message.content or ''", "(message.content or '') | replace('<tool_call>', '')"
-    )
+    # What is said in words ends before the mark of a call, so that a broken call would be trained as none.
+    cut = "(message.content or '').split('<tool_call>')[0] or ('none' if message.content else '')"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content or ''", cut)
     mined, _ = mine_planted(tokenizer, tmp_path)
-    spoilt = [plant.question for plant in PLANTED if plant.outcome == "malformed"]
-    # Read as the same call without its mark, and so of the same class.
-    spoilt += ["a call and then words"] if compared == "words and class" else []
+    spoilt = [plant.question for plant in PLANTED if plant.outcome == "malformed"] + ["a call and then words"]
     found = {pair.row()["prompt"][0]["content"] for pair in mined.pairs}
     assert not found & set(spoilt)
     assert sum(entry.reason == "round_trip" for entry in mined.left_out) == len(spoilt)
