@@ -26,6 +26,7 @@ VERBS = {
     "checkpoints": "List, verify or prune a run's checkpoints.",
     "sync": "Send a run's metrics to Weights & Biases, all its lives as one run.",
     "export": "Verify a run's export, or merge its adapter into its base.",
+    "pairs": "Mine preference pairs from a run's own failures.",
 }
 # Started by our own scripts and by no person.
 HIDDEN = ("allocation", "node")

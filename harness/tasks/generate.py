@@ -14,6 +14,7 @@ and the unit. answers.jsonl comes last, when all units are there, and is made fr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -61,28 +62,50 @@ def answer_prompts(recipe: Recipe, worker: Worker, *, stop: Callable[[], str | N
     stop: asked between two units; a reason ends the work. Raises Stopped then, DataError for prompts, ModelError for a model that cannot
     be loaded, TeacherError for a folder that is another's or cannot be written, and when no answer is valid.
     """
-    folder = Path(recipe.output_dir).expanduser().resolve()
-    tokenizer = models.load_tokenizer(recipe)
-    check_tokenizer(tokenizer)
-    asked = load_prompts(recipe.data, tokenizer, recipe.generate.max_new_tokens)
-    work = _Work(recipe, tokenizer, asked, folder, say)
-    say(work.describe())
-    try:
-        _claim(folder, facts_of(recipe, tokenizer, asked))
+    work = _begin(recipe, say)
+    folder = work.folder
+    with _writing(folder):
         if not (folder / ANSWERS).is_file():
             work.run(worker, stop)
             work.assemble()
-    except OSError as error:
-        raise TeacherError(
-            f"{folder}: cannot be written: {error.strerror}; free some space or make it writable: what is committed stays, and the same "
-            "command goes on"
-        ) from error
     report = json.loads((folder / REPORT).read_text())
     say(render_report(report))
     if not report["answers"]:
         raise TeacherError(f"{folder / ANSWERS}: none of {report['asked']} answers is valid; {DROPPED} beside it says why of each")
     say(f"complete: {folder / ANSWERS}")
     return folder / ANSWERS
+
+
+def ask_prompts(recipe: Recipe, worker: Worker, *, stop: Callable[[], str | None], say: Callable[[str], None]) -> dict[str, list[Said]]:
+    """Do units until all are there, and return what was said to each prompt, by its key; nothing is judged. Raises as answer_prompts."""
+    work = _begin(recipe, say)
+    with _writing(work.folder):
+        work.run(worker, stop)
+    return {prompt.key: said for prompt, said in work.by_prompt()}
+
+
+def _begin(recipe: Recipe, say: Callable[[str], None]) -> _Work:
+    """The work in its folder, which is this recipe's from here on."""
+    folder = Path(recipe.output_dir).expanduser().resolve()
+    tokenizer = models.load_tokenizer(recipe)
+    check_tokenizer(tokenizer)
+    asked = load_prompts(recipe.data, tokenizer, recipe.generate.max_new_tokens)
+    work = _Work(recipe, tokenizer, asked, folder, say)
+    say(work.describe())
+    with _writing(folder):
+        _claim(folder, facts_of(recipe, tokenizer, asked))
+    return work
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TeacherError(
+            f"{folder}: cannot be written: {error.strerror}; free some space or make it writable: what is committed stays, and the same "
+            "command goes on"
+        ) from error
 
 
 # ---- the folder
@@ -221,7 +244,7 @@ class _Work:
         with committing(self.folder / ANSWERS) as answers, committing(self.folder / DROPPED) as dropped:
             for row in self.asked.left_out:
                 _write(dropped, {"location": row.location, "kind": "not_asked", "reason": row.reason})
-            for prompt, samples in self._by_prompt():
+            for prompt, samples in self.by_prompt():
                 kept = set()
                 for said in samples:
                     counts["tokens"] += said.tokens
@@ -248,7 +271,7 @@ class _Work:
             with committing(self.folder / REPORT) as stream:
                 stream.write(json.dumps(report, indent=1) + "\n")
 
-    def _by_prompt(self) -> Iterator[tuple[Prompt, list[Said]]]:
+    def by_prompt(self) -> Iterator[tuple[Prompt, list[Said]]]:
         samples = self.recipe.generate.samples_per_prompt
         for unit in range(self.units):
             file = self.folder / UNITS / UNIT_FILE.format(unit)

@@ -1,7 +1,7 @@
 """Tool schemas, calls read from text, and the one scorer. No torch: it runs on a login node."""
 
-from harness.tools.answers import FAULTS, Fault, read_answer
-from harness.tools.calls import ParsedCalls, ToolCall, parse_calls, read_call
+from harness.tools.answers import FAULTS, Fault, read_answer, read_turn
+from harness.tools.calls import ParsedCalls, ToolCall, parse_calls, read_call, spoken
 from harness.tools.gold import read_gold
 from harness.tools.match import (
     FAILURES,
@@ -44,8 +44,10 @@ __all__ = [
     "read_answer",
     "read_call",
     "read_gold",
+    "read_turn",
     "render_gold",
     "same_call",
     "score",
+    "spoken",
     "summarise",
 ]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from harness.tools.calls import parse_calls, spoken
+from harness.tools.calls import ToolCall, parse_calls, spoken
 from harness.tools.schema import check_call
 
 FAULTS = ("cut_off", "empty", "unparsable", "unknown_tool", "schema")
@@ -33,6 +33,20 @@ def read_answer(text: str, tools: list[dict], *, ended: bool, control_tokens: Co
     """
     if not ended:
         return Fault("cut_off", "did not stop within max_new_tokens")
+    message = read_turn(text)
+    if isinstance(message, Fault):
+        return message
+    for call in message.get("tool_calls", ()):
+        if problems := check_call(ToolCall(call["function"]["name"], call["function"]["arguments"]), tools):
+            kind = "unknown_tool" if problems[0].kind == "unknown_tool" else "schema"
+            return Fault(kind, "; ".join(map(str, problems)))
+    if found := re.search("|".join(map(re.escape, control_tokens)) or "(?!)", json.dumps(message, ensure_ascii=False)):
+        return Fault("unparsable", f"the control token {found.group()} in what it says")
+    return message
+
+
+def read_turn(text: str) -> dict | Fault:
+    """The assistant's message that `text` is, whatever it calls; or why it is none, `unparsable` or `empty`."""
     parsed = parse_calls(text)
     if parsed.malformed:
         return Fault("unparsable", f"a call that cannot be read: {parsed.malformed[0][:200]}")
@@ -44,12 +58,5 @@ def read_answer(text: str, tools: list[dict], *, ended: bool, control_tokens: Co
     if half := re.search("[\ud800-\udfff]", json.dumps(calls, ensure_ascii=False)):
         # Written as an escape; no file in UTF-8 and no tokenizer takes it.
         return Fault("unparsable", f"half a character (\\u{ord(half.group()):x}) in a call")
-    for call in parsed.calls:
-        if problems := check_call(call, tools):
-            kind = "unknown_tool" if problems[0].kind == "unknown_tool" else "schema"
-            return Fault(kind, "; ".join(map(str, problems)))
     said = {"content": parsed.text, "tool_calls": calls}
-    message = {"role": "assistant"} | {key: value for key, value in said.items() if value}
-    if found := re.search("|".join(map(re.escape, control_tokens)) or "(?!)", json.dumps(message, ensure_ascii=False)):
-        return Fault("unparsable", f"the control token {found.group()} in what it says")
-    return message
+    return {"role": "assistant"} | {key: value for key, value in said.items() if value}
