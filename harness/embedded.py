@@ -4,6 +4,7 @@
     embedded:tiny-student      the same with less than a third of its parameters
     embedded:base-train        questions over the first world of tools, with gold calls; base-eval: held-out ones
     embedded:adapt-train       the same over tools that the first world does not have; adapt-eval: held-out ones
+    embedded:adapt-mining      questions over these that no other file has, for pairs from a model's own failures
     embedded:pairs-train       a right and a slightly wrong answer to questions over the first world; pairs-eval: to held-out ones
     embedded:answers-train     one answer of each pair, labelled good or bad; answers-eval: to held-out questions
 
@@ -31,6 +32,7 @@ def resolve(name: str) -> str:
     folder = cache_root() / "embedded" / _version()
     wanted = name.removeprefix(PREFIX)
     makers = dict.fromkeys(("base-train", "base-eval", "adapt-train", "adapt-eval"), ("world", _make_world))
+    makers["adapt-mining"] = ("mining", _make_mining)
     makers |= dict.fromkeys(("pairs-train", "pairs-eval", "answers-train", "answers-eval"), ("pairs", _make_pairs))
     if wanted in makers:
         name_of_folder, make = makers[wanted]
@@ -72,6 +74,15 @@ def _make_pairs(folder: Path) -> None:
     from harness.quickstart.pairs import write_pairs
 
     write_pairs(folder, WORLD_SEED)
+
+
+def _make_mining(folder: Path) -> None:
+    import json
+
+    from harness.quickstart.pairs import write_mining
+
+    with open(resolve("embedded:adapt-train"), encoding="utf-8") as rows:
+        write_mining(folder, WORLD_SEED, {json.loads(row)["messages"][0]["content"] for row in rows})
 
 
 def _make_model(folder: Path, world: Path, width: int) -> None:

@@ -44,13 +44,15 @@ def command(output_dir: Path):
         base = output_dir / name / "final"
     click.secho("\ndistill: the adapted model teaches one of a third its size; beside it the same one without a teacher", bold=True)
     sizes = distill(output_dir, STAGES[-1][2])
+    click.secho("\nprefer: the taught student learns from pairs of what it should have said and what it said", bold=True)
+    preferred = prefer(output_dir, STAGES[-1][2], sizes["taught"])
     seconds = time.monotonic() - begun
-    results = {"stages": stages, "distill": sizes, "seconds": round(seconds, 1)}
+    results = {"stages": stages, "distill": sizes, "prefer": preferred, "seconds": round(seconds, 1)}
     write_text_atomically(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     from harness.tracking import plot_losses
 
     picture = plot_losses([output_dir / name for name, *_ in STAGES], output_dir / "losses.png")
-    show(stages, sizes, seconds, output_dir, picture)
+    show(stages, sizes, preferred, seconds, output_dir, picture)
 
 
 def run_stage(name: str, recipe: str, questions: str, output_dir: Path, base: Path | None) -> dict:
@@ -84,15 +86,39 @@ def distill(output_dir: Path, questions: str) -> dict:
     overrides = [f"output_dir={output_dir / 'distill'}", f"teacher.name_or_path={adapted / 'merged'}", f"teacher.cache={cache}"]
     # An earlier quickstart's, of another teacher of the same name, which would be refused.
     shutil.rmtree(cache, ignore_errors=True)
-    # Processes of their own, as by hand: a capture takes signals and ranks for itself.
-    for arguments in (["export", str(adapted), "--merge", "--force"], ["capture", recipe, *overrides]):
-        succeed("distill", subprocess.run([sys.executable, "-m", "harness", *arguments], env=own_environment()).returncode)
+    by_hand("distill", "export", str(adapted), "--merge", "--force")
+    by_hand("distill", "capture", recipe, *overrides)
     taught = load(recipe, overrides)
     alone = taught.model_copy(update={"task": "sft", "teacher": None, "distill": Distill(), "output_dir": str(output_dir / "alone")})
     train("distill", taught)
     train("distill", alone)
     models = {"teacher": adapted / "merged", "taught": Path(taught.output_dir) / "final", "alone": Path(alone.output_dir) / "final"}
     return {name: {"parameters": parameters(folder)} | score(folder, questions) for name, folder in models.items()}
+
+
+def by_hand(stage: str, *arguments: str) -> None:
+    """A command in a process of its own, as a person runs it: one that shares out units of work takes signals and ranks for itself."""
+    succeed(stage, subprocess.run([sys.executable, "-m", "harness", *arguments], env=own_environment()).returncode)
+
+
+def prefer(output_dir: Path, questions: str, before: dict) -> dict:
+    """{"pairs", "accuracy", "before", "after"}: pairs mined from the taught student's failures on questions that no other file has, the
+    share of held-out ones whose chosen answer is the more probable one, and its scores on the questions, before and after DPO on them."""
+    student = output_dir / "distill"
+    shutil.rmtree(student / "pairs", ignore_errors=True)
+    by_hand("prefer", "pairs", str(student), "--data", "embedded:adapt-mining", "--exclude", questions)
+    pairs = student / "pairs" / "pairs.jsonl"
+    run = output_dir / "prefer"
+    train("prefer", load("quickstart/prefer", [f"output_dir={run}", f"model.name_or_path={student / 'final'}", f"data.train={pairs}"]))
+    from harness.tracking import read_metrics
+
+    accuracies = [line["eval/logps/accuracies"] for line in read_metrics(run) if "eval/logps/accuracies" in line]
+    return {
+        "pairs": len(pairs.read_text(encoding="utf-8").splitlines()),
+        "accuracy": {"before": accuracies[0], "after": accuracies[-1]},
+        "before": before,
+        "after": score(run / "final", questions),
+    }
 
 
 def parameters(folder: Path) -> int:
@@ -130,7 +156,7 @@ def score(folder: Path, questions: str) -> dict:
     return {key: metrics[key] for key in METRICS} | {"questions": metrics["count"]}
 
 
-def show(stages: list[dict], sizes: dict, seconds: float, output_dir: Path, picture: Path) -> None:
+def show(stages: list[dict], sizes: dict, preferred: dict, seconds: float, output_dir: Path, picture: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -150,6 +176,14 @@ def show(stages: list[dict], sizes: dict, seconds: float, output_dir: Path, pict
     for key, label in METRICS.items():
         table.add_row(label, *(f"{scores[key]:.1%}" for scores in sizes.values()))
     console.print(table)
+    table = Table(title=f"the taught student, before → after DPO on {preferred['pairs']} pairs of its own failures")
+    table.add_column("measured")
+    table.add_column("before → after", justify="right")
+    accuracy = preferred["accuracy"]
+    table.add_row("prefers the right answer (held-out pairs)", f"{accuracy['before']:.1%} → {accuracy['after']:.1%}")
+    for key, label in METRICS.items():
+        table.add_row(label, f"{preferred['before'][key]:.1%} → {preferred['after'][key]:.1%}")
+    console.print(table)
     click.echo(
         f"""in {seconds:.0f} s. Before training the model calls nothing, so it is right wherever nothing should be called.
 The adapter is for its own six tools: it was never shown the first six again, and calls them no more.
@@ -161,6 +195,7 @@ written to {output_dir}/
   base/final            the fine-tuned model, adapt/final the adapter, adapt/merged the teacher, distill/final its student,
                         alone/final the student without it; recipe, logs and metrics.jsonl beside each
   teacher-cache         what the teacher says of each token
+  distill/pairs         what the student got wrong, beside what was right; prefer/final the student that has learnt from it
 
 next, with a real model and your own tool calls (data/tools.jsonl, in the layout `messages` + `tools` or xLAM):
   harness preview sft/llama3-8b-tools-qlora data.train=data/tools.jsonl    what will be trained, token by token

@@ -5,6 +5,10 @@ Writes four JSONL files over questions of base-train and base-eval, each asked o
     pairs-train.jsonl     pairs-eval.jsonl      `prompt`, `chosen`, `rejected` (lists of messages), `tools`
     answers-train.jsonl   answers-eval.jsonl    of each pair one answer, by turns: `prompt`, `completion`, `label`, `tools`
 
+and, for pairs from a model's own failures, questions of the second world that no other file has:
+
+    adapt-mining.jsonl                          `messages`, `tools`
+
 An edit changes one value, adds an argument that was not asked for (or leaves one out, where all were), takes another tool, calls none, or
 calls one where none helps. Both answers stand under the same prompt, so nothing but the answer tells them apart.
 
@@ -48,6 +52,15 @@ def write_pairs(folder: str | Path, seed: int, *, train: int = 4000, held_out: i
         for file, written in ((path, pairs), (answers, [_answer(pair, good=number % 2 == 0) for number, pair in enumerate(pairs)])):
             file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
     return files
+
+
+def write_mining(folder: str | Path, seed: int, known: set[str], *, size: int = 1500) -> Path:
+    """Write adapt-mining.jsonl into `folder` and return its path. known: questions that are asked elsewhere."""
+    path = Path(folder) / "adapt-mining.jsonl"
+    rng = random.Random(f"{seed}/{path.stem}")
+    rows = (row for row in draw_rows(rng, ADAPT_TOOLS, BASE_TOOLS, False) if row["messages"][0]["content"] not in known)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in islice(rows, size)), encoding="utf-8")
+    return path
 
 
 def _pair(rng: random.Random, row: dict) -> dict:

@@ -25,7 +25,7 @@ HEADS = ("lm_head", "embed_out", "output")
 METRICS = {
     "sft": ("eval/loss", "eval/mean_token_accuracy", "eval/entropy"),
     "distill": ("eval/loss", "eval/kl", "eval/top1_agreement", "eval/overlap"),
-    "dpo": ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins"),
+    "dpo": ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/accuracies"),
     "kto": ("eval/loss", "eval/rewards/margins"),
     "reward": ("eval/loss", "eval/accuracy"),
     "rlhf": ("eval/reward",),

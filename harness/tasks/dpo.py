@@ -45,6 +45,7 @@ class DpoTrainer(PreferenceTrainer):
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).float(),
+            "logps/accuracies": (pairs.chosen > pairs.rejected).float(),
             "logps/chosen": pairs.chosen,
             "logps/rejected": pairs.rejected,
             "logps/chosen_drift": pairs.chosen_ratio,
