@@ -8,9 +8,10 @@ batch, make a collective of each metric of each micro-batch, and are not continu
 The mean is over the pairs (answers) of the whole step on all ranks, so that accumulation, ranks and rows that fill up change nothing.
 
 Logged, under TRL's names: rewards/chosen, rewards/rejected (beta times the log-ratio), rewards/margins, rewards/accuracies, logps/chosen,
-logps/rejected; and besides logps/accuracies (pairs whose chosen answer is the more probable one), logps/chosen_drift, logps/rejected_drift (policy less reference, which is where the run began), kl
-(harness.losses.preference.divergence_of_tokens, nats per token), length/chosen, length/rejected and length/gap in tokens. A warning says
-once when the chosen answers become less probable, which is how DPO is known to fail.
+logps/rejected; and besides logps/accuracies (pairs whose chosen answer is the more probable one), logps/chosen_drift,
+logps/rejected_drift (policy less reference, which is where the run began), kl (harness.losses.preference.divergence_of_tokens, nats per
+token), length/chosen, length/rejected and length/gap in tokens. A warning says once when the chosen answers become less probable, which is
+how DPO is known to fail.
 """
 
 import math
