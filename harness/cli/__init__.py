@@ -12,6 +12,8 @@ from harness.errors import HarnessError
 VERBS = {
     "quickstart": "Train, adapt and score a tiny tool-calling model on this machine.",
     "check": "Print a recipe as it will run, or say what is wrong with it.",
+    "convert": "Write data of one layout in another, and say what was lost.",
+    "validate": "Audit data before it is trained: schemas, pairs, control tokens, duplicates, contamination.",
     "prepare": "Tokenise a recipe's data once, on a CPU.",
     "preview": "Show a few rows with the trained tokens marked.",
     "capture": "Run a teacher once over a recipe's data, for every student to come.",

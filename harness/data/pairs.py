@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from harness.data.formats import calls_of, check_offered, check_results, kind_of, messages_of, object_of
+from harness.data.conversation import calls_of, check_offered, check_results, kind_of, messages_of, object_of
 from harness.errors import DataError
 from harness.tools import normalise_tools, parse_calls
 from harness.tools.schema import decode_json

@@ -1,6 +1,7 @@
 """Files and hub data sets become canonical rows that know where they came from; sources become one mixture with a held-out part.
 
-    read_raw(path)                    rows as they stand, one after the other, each with its location
+    read_raw(path)                    rows as they stand, one after the other, each with its location (and with the gold calls or tools that
+                                      BFCL and Seal-Tools keep in a file beside them)
     load_rows(source, ...)            the same as canonical rows (formats.py), with what was left out and why
     mix(sources, loaded, ...)         max_rows, the held-out split and the weights, in this order
 
@@ -28,11 +29,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from harness.data.formats import broken_calls, detect_format, is_python, to_canonical, trained_calls
+from harness.data.formats import LeftOut, broken_calls, detect_format, is_python, to_canonical, trained_calls
+from harness.data.layouts.beside import with_files_beside
 from harness.data.pairs import detect_layout, good_side, pair_answers, question, to_preferences
 from harness.embedded import resolve
 from harness.errors import DataError
 from harness.tools import did_you_mean
+from harness.tools.schema import distinct_keys
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -68,10 +71,10 @@ class Skipped:
 
 @dataclass
 class LoadedRows:
-    """`counts`: read, kept, skipped (raw rows, of which one may give several canonical ones), one `layout/<name>` each; trained_calls and
-    broken_calls (against their tool's schema), with the kind of break in `broken/<kind>`; unparsable_answers (APIBench answers that are not
-    Python). Of preference rows besides: untooled_calls (of good answers whose rows offer no tools) and unpaired (labelled answers whose
-    question has none with the other label)."""
+    """`counts`: read, kept, skipped (raw rows, of which one may give several canonical ones; of these `left_out`, those that their layout
+    itself says are not to be imitated), one `layout/<name>` each; trained_calls and broken_calls (against their tool's schema), with the
+    kind of break in `broken/<kind>`; unparsable_answers (APIBench answers that are not Python). Of preference rows besides: untooled_calls
+    (of good answers whose rows offer no tools) and unpaired (labelled answers whose question has none with the other label)."""
 
     rows: list[SourceRow] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -89,13 +92,15 @@ class Mixture:
 
 def read_raw(path: str | Path, name: str | None = None, split: str = "train", base_dir: str | Path = ".") -> Iterator[tuple[str, dict]]:
     """(location, raw row) of every row behind a path or hub id, streamed unless a .json is one array. Raises DataError at a bad row."""
-    for location, row in _read(str(path), name, split, Path(base_dir)):
+    for location, row in read_each(str(path), name, split, Path(base_dir)):
         if isinstance(row, DataError):
             raise DataError(f"{location}: {row}")
         yield location, row
 
 
-def _read(path: str, name: str | None, split: str, base_dir: Path) -> Iterator[tuple[str, dict | DataError]]:
+def read_each(
+    path: str, name: str | None = None, split: str = "train", base_dir: Path = Path(".")
+) -> Iterator[tuple[str, dict | DataError]]:
     """Like `read_raw`, but a bad row comes out as its error (without the location) and the reading goes on."""
     files = _find_files(resolve(path), base_dir)
     if not files:
@@ -104,7 +109,7 @@ def _read(path: str, name: str | None, split: str, base_dir: Path) -> Iterator[t
     if name is not None:
         raise DataError(f"{path}: name = {name!r} selects a configuration of a hub data set, and this is a local path; leave it out")
     for file in files:
-        yield from _read_parquet(file) if file.suffix == ".parquet" else _read_json(file)
+        yield from with_files_beside(file, _read_parquet(file) if file.suffix == ".parquet" else _read_json(file))
 
 
 def _find_files(path: str, base_dir: Path) -> list[Path]:
@@ -168,7 +173,7 @@ def _read_array(file: Path, content: bytes) -> Iterator[tuple[str, dict | DataEr
 def _parse_json(content: bytes) -> object:
     """Raises ValueError, of which JSONDecodeError and UnicodeDecodeError are kinds."""
     try:
-        return json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant)
+        return json.loads(content.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=distinct_keys)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -249,12 +254,12 @@ def load_rows(
     if on_error not in ("fail", "skip"):
         raise DataError(f'data.on_error = "{on_error}"; must be fail or skip')
     loaded = LoadedRows()
-    raw_rows = _read(source.path, source.name, source.split, Path(base_dir))
+    raw_rows = read_each(source.path, source.name, source.split, Path(base_dir))
     take = _take if kind == "samples" else partial(_take_preferences, kind=kind)
     take = partial(take, layout=source.format, loaded=loaded, **({"asks": asks} if kind == "samples" else {}))
     for location, raw in raw_rows:
         take(location, raw)
-        if loaded.skipped and on_error == "fail":
+        if _bad(loaded) and on_error == "fail":
             raise _first_bad(location, raw_rows, take, loaded)
     if kind == "pairs":
         _pair_labelled(loaded)
@@ -267,10 +272,20 @@ def load_rows(
     return loaded
 
 
+def _bad(loaded: LoadedRows) -> int:
+    return len(loaded.skipped) - loaded.counts["left_out"]
+
+
 def _take(location: str, raw: dict | DataError, *, layout: str, loaded: LoadedRows, asks: bool) -> None:
     with _counted(location, loaded):
         raw = _readable(raw)
-        layout = detect_format(raw) if layout == "auto" else layout
+        if layout == "auto":
+            layout = detect_format(raw)
+            if layout == "kto" and raw["label"] is False:
+                raise DataError(
+                    "label is false: a bad answer, which supervised training would teach; use task kto, or `format: kto` of the source, "
+                    "which leaves such rows out (if it means something else, name another `format`)"
+                )
         row = to_canonical(raw, layout, asks=asks)
         loaded.rows.append(SourceRow(location, row))
         loaded.counts[f"layout/{layout}"] += 1
@@ -303,6 +318,7 @@ def _counted(location: str, loaded: LoadedRows) -> Iterator[None]:
     except (DataError, RecursionError) as error:
         loaded.skipped.append(Skipped(location, str(error) if isinstance(error, DataError) else "nested too deeply"))
         loaded.counts["skipped"] += 1
+        loaded.counts["left_out"] += isinstance(error, LeftOut)
     else:
         loaded.counts["kept"] += 1
 
@@ -329,11 +345,10 @@ def _pair_labelled(loaded: LoadedRows) -> None:
 
 def _first_bad(location: str, rest: Iterator[tuple[str, dict | DataError]], take: Callable, loaded: LoadedRows) -> DataError:
     """The error for the first bad row, saying whether it is alone: one broken row is repaired by hand, a thousand are another layout."""
-    reason = loaded.skipped[0].reason
-    seen = 0
+    reason, seen = loaded.skipped[-1].reason, 0
     for seen, (where, raw) in enumerate(islice(rest, LOOK_AHEAD), 1):  # noqa: B007, the count is read after the loop
         take(where, raw)
-    others = len(loaded.skipped) - 1
+    others = _bad(loaded) - 1
     more = f"\n{others} of the next {seen} rows are bad too; `data.on_error: skip` leaves bad rows out and lists them" if others else ""
     return DataError(f"{location}: {reason}{more}")
 

@@ -11,7 +11,8 @@ A conversation is rendered once and tokenised once; the mask comes from characte
 Promises. Nothing but the assistant's turns is trained. The token that ends a turn is trained too, also where the markers leave it
 out or the template writes it at the head of the next message; a turn that nothing ends is refused. A token that holds characters
 of both sides of a boundary is not trained, unless the foreign ones are white space. What a row has and its template does not show
-to the model (tools, calls, tool results, reasoning) is refused, because training on the rest would teach to invent it.
+to the model (tools, calls, tool results, reasoning) is refused, because training on the rest would teach to invent it; so are calls
+that read back as others (readback.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from harness.data.readback import lost_calls
 from harness.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -175,20 +177,36 @@ class Renderer:
         messages = _with_content(row["messages"])
         tools = row.get("tools") or None  # templates write boilerplate for an empty list
         template = self.template(tools)
-        text, spans = self._write(template, messages, tools, location)
-        tokens = self._tokenise(text, location)
         if self.train_on == "all":
+            text, _ = self._write(template, messages, tools, location)
             self._check_shown(template, messages, tools, text, text, location)
-            return Rendered(tokens.ids, [True] * len(tokens.ids), [])
+            ids = self._tokenise(text, location).ids
+            return Rendered(ids, [True] * len(ids), [])
+        text, turns = self.turns_of(row, location)
+        said = "\n".join(text[a:b] for turn in turns.values() for a, b in turn)
+        self._check_shown(template, messages, tools, text, said, location)
+        start = row.get("train_from", 0)
+        for i, turn in turns.items():
+            lost = lost_calls(messages[i], "".join(text[a:b] for a, b in turn)) if i >= start else None
+            if lost:
+                remedy = "change the row, or set data.chat_template to one that does not"
+                raise DataError(
+                    f"{location}: the calls of message {i} read back otherwise from the chat template of {self.name}: {lost}; {remedy}"
+                )
+        tokens = self._tokenise(text, location)
+        return self._mask(tokens, list(turns.values()), list(turns), start, has_markers(template), template, location)
+
+    def turns_of(self, row: dict, location: str = "row") -> tuple[str, dict[int, list[Span]]]:
+        """A conversation as text, and for each message of the assistant, by its place, the characters that are its words."""
+        messages, tools = _with_content(row["messages"]), row.get("tools") or None
+        template = self.template(tools)
+        text, spans = self._write(template, messages, tools, location)
         assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        marked = has_markers(template)
-        if marked:
+        if has_markers(template):
             turns = self._turns_from_markers(template, messages, tools, assistant, spans, location)
         else:
             turns = self._turns_from_prefixes(template, messages, tools, assistant, text, location)
-        said = "\n".join(text[a:b] for turn in turns for a, b in turn)
-        self._check_shown(template, messages, tools, text, said, location)
-        return self._mask(tokens, turns, assistant, row.get("train_from", 0), marked, template, location)
+        return text, dict(zip(assistant, turns, strict=True))
 
     def _mask(
         self, tokens: _Tokens, turns: list[list[Span]], assistant: list[int], train_from: int, marked: bool, template: str, location: str
@@ -374,8 +392,11 @@ class Renderer:
 
     @cached_property
     def _control_tokens(self) -> re.Pattern:
-        tokens = sorted(self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids)), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        return re.compile("|".join(map(re.escape, self.special_tokens())) or "(?!)")
+
+    def special_tokens(self) -> list[str]:
+        """The longest first, as a pattern needs them."""
+        return sorted(self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids)), key=len, reverse=True)
 
     @cached_property
     def _special_ids(self) -> set[int]:
@@ -385,6 +406,10 @@ class Renderer:
     @cached_property
     def _added_ids(self) -> set[int]:
         return self._special_ids | set(self.tokenizer.get_added_vocab().values())
+
+    def write(self, messages: list[dict], tools: list[dict] | None, location: str = "row", prompt: bool = False) -> str:
+        """A conversation as the template writes it. Raises DataError where the template refuses it."""
+        return self._write(self.template(tools), messages, tools, location, prompt)[0]
 
     def _write(self, template: str, messages: list, tools: list | None, location: str, prompt: bool = False) -> tuple[str, list[Span]]:
         """The text of a conversation, and the character spans that the template marks as the assistant's."""

@@ -268,9 +268,11 @@ class Source(Section):
     path: str
     """A file (.jsonl, .json, .parquet, .jsonl.gz), a folder, a glob, or a hub id. Relative paths start where the command is run."""
     format: Literal[
-        "auto", "messages", "prompt_completion", "text", "xlam", "apibench", "preference", "sharegpt", "kto", "toolpref", "when2call"
-    ] = "auto"
-    """The layout of its rows, where their keys fit several. The last five are of `task: dpo`, `kto` and `reward`."""
+        "auto", "messages", "prompt_completion", "text", "xlam", "hammer", "sharegpt", "hermes", "toolace", "glaive", "sealtools",
+        "apibench", "apibench_api", "bfcl", "when2call", "kto", "rollouts", "retrieval", "questions", "preference", "toolpref",
+    ] = "auto"  # fmt: skip
+    """The layout of its rows, where their keys do not tell it. `preference`, `sharegpt`, `kto`, `toolpref` and `when2call` are read by
+    `task: dpo`, `kto` and `reward`; all but `preference` and `toolpref` by the others."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"

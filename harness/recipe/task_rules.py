@@ -146,6 +146,8 @@ COMPARED = ("dpo", "kto")
 """Tasks whose policy is compared with a reference."""
 PREFERENCE_FORMATS = ("preference", "sharegpt", "kto", "toolpref", "when2call")
 """Values of a source's `format` whose rows say which answer is better (harness.data.pairs); the others have one answer, or none."""
+PAIRS_ALONE = ("preference", "toolpref")
+"""Those of them that supervised training does not read (harness.data.formats): of the others it takes the answer that is good."""
 
 
 def format_rules(recipe: Recipe) -> Iterator[str]:
@@ -155,7 +157,7 @@ def format_rules(recipe: Recipe) -> Iterator[str]:
             wrong = f"data.{part}.format = {source.format}; such rows"
             if prefers and source.format not in ("auto", *PREFERENCE_FORMATS):
                 yield f"{wrong} do not say which answer is better; task = {recipe.task} reads auto or {', '.join(PREFERENCE_FORMATS)}"
-            elif not prefers and source.format in PREFERENCE_FORMATS:
+            elif not prefers and source.format in PAIRS_ALONE:
                 yield f"{wrong} say which answer is better, which task = {recipe.task} does not read; set task: dpo, kto or reward"
 
 

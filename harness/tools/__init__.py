@@ -18,20 +18,25 @@ from harness.tools.match import (
     score,
     summarise,
 )
-from harness.tools.schema import Problem, check_call, did_you_mean, normalise_tool, normalise_tools, parse_type
+from harness.tools.repair import REPAIRABLE, Repair, problems_of, repair_call
+from harness.tools.schema import Problem, check_call, check_tool, did_you_mean, normalise_tool, normalise_tools, parse_type
 
 __all__ = [
     "FAILURES",
     "FAULTS",
+    "REPAIRABLE",
     "Fault",
     "Match",
     "OneOf",
     "ParsedCalls",
     "Problem",
+    "Repair",
     "Score",
     "ToolCall",
     "breaks_schema",
     "check_call",
+    "check_tool",
+    "repair_call",
     "did_you_mean",
     "fits",
     "json_equal",
@@ -41,6 +46,7 @@ __all__ = [
     "normalise_tools",
     "parse_calls",
     "parse_type",
+    "problems_of",
     "read_answer",
     "read_call",
     "read_gold",

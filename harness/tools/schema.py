@@ -234,9 +234,19 @@ def decode_json(value: object, what: str) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=distinct_keys)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} is text that is not JSON ({error})") from None
+
+
+def distinct_keys(pairs: list[tuple[str, object]]) -> dict:
+    """For json's object_pairs_hook. Raises ValueError for a key that stands twice: Python would take the last and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f'the key "{twice}" stands twice in one object')
+    return found
 
 
 def _named(value: object) -> str:
@@ -258,12 +268,37 @@ def check_call(call: ToolCall, tools: list[dict]) -> list[Problem]:
         what = "is not among the tools" if offered else "is called, but no tools are offered"
         return [Problem("unknown_tool", call.name, f'"{call.name}" {what}{did_you_mean(call.name, offered)}')]
     try:
-        validator = _validator(json.dumps(offered[call.name].get("parameters", {})))
-        errors = sorted(validator.iter_errors(call.arguments), key=lambda error: [str(part) for part in error.absolute_path])
+        errors = schema_errors(call.arguments, offered[call.name].get("parameters", {}))
         return [problem for error in errors for problem in _problems(call.name, error)]
-    except (SchemaError, Unresolvable, re.error, OverflowError, RecursionError) as error:
-        reason = error.message if isinstance(error, SchemaError) else str(error)
-        return [Problem("unusable_schema", call.name, f"the tool's parameters cannot be checked against ({reason})")]
+    except UNUSABLE as error:
+        return [_unusable(call.name, error)]
+
+
+def check_tool(tool: dict) -> Problem | None:
+    """What makes a Tool's parameters no JSON Schema that calls can be checked against; None if nothing does."""
+    name, parameters = tool["function"]["name"], tool["function"].get("parameters", {})
+    try:
+        if parameters.get("type", "object") != "object":
+            return Problem("unusable_schema", name, f"its parameters have type {json.dumps(parameters['type'])}; must be object")
+        schema_errors({}, parameters)
+    except UNUSABLE as error:
+        return _unusable(name, error)
+    return None
+
+
+def schema_errors(arguments: dict, parameters: dict) -> list[ValidationError]:
+    """jsonschema's errors of arguments against a Tool's parameters (closed, see `check_call`), in the order of their places. Raises one of
+    UNUSABLE where the schema is at fault."""
+    validator = _validator(json.dumps(parameters))
+    return sorted(validator.iter_errors(arguments), key=lambda error: [str(part) for part in error.absolute_path])
+
+
+UNUSABLE = (SchemaError, Unresolvable, re.error, OverflowError, RecursionError)
+
+
+def _unusable(name: str, error: Exception) -> Problem:
+    reason = error.message if isinstance(error, SchemaError) else str(error)
+    return Problem("unusable_schema", name, f"the tool's parameters cannot be checked against ({reason})")
 
 
 @lru_cache(maxsize=65536)

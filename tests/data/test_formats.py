@@ -325,8 +325,8 @@ def test_the_keys_tell_the_layout(keys, layout):
 
 
 def test_a_layout_that_is_not_known_lists_what_was_seen_and_what_is_read():
-    with pytest.raises(DataError, match=r"keys are conversations, system; .*messages \(\+ tools\).*query, tools, answers.*code, api_call"):
-        detect_format({"conversations": [], "system": ""})
+    with pytest.raises(DataError, match=r"keys are turns, system; .*messages \(\+ tools\).*query, tools, answers.*code, api_call"):
+        detect_format({"turns": [], "system": ""})
     with pytest.raises(DataError, match="preference pair"):
         detect_format({"prompt": "", "chosen": "", "rejected": ""})
     with pytest.raises(DataError, match="keys are none"):

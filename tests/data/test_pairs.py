@@ -210,12 +210,14 @@ def test_a_row_without_a_preference_is_told_what_is_read(keys, message):
         detect_layout(dict.fromkeys(keys))
 
 
-def test_supervised_training_refuses_pairs_and_bad_answers_by_name():
+def test_supervised_training_refuses_pairs_and_bad_answers_by_name(tmp_path):
     with pytest.raises(DataError, match="a preference pair, which supervised training does not read; tasks dpo, reward and kto do"):
         detect_format({"chosen": [], "rejected": []})
-    with pytest.raises(DataError, match="label is false: a bad answer, which supervised training would teach; use task kto"):
-        detect_format({"prompt": "q", "completion": "a", "label": False})
-    assert detect_format({"prompt": "q", "completion": "a", "label": True}) == "prompt_completion"
+    labelled = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False)]
+    with pytest.raises(DataError, match="2: label is false: a bad answer, which supervised training would teach; use task kto"):
+        load_rows(source(write(tmp_path / "rows.jsonl", labelled)))
+    only_good = load_rows(source(tmp_path / "rows.jsonl", format="kto"))
+    assert [row.row for row in only_good.rows] == [{"prompt": "q", "completion": "a"}] and len(only_good.skipped) == 1
 
 
 def test_every_layout_has_its_name_in_a_recipe():

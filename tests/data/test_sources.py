@@ -371,7 +371,14 @@ def test_apibench_answers_are_the_calls_letter_by_letter(file, parse):
 
 
 @needs_shared
-@pytest.mark.parametrize("path", ["xlam/masking_sft_data_example.json", "toolpref/ask_first_v1.0.jsonl", "sealtools/dev.jsonl"])
-def test_layouts_that_are_not_read_yet_are_refused_with_their_keys(path):
-    with pytest.raises(DataError, match="the row's keys are .*; must be one of the layouts"):
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("formats/fc_dpo_sample.jsonl", "a preference pair"),
+        ("sealtools/tool.jsonl", "tools of Seal-Tools"),
+        ("bfcl/possible_answer/BFCL_v4_multiple.json", "gold calls of BFCL"),
+    ],
+)
+def test_files_that_are_no_rows_are_refused_and_it_is_said_what_they_are(path, what):
+    with pytest.raises(DataError, match=f"the row's keys are .*{what}.*; must be one of the layouts"):
         load_rows(Source(str(SHARED / path)))

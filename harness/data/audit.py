@@ -1,0 +1,398 @@
+"""What is wrong in data before it is trained, row by row, and what is done about it: `harness validate`.
+
+    check_row(row, ...)               findings of one canonical row
+    audit(files, ...)                 reads everything once -> Audit: counts, first places, and what becomes of each row
+    write_audited(audit, output)      reads again, writes what is left as canonical rows, and OUTPUT.changes.jsonl
+
+A class of findings has one action: `fail` (the command ends with 1 and writes nothing), `drop` the row, `repair` it (a row that stays
+broken is dropped) or `keep` it as it is, counted. A line of OUTPUT.changes.jsonl is one change to one row:
+
+    {"location", "class", "action": "dropped", "why"}     {"location", "class", "action": "repaired", "where", "before", "after"}
+
+Promises. A row without findings is written as it was read. Memory grows by less than 2 kB a row, whatever the rows hold. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.data.conversation import UnknownTool, Unpaired
+from harness.data.formats import LeftOut, Reading, detect_format, to_canonical
+from harness.data.repeats import NearDuplicates, Suites
+from harness.data.report import EXAMPLES
+from harness.data.sources import content_digest, read_each
+from harness.errors import DataError
+from harness.tools import REPAIRABLE, Repair, ToolCall, check_tool, problems_of, repair_call
+
+
+@dataclass(frozen=True)
+class Class:
+    what: str
+    action: str
+    repair: str = ""
+    """What a repair does; empty where there is none."""
+
+
+CLASSES = {
+    "unreadable": Class("is no row that harness trains", "fail"),
+    "unknown_tool": Class("calls a tool that its row does not offer", "fail"),
+    "unpaired_result": Class("has a tool's result that answers no call", "fail"),
+    "unanswered_call": Class("goes on before a call has its result", "fail"),
+    "twin_ids": Class("gives two calls of one turn the same id", "fail"),
+    "bad_schema": Class("offers a tool whose parameters are no valid JSON Schema for an object", "fail"),
+    "twin_tools": Class("offers two tools of one name", "fail", "leaves out the second where both are the same"),
+    "wrong_type": Class("calls with a value of another type than the schema's", "fail", 'writes "21" as 21 where the schema says integer'),
+    "wrong_value": Class("calls with a value outside the schema's enum, range or pattern", "fail", "takes an enum's own spelling"),
+    "null_argument": Class("calls with a null that the schema does not allow", "fail", "leaves the argument out where it may be"),
+    "missing_argument": Class("calls without a required argument", "fail"),
+    "extra_argument": Class("calls with an argument that the schema does not have", "fail", "leaves the argument out"),
+    "call_in_words": Class("has a call as words of the assistant", "fail"),
+    "control_token": Class("has a control token in its words", "fail", "puts a blank behind the token's first character"),
+    "contamination": Class("asks what an evaluation suite asks", "fail"),
+    "duplicate": Class("says the same as an earlier row", "drop"),
+    "near_duplicate": Class("says almost the same as an earlier row", "keep"),
+    "left_out": Class("is not to be imitated, as its layout itself says", "drop"),
+}
+ACTIONS = ("fail", "drop", "repair", "keep")
+OF_CALLS = ("wrong_type", "wrong_value", "null_argument", "missing_argument", "extra_argument")
+NO_ROW = ("unreadable", "unknown_tool", "unpaired_result", "left_out")
+"""Of these rows nothing canonical is left that could be kept."""
+
+CONTROL_TOKENS = re.compile(
+    r"<\|[A-Za-z_][\w ]{0,40}\|>|<｜[^｜\n]{1,40}｜>|<(?:start|end)_of_turn>|</?tool_(?:call|response)>|<</?SYS>>"
+    r"|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+)
+"""Of the model families in use, where no tokenizer says it exactly. Not </s>, which is HTML too."""
+_CALL_IN_WORDS = re.compile(r"<tool_call>|<functioncall>|<\|python_tag\|>|\[TOOL_CALLS\]|<function=|<TOOLCALL>|functools\[")
+
+
+@dataclass(frozen=True)
+class Finding:
+    kind: str
+    where: str
+    message: str
+
+
+@dataclass
+class Found:
+    """Of one class."""
+
+    findings: int = 0
+    rows: int = 0
+    calls: int = 0
+    """Distinct ones, of the classes that are about calls."""
+    mended_rows: int = 0
+    """Rows in which a repair would leave nothing of this class."""
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class File:
+    """What is read; a recipe's source will do as well."""
+
+    path: str
+    format: str = "auto"
+    name: str | None = None
+    split: str = "train"
+
+
+@dataclass
+class Audit:
+    files: Sequence[File]
+    actions: dict[str, str]
+    pattern: re.Pattern
+    rows: int = 0
+    calls: int = 0
+    """That are trained."""
+    broken_calls: int = 0
+    """Of these, that break their tool's schema."""
+    layouts: Counter = field(default_factory=Counter)
+    found: dict[str, Found] = field(default_factory=dict)
+    fate: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Number of a row -> class -> why, for classes that drop or repair."""
+
+    @property
+    def failed(self) -> list[str]:
+        return [kind for kind in self.found if self.actions[kind] == "fail"]
+
+    @property
+    def dropped(self) -> int:
+        return sum(any(self.actions[kind] == "drop" for kind in fate) for fate in self.fate.values())
+
+
+def plan_actions(asked: Sequence[str]) -> dict[str, str]:
+    """class -> action, from the defaults and `CLASS=ACTION`. Raises DataError for a class or action that is not there."""
+    actions = {kind: known.action for kind, known in CLASSES.items()}
+    for text in asked:
+        kind, _, action = text.partition("=")
+        if kind not in CLASSES:
+            raise DataError(f"--on {text}: no class {kind!r}; must be one of {', '.join(CLASSES)}")
+        takes = [name for name in ACTIONS if (name != "repair" or CLASSES[kind].repair) and (name != "keep" or kind not in NO_ROW)]
+        if action not in takes:
+            raise DataError(f"--on {text}: {kind} takes {', '.join(takes)}")
+        actions[kind] = action
+    return actions
+
+
+# ---- one row
+
+
+def check_row(row: dict, pattern: re.Pattern = CONTROL_TOKENS) -> list[Finding]:
+    """What is wrong in a canonical row by itself. pattern: finds control tokens."""
+    found = []
+    tools, messages, start = row.get("tools", []), row.get("messages", []), row.get("train_from", 0)
+    names = Counter(tool["function"]["name"] for tool in tools)
+    found += [Finding("twin_tools", "tools", f'"{name}" is offered {count} times') for name, count in names.items() if count > 1]
+    for tool in tools:
+        if problem := check_tool(tool):
+            found.append(Finding("bad_schema", "tools", str(problem)))
+    waiting: list = []
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if message["role"] == "tool":
+            waiting = waiting[1:]
+            continue
+        if waiting:
+            found.append(Finding("unanswered_call", where, f"{len(waiting)} calls before it have no result"))
+        waiting = list(message.get("tool_calls", ()))
+        ids = Counter(call["id"] for call in waiting if "id" in call)
+        found += [Finding("twin_ids", where, f'id "{identity}" stands {count} times') for identity, count in ids.items() if count > 1]
+        if i >= start:
+            for n, call in enumerate(waiting):
+                called = ToolCall(call["function"]["name"], call["function"]["arguments"])
+                problems = [problem for problem in problems_of(called, tools) if problem.kind in CLASSES]
+                found += [Finding(problem.kind, f"{where}.tool_calls[{n}]", str(problem)) for problem in problems]
+            if message["role"] == "assistant" and (call := _CALL_IN_WORDS.search(message.get("content", ""))):
+                found.append(Finding("call_in_words", where, f"{call.group()} stands in the words, and no template writes it as a call"))
+    in_words = {finding.where for finding in found if finding.kind == "call_in_words"}
+    for where, text in _words(row):
+        token = pattern.search(text)
+        if token and not (where in in_words and _CALL_IN_WORDS.search(text)):
+            found.append(Finding("control_token", where, f"{token.group()} would be read as the template's own"))
+    return found
+
+
+def _words(row: dict) -> Iterator[tuple[str, str]]:
+    """(where, text) of everything that a template writes of a row."""
+    for i, message in enumerate(row.get("messages", ())):
+        for key in ("content", "reasoning_content"):
+            if message.get(key):
+                yield f"messages[{i}]" + ("" if key == "content" else f".{key}"), message[key]
+        for n, call in enumerate(message.get("tool_calls", ())):
+            yield f"messages[{i}].tool_calls[{n}]", _text_of(call["function"]["arguments"])
+    for tool in row.get("tools", ()):
+        yield "tools", _text_of(tool["function"])
+    for key in ("prompt", "completion", "text"):
+        if isinstance(row.get(key), str):
+            yield key, row[key]
+
+
+def _text_of(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+# ---- repair
+
+
+def repair_row(row: dict, kinds: set[str], pattern: re.Pattern) -> tuple[dict, list[tuple[str, str, object, object]]]:
+    """The row with what can be repaired of these classes, and (class, where, before, after) of each change. `row` is not written to."""
+    changes: list[tuple[str, str, object, object]] = []
+    if "twin_tools" in kinds and "tools" in row:
+        kept = [tool for i, tool in enumerate(row["tools"]) if tool not in row["tools"][:i]]
+        changes += [("twin_tools", "tools", tool, None) for i, tool in enumerate(row["tools"]) if tool in row["tools"][:i]]
+        row = {**row, "tools": kept}
+    if kinds & set(REPAIRABLE) and "messages" in row:
+        messages = []
+        for i, message in enumerate(row["messages"]):
+            if i >= row.get("train_from", 0) and "tool_calls" in message:
+                calls = []
+                for n, call in enumerate(message["tool_calls"]):
+                    called, done = _repair_call(call, row.get("tools", []), kinds)
+                    calls.append(called)
+                    changes += [
+                        (repair.kind, f"messages[{i}].tool_calls[{n}] {repair.where}", repair.before, repair.after) for repair in done
+                    ]
+                message = {**message, "tool_calls": calls}
+            messages.append(message)
+        row = {**row, "messages": messages}
+    if "control_token" in kinds:
+        before = list(_words(row))
+        row = _without_tokens(row, pattern)
+        changes += [
+            ("control_token", where, token.group(), f"{token.group()[0]} {token.group()[1:]}")
+            for where, text in before
+            for token in pattern.finditer(text)
+        ]
+    return row, changes
+
+
+def _repair_call(call: dict, tools: list[dict], kinds: set[str]) -> tuple[dict, list[Repair]]:
+    """As it was, unless a repair leaves nothing of these kinds and breaks nothing else (a schema may contradict itself)."""
+    before = ToolCall(call["function"]["name"], call["function"]["arguments"])
+    after, done = repair_call(before, tools, kinds)
+    known = {(problem.kind, problem.where) for problem in problems_of(before, tools) if problem.kind not in kinds}
+    if not done or not known >= {(problem.kind, problem.where) for problem in problems_of(after, tools)}:
+        return call, []
+    return {**call, "function": {"name": after.name, "arguments": after.arguments}}, done
+
+
+def _without_tokens(value: object, pattern: re.Pattern) -> object:
+    if isinstance(value, str):
+        return pattern.sub(lambda token: f"{token.group()[0]} {token.group()[1:]}", value)
+    if isinstance(value, list):
+        return [_without_tokens(item, pattern) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: item if key in ("role", "id", "tool_call_id", "name") else _without_tokens(item, pattern) for key, item in value.items()
+        }
+    return value
+
+
+# ---- everything
+
+
+def audit(
+    files: Sequence[File],
+    actions: dict[str, str],
+    *,
+    suites: Suites | None = None,
+    pattern: re.Pattern = CONTROL_TOKENS,
+    asks: bool = False,
+) -> Audit:
+    """Raises DataError where a file cannot be read at all. asks: rows are questions, as in `to_canonical`."""
+    report, seen, near = Audit(files, actions, pattern), {}, NearDuplicates()
+    for number, (location, raw, layout) in enumerate(_read_all(files)):
+        report.rows += 1
+        row, findings = _canonical(raw, layout, asks, report)
+        if row is not None:
+            report.calls += sum(len(message.get("tool_calls", ())) for message in row.get("messages", ())[row.get("train_from", 0) :])
+            findings += check_row(row, pattern)
+            report.broken_calls += len({finding.where for finding in findings if finding.kind in OF_CALLS})
+            digest = bytes.fromhex(content_digest(row))
+            if digest in seen:
+                findings.append(Finding("duplicate", "", f"is the row at {seen[digest]}"))
+            else:
+                seen[digest] = location
+                near.add(number, location, row)
+            if suites and (found := suites.find(row)):
+                findings.append(Finding("contamination", "", found))
+        _count(report, number, location, row, findings)
+    for number, location, (twin, share) in near.found():
+        message = f"shares about {share:.0%} of its runs of words with the row at {twin}"
+        _count(report, number, location, None, [Finding("near_duplicate", "", message)])
+    report.found = {kind: report.found[kind] for kind in CLASSES if kind in report.found}
+    return report
+
+
+def _read_all(files: Sequence[File]) -> Iterator[tuple[str, dict | DataError, str]]:
+    for file in files:
+        for location, raw in read_each(file.path, file.name, file.split):
+            yield location, raw, file.format
+
+
+def _canonical(raw: dict | DataError, layout: str, asks: bool, report: Audit | None = None) -> tuple[dict | None, list[Finding]]:
+    try:
+        if isinstance(raw, DataError):
+            raise raw
+        layout = detect_format(raw) if layout == "auto" else layout
+        if report:
+            report.layouts[layout] += 1
+        row = to_canonical(raw, layout, asks=asks, reading=Reading())
+        json.dumps(row, ensure_ascii=False).encode()
+        return row, []
+    except UnicodeEncodeError as error:
+        return None, [Finding("unreadable", "", f"{error.object[error.start]!r} is half of a surrogate pair, no character")]
+    except RecursionError:
+        return None, [Finding("unreadable", "", "nested too deeply")]
+    except DataError as error:
+        kinds = {UnknownTool: "unknown_tool", Unpaired: "unpaired_result", LeftOut: "left_out"}
+        return None, [Finding(kinds.get(type(error), "unreadable"), "", str(error))]
+
+
+def _count(report: Audit, number: int, location: str, row: dict | None, findings: list[Finding]) -> None:
+    for kind, of_kind in _by_kind(findings).items():
+        found = report.found.setdefault(kind, Found())
+        found.findings += len(of_kind)
+        found.calls += len({finding.where for finding in of_kind}) if kind in OF_CALLS else 0
+        found.rows += 1
+        why = f"{of_kind[0].where}: {of_kind[0].message}" if of_kind[0].where else of_kind[0].message
+        if len(found.first) < EXAMPLES:
+            found.first.append(f"{location}: {why}")
+        mends = bool(CLASSES[kind].repair) and row is not None and not _left_of(row, kind, {kind}, report.pattern)
+        found.mended_rows += mends
+        action = report.actions[kind]
+        if action in ("drop", "repair"):
+            report.fate.setdefault(number, {})[kind] = why
+
+
+def _by_kind(findings: list[Finding]) -> dict[str, list[Finding]]:
+    grouped: dict[str, list[Finding]] = {}
+    for finding in findings:
+        grouped.setdefault(finding.kind, []).append(finding)
+    return grouped
+
+
+def _left_of(row: dict, kind: str, kinds: set[str], pattern: re.Pattern) -> list[Finding]:
+    return [finding for finding in check_row(repair_row(row, kinds, pattern)[0], pattern) if finding.kind == kind]
+
+
+# ---- writing what is left
+
+
+def write_audited(report: Audit, output: Path, *, force: bool = False) -> Counter:
+    """Rows `written`, `dropped`, `repaired`. Raises DataError for an output that is there, findings that fail, and where none is left."""
+    changes = output.with_name(f"{output.name}.changes.jsonl")
+    if output.exists() and not force:
+        raise DataError(f"{output} is there already; give another --output, or --force to replace it")
+    if report.failed:
+        raise DataError(f"nothing is written while there are findings that fail ({', '.join(report.failed)})")
+    scratch = [file.with_name(f".{file.name}.{os.getpid()}") for file in (output, changes)]
+    counts: Counter = Counter()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(scratch[0], "wb") as rows, open(scratch[1], "wb") as record:
+            for number, (location, raw, layout) in enumerate(_read_all(report.files)):
+                row, lines = _settle(report, number, _canonical(raw, layout, False)[0])
+                for line in lines:
+                    record.write((json.dumps({"location": location, **line}, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+                if row is None:
+                    counts["dropped"] += 1
+                    continue
+                counts["repaired"] += bool(lines)
+                counts["written"] += 1
+                rows.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        if sum(counts[key] for key in ("dropped", "written")) != report.rows:
+            raise DataError("the files changed while they were read; validate them again")
+        if not counts["written"]:
+            raise DataError(f"no row is left of {report.rows}")
+        for file, target in zip(scratch, (output, changes), strict=True):
+            os.replace(file, target)
+    finally:
+        for file in scratch:
+            file.unlink(missing_ok=True)
+    return counts
+
+
+def _settle(report: Audit, number: int, row: dict | None) -> tuple[dict | None, list[dict]]:
+    """The row as it is written, None where it is dropped, and the lines of the record about it."""
+    fate = report.fate.get(number, {})
+    drops = [kind for kind in fate if report.actions[kind] == "drop"]
+    if drops:
+        return None, [{"class": kind, "action": "dropped", "why": fate[kind]} for kind in drops]
+    kinds = set(fate)
+    if not kinds or row is None:
+        return row, []
+    row, changes = repair_row(row, kinds, report.pattern)
+    left = [finding for finding in check_row(row, report.pattern) if finding.kind in kinds]
+    if left:
+        why = f"cannot be repaired: {left[0].where}: {left[0].message}"
+        return None, [{"class": left[0].kind, "action": "dropped", "why": why}]
+    return row, [
+        {"class": kind, "action": "repaired", "where": where, "before": before, "after": after} for kind, where, before, after in changes
+    ]

@@ -1,0 +1,1 @@
+"""The layouts of rows, one file for each family; formats.py lists them."""
