@@ -1,4 +1,4 @@
-"""DPO of all weights over two nodes: both compute their share of what the reference says, a rank is killed, and the run that follows is the one
+"""DPO of all weights over two nodes: both compute their share of what the reference says, a rank is killed, and what follows is the run
 that nobody disturbed."""
 
 import pytest
