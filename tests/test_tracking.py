@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, MixtralConfig, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from wandb_files import closed_wandb_files, machine_without_wandb, records, section, wandb_history  # noqa: F401 - an autouse fixture
 
@@ -398,6 +399,12 @@ def test_a_token_pays_for_the_experts_that_it_visits():
     body = 2 * (attention + 8 * 16 + 2 * 3 * 16 * 32)  # the router sees all experts, the token two
     assert count_flops(config).per_token == 6 * body
     assert count_model_flops(AutoModelForCausalLM.from_config(config)) == count_flops(config)
+
+
+def test_a_model_that_ends_in_a_score_is_not_credited_with_a_head_over_the_vocabulary():
+    config = LlamaConfig(**TINY)
+    classifier = AutoModelForSequenceClassification.from_config(config)
+    assert count_model_flops(classifier) == replace(count_flops(config), per_trained_token=0.0)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -6,7 +6,7 @@ that would be HFU.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -107,10 +107,10 @@ def flops_per_token(config, seq_len: int, *, trainable_fraction: float = 1.0, ad
 
 def count_model_flops(model) -> FlopCount:
     """`count_flops` for a built model: what trains and what is adapter is read from it (also sharded by ZeRO-3 or FSDP, or in 4 bits)."""
-    head, body = _matrix_params(model.config)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    if model.get_output_embeddings() is not None:
-        embeddings.discard(id(model.get_output_embeddings().weight))  # tied: the same tensor is looked up and multiplied with
+    output = model.get_output_embeddings()
+    if output is not None:
+        embeddings.discard(id(output.weight))  # tied: the same tensor is looked up and multiplied with
     adapter = trained = 0
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a parameter's own shape is empty
@@ -120,8 +120,11 @@ def count_model_flops(model) -> FlopCount:
             adapter += shape.numel()
         else:
             trained += shape.numel()
-    total = _all_matrix_params(model.config)
-    return count_flops(model.config, trainable_fraction=min(1.0, trained / total), adapter_params=adapter)
+    # A classifier has a score in the place of the head.
+    absent = 0 if output is not None else _matrix_params(model.config)[0]
+    total = _all_matrix_params(model.config) - absent
+    count = count_flops(model.config, trainable_fraction=min(1.0, trained / total), adapter_params=adapter)
+    return replace(count, per_trained_token=0.0) if absent else count
 
 
 def _meta_model(config):
