@@ -32,12 +32,13 @@ def command(run: Path, merge: bool, force: bool):
         raise ModelError(f"{folder.final}: is a whole model, not an adapter; there is nothing to merge")
     if folder.merged.is_dir() and not force:
         raise ModelError(f"{folder.merged}: already holds a merged model; --force replaces it")
-    differences, tokens = merge_run(folder, manifest)
-    click.echo(f"merged into {folder.merged}; its logits over {tokens} tokens,")
+    differences, compared = merge_run(folder, manifest)
+    scores = manifest["task"] == "reward"
+    click.echo(f"merged into {folder.merged}; its {'scores' if scores else 'logits'} over {compared} {'pairs' if scores else 'tokens'},")
     for name, found in differences.items():
         click.echo(
             f"  against {COMPARED_WITH[name]}: largest difference {found['max_abs']:.3g}, mean {found['mean_abs']:.3g}, "
-            f"KL {found['kl']:.3g} nats per token"
+            f"KL {found['kl']:.3g} nats per {'pair' if scores else 'token'}"
         )
     if not differences["adapter"]["kl"] <= KL_LIMIT:
         click.echo(f"the merge changed the model: KL is above {KL_LIMIT}; is the base what it was in training?", err=True)
@@ -47,11 +48,13 @@ def command(run: Path, merge: bool, force: bool):
 def merge_run(folder: RunDir, manifest: dict) -> tuple[dict, int]:
     """Merge onto the recorded base, keep the result only when it is whole, and record the measured differences in its manifest.
 
-    Returns them and the number of tokens that they were measured on.
+    Returns them and the number of tokens (of a reward model: of pairs) that they were measured on.
     """
+    from transformers import AutoTokenizer
+
     from harness.embedded import resolve
     from harness.model import load_tokenizer
-    from harness.model.export import MANIFEST, check_export, digest_base, merge_adapter
+    from harness.model.export import MANIFEST, check_export, digest_base, ends_in_score, merge_adapter
 
     base = resolve(manifest["base"])
     if manifest["base_digest"] and digest_base(base) != manifest["base_digest"]:
@@ -62,19 +65,22 @@ def merge_run(folder: RunDir, manifest: dict) -> tuple[dict, int]:
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": manifest["base_revision"]})})
     staging = folder.path / "merged.incomplete"
     shutil.rmtree(staging, ignore_errors=True)
-    rows = prepared_rows(folder)
-    differences = merge_adapter(folder.final, base, recipe, manifest["dtype"], staging, rows)
-    load_tokenizer(recipe).save_pretrained(staging)
+    rows, scores = prepared_rows(folder), ends_in_score(folder.final)
+    # A reward model's pad token may be another than its base's (harness.model.reward.settle_pad), and its config names it.
+    tokenizer = AutoTokenizer.from_pretrained(folder.final) if scores else load_tokenizer(recipe)
+    pad = tokenizer.pad_token_id if scores else None
+    differences = merge_adapter(folder.final, base, recipe, manifest["dtype"], staging, rows, pad_token_id=pad)
+    tokenizer.save_pretrained(staging)
     files = check_export(staging, None, adapter=False)
     made = {"adapter": False, "dtype": "bfloat16", "merged_from": str(folder.final), "differences": differences, "files": files}
     (staging / MANIFEST).write_text(json.dumps({**manifest, **made}, indent=2) + "\n")
     replace_folder(staging, folder.merged)
-    return differences, sum(map(len, rows))
+    return differences, len(rows) if scores else sum(map(len, rows))
 
 
-def prepared_rows(folder: RunDir) -> list[list[int]]:
+def prepared_rows(folder: RunDir) -> list:
     from harness.data.store import load_prepared
-    from harness.model.export import rows_to_compare
+    from harness.model.export import ends_in_score, rows_to_compare
 
     marker = sorted(folder.path.glob("logs/attempt-*/prepared-*.json"))[-1]
-    return rows_to_compare(load_prepared(json.loads(marker.read_text())["folder"]))
+    return rows_to_compare(load_prepared(json.loads(marker.read_text())["folder"]), pairs=ends_in_score(folder.final))

@@ -12,6 +12,7 @@ from harness.embedded import resolve
 from harness.errors import ModelError
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
+from harness.recipe.schema import Quantization
 from harness.resources import find_config
 
 if TYPE_CHECKING:
@@ -71,6 +72,21 @@ def _first_line(error: BaseException) -> str:
 
 # ---- base
 
+SCORE = "score"
+"""What transformers calls the layer from a causal model's hidden states to classes, of which a reward model has one."""
+
+
+def has_score(recipe: Recipe) -> bool:
+    """Whether the model ends in a score, and not in logits over its vocabulary."""
+    return recipe.task == "reward"
+
+
+def auto_class(*, scores: bool):
+    """(transformers' loader of a model that ends in a score, or in logits; what it is told besides)."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
+
 
 def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> str:
     """The type in which weights are loaded, for `dtype: auto` and otherwise as the recipe says.
@@ -88,17 +104,22 @@ def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> st
 
 
 def quantization_config(recipe: Recipe, dtype: str, *, shards: bool = False):
-    """bitsandbytes' config, or None. Unless the recipe says otherwise, weights that are sharded (shards) are stored in the compute type,
-    because ZeRO-3 and FSDP2 shard no other, and the rest as bytes, which nothing that casts a model to another type touches."""
+    """bitsandbytes' config for the recipe's model, or None."""
+    # A new head is trained, which 4-bit weights cannot be.
+    whole = [SCORE] if has_score(recipe) else None
+    return four_bit_config(recipe.model.quantization, dtype, shards=shards, whole=whole) if recipe.model.quantization else None
+
+
+def four_bit_config(asked: Quantization, dtype: str, *, shards: bool = False, whole: list[str] | None = None):
+    """Unless `asked` says otherwise, weights that are sharded (shards) are stored in the compute type, because ZeRO-3 and FSDP2 shard no
+    other, and the rest as bytes, which nothing that casts a model to another type touches. whole: modules that stay as they are."""
     import torch
     from transformers import BitsAndBytesConfig
 
-    asked = recipe.model.quantization
-    if asked is None:
-        return None
     compute = asked.bnb_4bit_compute_dtype or dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=whole,
         bnb_4bit_quant_type=asked.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=asked.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=getattr(torch, compute),
@@ -134,15 +155,15 @@ def load_base(
     Raises ModelError when there are no safetensors, no such model, or not enough of it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     quantized = quantization_config(recipe, dtype, shards=backend.shards_parameters)
-    placed: dict = {"device_map": device_map} if device_map else {}
-    if not placed and quantized is not None and not backend.shards_parameters:
+    loader, placed = auto_class(scores=has_score(recipe))
+    placed |= {"device_map": device_map} if device_map else {}
+    if not device_map and quantized is not None and not backend.shards_parameters:
         # bitsandbytes packs weights where they land; "auto" would spread one rank's model over all cards.
         placed["device_map"] = {"": device}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = loader.from_pretrained(
             source,
             revision=recipe.model.revision,
             trust_remote_code=recipe.model.trust_remote_code,
@@ -155,7 +176,15 @@ def load_base(
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model: {source} cannot be loaded: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        several = "; a classifier of several classes is no reward model, begin from its base" if has_score(recipe) else ""
+        raise ModelError(f"model: {source} has weights of other shapes than its config.json says{several}") from error
     missing = sorted(loading.get("missing_keys", ()))
+    if has_score(recipe):
+        check_score(model)
+        missing = [name for name in missing if name != f"{SCORE}.weight"]
     if missing:
         raise ModelError(
             f"model: {source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, …); they would be random; fetch it again"
@@ -169,6 +198,15 @@ def load_base(
     if quantized is not None:
         keep_4bit_weights_as_they_are(model)
     return model
+
+
+def check_score(model: "PreTrainedModel") -> None:
+    """Raises ModelError unless the model ends in one linear score, its own or a new one."""
+    if not hasattr(getattr(model, SCORE, None), "weight"):
+        raise ModelError(
+            f"model: {type(model).__name__} has no layer `{SCORE}` over a causal model's hidden states, which task = reward trains; "
+            "take a causal language model (Llama, Qwen, Mistral, Gemma, …)"
+        )
 
 
 def keep_4bit_weights_as_they_are(model: "PreTrainedModel") -> None:
@@ -225,7 +263,12 @@ def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
 
     Returns the ids at which the model as it was loaded would not have stopped.
     """
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is None:
+        # A score is read at the last token that is no pad, by the id in the text model's config.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        return []
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     stops = model.generation_config.eos_token_id
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
     added = [token for token in (tokenizer.eos_token_id, *sorted(end_of_turn_ids)) if token not in stops]
@@ -269,6 +312,10 @@ def attach_adapter(model: "PreTrainedModel", recipe: Recipe, backend: Backend, d
         adapters.stack_beneath(adapted, earlier, float32=float32)
     adapters.save_the_live_alone(adapted)
     settle_adapter_dtype(adapted, backend, dtype)
+    if has_score(recipe):
+        # Without autocast a float32 head would be handed the base's bfloat16.
+        head = adapted.base_model.model.get_submodule(SCORE).modules_to_save[adapters.LIVE]
+        head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(module.weight.dtype), *inputs[1:]))
     return adapted
 
 
@@ -284,7 +331,8 @@ def lora_config(recipe: Recipe):
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         modules_to_save=list(lora.modules_to_save) or None,
-        task_type=TaskType.CAUSAL_LM,
+        # Of a classifier the head is trained whole and saved with the adapter.
+        task_type=TaskType.SEQ_CLS if has_score(recipe) else TaskType.CAUSAL_LM,
     )
 
 

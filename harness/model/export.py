@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import ModelError
-from harness.model import keep_4bit_weights_as_they_are, quantization_config
+from harness.model import auto_class, keep_4bit_weights_as_they_are, quantization_config
 from harness.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -112,14 +112,22 @@ def verify_export(folder: Path) -> dict:
 COMPARED_ROWS = 8
 COMPARED_TOKENS = 256
 KL_LIMIT = 0.05
-"""Nats per token between base + adapter and the merged model, both in one type. Rounding stays far below; a wrong base is far above."""
+"""Nats per token (of a reward model: per pair) between base + adapter and the merged model, both in one type. Rounding stays far below; a
+wrong base is far above."""
 
 
-def rows_to_compare(prepared) -> list[list[int]]:
-    """Token ids of a few rows of prepared data that are held out, or of its first training rows."""
+def ends_in_score(adapter: Path) -> bool:
+    return json.loads((adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
+
+
+def rows_to_compare(prepared, *, pairs: bool = False) -> list:
+    """Token ids of a few rows of prepared data that are held out, or of its first training rows. pairs: of both answers of each."""
     rows = prepared.eval if prepared.eval is not None else prepared.train
     column = "input_ids" if "input_ids" in rows.column_names else "chosen_input_ids"
-    return [ids[:COMPARED_TOKENS] for ids in rows[:COMPARED_ROWS][column]]
+    first = rows[:COMPARED_ROWS]
+    if pairs:
+        return [[chosen, rejected] for chosen, rejected in zip(first["chosen_input_ids"], first["rejected_input_ids"], strict=True)]
+    return [ids[:COMPARED_TOKENS] for ids in first[column]]
 
 
 def check_merge(difference: dict[str, float]) -> None:
@@ -131,27 +139,39 @@ def check_merge(difference: dict[str, float]) -> None:
 
 
 def merge_adapter(
-    adapter: Path, base: str, recipe: Recipe, dtype: str, target: Path, token_rows: list[list[int]], into: str = "bfloat16"
+    adapter: Path,
+    base: str,
+    recipe: Recipe,
+    dtype: str,
+    target: Path,
+    token_rows: list,
+    into: str = "bfloat16",
+    pad_token_id: int | None = None,
 ) -> dict[str, dict]:
     """Merge an adapter into its base in the type `into`, save it to `target`, reopen it, and measure what the merge changed.
 
-    dtype: in which the run loaded its base. token_rows: token ids to compare on. Returns name -> {"max_abs", "mean_abs", "kl"} of the
-    reopened merged model's logits against `adapter` (base + adapter in that type: what merging alone changes) and, for a 4-bit run, against
+    dtype: in which the run loaded its base. token_rows: token ids to compare on; of a reward model's adapter pairs of them, and
+    pad_token_id, which a classifier carries in its config. Returns name -> {"max_abs", "mean_abs", "kl"} of the reopened merged model's
+    logits (a pair's two scores) against `adapter` (base + adapter in that type: what merging alone changes) and, for a 4-bit run, against
     `trained_4bit` (what training saw: the 4-bit base's own error, which the adapter has learnt to live with and the merged model lacks).
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+
+    loader, options = auto_class(scores=ends_in_score(adapter))
 
     def load(source, dtype, quantized=None):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = loader.from_pretrained(
             str(source),
             revision=recipe.model.revision if source == base else None,
             dtype=dtype,
             quantization_config=quantized,
             use_safetensors=True,
             trust_remote_code=recipe.model.trust_remote_code,
+            **options,
         )
+        if pad_token_id is not None:
+            model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_token_id
         keep_4bit_weights_as_they_are(model)
         return model.eval()
 
@@ -170,15 +190,20 @@ def merge_adapter(
     return {name: compare_logits(logits, after) for name, logits in before.items()}
 
 
-def _logits(model, token_rows: list[list[int]]):
+def _logits(model, token_rows: list):
+    """[T, V] of each row; of a pair of rows its two scores, [1, 2], whose softmax is the probability that either is the better answer."""
     import torch
 
+    def read(ids: list[int]):
+        return model(torch.tensor([ids], device=model.device)).logits[0].float().cpu()
+
     with torch.no_grad():
-        return [model(torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in token_rows]
+        return [read(row) if isinstance(row[0], int) else torch.cat([read(ids) for ids in row])[None] for row in token_rows]
 
 
 def compare_logits(before: list["torch.Tensor"], after: list["torch.Tensor"]) -> dict[str, float]:
-    """Differences of logits [T, V], float32, over rows: largest and mean absolute, and mean KL(before || after) in nats per token."""
+    """Differences of logits [T, V], float32, over rows: largest and mean absolute, and mean KL(before || after) in nats per token
+    (of a reward model: per pair)."""
     import torch
 
     gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(before, after, strict=True)])

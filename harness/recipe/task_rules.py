@@ -175,6 +175,7 @@ def preference_rules(recipe: Recipe) -> Iterator[str]:
     if task in COMPARED:
         yield from _reference_rules(recipe)
     yield from _dpo_rules(recipe) if task == "dpo" else ()
+    yield from _reward_rules(recipe) if task == "reward" else ()
 
 
 def _reference_rules(recipe: Recipe) -> Iterator[str]:
@@ -213,6 +214,22 @@ def _dpo_rules(recipe: Recipe) -> Iterator[str]:
         yield f"dpo.label_smoothing = {dpo.label_smoothing}; of these losses none takes it; use loss_type: robust, or remove it"
     if "exo_pair" in losses and not dpo.label_smoothing:
         yield "dpo.label_smoothing = 0; exo_pair is infinite there; set 0.001 (what its authors take)"
+
+
+def _reward_rules(recipe: Recipe) -> Iterator[str]:
+    model, lora, train = recipe.model, recipe.model.lora, recipe.train
+    if model.attn_implementation == "varlen":
+        yield "model.attn_implementation = varlen; it takes no padded batches, and a score is read at the end of each row; leave it out"
+    if model.adapter and model.adapter_mode != "merge":
+        yield (
+            f"model.adapter_mode = {model.adapter_mode}; task = reward puts a score on top of what the earlier adapter makes of the base; "
+            "set adapter_mode: merge"
+        )
+    if train.eval_tool_calls:
+        yield f"train.eval_tool_calls = {train.eval_tool_calls}; a reward model gives scores and writes no calls; remove it"
+    for key in ("target_modules", "modules_to_save") if lora else ():
+        if "score" in getattr(lora, key):
+            yield f"model.lora.{key} holds score; the score is always trained whole and saved with the adapter; remove it"
 
 
 def generate_rules(recipe: Recipe) -> Iterator[str]:

@@ -57,6 +57,8 @@ def publish(job: "Job", trainer, staging: Path, files: dict[str, str], dtype: st
         "base_revision": facts["base"]["revision"],
         "base_digest": facts["base"]["digest"],
         "adapter": job.recipe.model.trains_adapter,
+        # Of the base while it was trained against: who loads the adapter to score, loads it so.
+        "quantization": job.recipe.model.quantization.model_dump() if job.recipe.model.quantization else None,
         "data": facts["data"]["digest"],
         "recipe_digest": facts["recipe_digest"],
         "dtype": dtype,

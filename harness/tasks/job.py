@@ -277,12 +277,13 @@ def settle(recipe: Recipe, backend: Backend) -> Settled:
     bf16_hardware = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
     computes = "float16" if recipe.train.fp16 else "bfloat16" if autocasts_bf16(recipe, bf16_hardware) else dtype
-    asked, writes = recipe.model.attn_implementation, bool(recipe.distill.on_policy)
-    # A student that writes reads prompts that are padded at the left, which kernels for packs do not.
-    attention = choose_attention("sdpa" if writes and asked == "auto" else asked, computes, has_gpu)
+    asked = recipe.model.attn_implementation
+    # A student that writes reads prompts that are padded at the left, which kernels for packs do not; a score is read at a row's end.
+    pads = bool(recipe.distill.on_policy) or recipe.task == "reward"
+    attention = choose_attention("sdpa" if pads and asked == "auto" else asked, computes, has_gpu)
     compares = recipe.task in ("dpo", "kto")
     # Answers that are compared are not packed, but laid one after the other where a kernel keeps them apart.
-    apart = attention in PACKING_KERNELS and not writes
+    apart = attention in PACKING_KERNELS and not pads
     packing = apart and not compares if recipe.data.packing == "auto" else recipe.data.packing
     return Settled(has_gpu, bf16_hardware, dtype, computes, attention, packing, packing or attention == "varlen" or (compares and apart))
 
@@ -337,7 +338,7 @@ def base_source(job: Job, prepared, settled: Settled):
 
 def merge_into_base(job: Job, earlier, source: str, prepared, dtype: str) -> None:
     """Write base and adapter into the run folder as one model, once; what is there is of an earlier life."""
-    from harness.model.export import check_merge, merge_adapter, rows_to_compare
+    from harness.model.export import check_merge, ends_in_score, merge_adapter, rows_to_compare
 
     target = job.run.init
     if target.is_dir():
@@ -345,13 +346,15 @@ def merge_into_base(job: Job, earlier, source: str, prepared, dtype: str) -> Non
     job.report.enter("merging the earlier adapter into the base")
     staging = target.with_name(f"{target.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
-    rows = rows_to_compare(prepared)
+    scores = ends_in_score(earlier.folder)
+    rows = rows_to_compare(prepared, pairs=scores)
     found = merge_adapter(earlier.folder, source, job.recipe, dtype, staging, rows, into=dtype)["adapter"]
     check_merge(found)
     replace_folder(staging, target)
+    over, unit = (f"{len(rows)} pairs its scores", "pair") if scores else (f"{sum(map(len, rows))} tokens its logits", "token")
     say(
-        f"merged {earlier.folder} into {source}, in {dtype}; over {sum(map(len, rows))} tokens its logits differ from base + adapter by at "
-        f"most {found['max_abs']:.3g}, KL {found['kl']:.3g} nats per token"
+        f"merged {earlier.folder} into {source}, in {dtype}; over {over} differ from base + adapter by at most {found['max_abs']:.3g}, "
+        f"KL {found['kl']:.3g} nats per {unit}"
     )
     job.report.enter("loading model")
 

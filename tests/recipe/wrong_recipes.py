@@ -18,6 +18,8 @@ D = "task=distill teacher.name_or_path=some/teacher"
 S = f"{D} teacher.server.url=http://host:8000/v1"
 # Pairs over BASE, with a fresh adapter.
 P = "task=dpo model.lora.r=8"
+# Scores for pairs over BASE.
+R = "task=reward model.lora.r=8"
 # A student that writes for a resident one.
 W = f"{D} teacher.source=resident distill.weight=1 distill.on_policy.fraction=1"
 
@@ -326,6 +328,10 @@ COMBINATIONS = [
         "reads auto or preference",
     ),
     ("labels for dpo", f"{P} kto.beta=0.2", "kto.beta", "task = dpo learns from no good and bad answers"),
+    ("scores of flattened rows", f"{R} model.attn_implementation=varlen", "model.attn_implementation", "read at the end of each row"),
+    ("a judge that calls", f"{R} data.eval=e.jsonl train.eval_tool_calls=9", "train.eval_tool_calls", "gives scores and writes no calls"),
+    ("a score on an open adapter", "task=reward model.adapter=runs/first", "model.adapter_mode", "set adapter_mode: merge"),
+    ("the score adapted", f"{R} model.lora.modules_to_save=[score]", "model.lora.modules_to_save", "always trained whole"),
     ("scores for dpo", f"{P} reward.center_rewards_coefficient=0.1", "reward.center_rewards_coefficient", "learns no scores"),
     ("rewards for dpo", f"{P} rlhf.algorithm=grpo", "rlhf.algorithm", "reinforces nothing"),
     ("packed pairs", f"{P} data.packing=true", "data.packing", "are not packed; use false or auto"),
