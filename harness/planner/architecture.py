@@ -172,8 +172,8 @@ def find_config_of(name: str, revision: str | None = None) -> tuple[dict, Path |
     if name in KNOWN:
         return KNOWN[name], None, "shapes known to harness, no config.json at hand"
     raise ModelError(
-        f"{name}: there is no config.json of it on this machine, neither as a folder nor in the hub's cache; give a local folder, or download "
-        f"its config.json first (hf download {name} config.json)"
+        f"{name}: there is no config.json of it on this machine, neither as a folder nor in the hub's cache; give a local folder, or "
+        f"download its config.json first (hf download {name} config.json)"
     )
 
 
@@ -231,7 +231,7 @@ def read_config(config: dict, name: str, source: str, counted: int | None = None
         counted=counted,
     )
     if kind.experts and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
-        raise ModelError(f"{source}: some of its layers have no experts (mlp_only_layers, decoder_sparse_step); such a mixture is not planned")
+        raise ModelError(f"{source}: layers without experts (mlp_only_layers, decoder_sparse_step) among others; that is not planned")
     matrices = (*_attention(shape, kind, config), *(_experts(shape, kind, config) if kind.experts else _mlp(shape, kind, config)))
     return replace(shape, matrices=matrices)
 
@@ -305,7 +305,7 @@ def read_headers(config: dict, shapes: dict[str, list[int]], name: str, source: 
             by_layer.setdefault(f"{before}.{number}", {})[rest] = shape
     kinds = {json.dumps(sorted(layer.items())) for layer in by_layer.values()}
     if len(kinds) != 1:
-        raise ModelError(f"{name}: its layers are not all alike ({len(kinds)} kinds), and model_type {config.get('model_type')!r} is not known")
+        raise ModelError(f"{name}: its layers are of {len(kinds)} kinds, and model_type {config.get('model_type')!r} is not known here")
     layer = next(iter(by_layer.values()))
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     matrices = tuple(

@@ -251,9 +251,9 @@ class States:
 def plan_states(setting: Setting) -> States:
     """Weights, constants, adapter, gradients, optimiser, buffers.
 
-    ZeRO-1, 2 and 3 by N ranks, W bytes of an element as the engine computes: weights W (3: W/N), masters 4/N, moments 8/N (AdamW); gradients
-    W/N after the last micro-batch (1: whole while micro-batches accumulate; 3: always there), and one bucket. FSDP2: all of it /N, in float32
-    where it is trained. single and ddp: all of it whole; ddp's buckets are a second copy of the gradients.
+    ZeRO-1, 2 and 3 by N ranks, W bytes of an element as the engine computes: weights W (3: W/N), masters 4/N, moments 8/N (AdamW);
+    gradients W/N after the last micro-batch (1: whole while micro-batches accumulate; 3: always there), and one bucket. FSDP2: all of it
+    /N, in float32 where it is trained. single and ddp: all of it whole; ddp's buckets are a second copy of the gradients.
     """
     recipe, backend, shape, world = setting.recipe, setting.backend, setting.shape, setting.world
     counts = count_parameters(shape, recipe)
@@ -292,7 +292,7 @@ def _weight_types(setting: Setting, loaded: int) -> tuple[int, int]:
     recipe, backend = setting.recipe, setting.backend
     if backend.kind == "deepspeed" and setting.halves:
         return 2, 2
-    if recipe.model.quantization:
+    if recipe.model.quantization and recipe.model.lora:
         # prepare_model_for_kbit_training: embedding, norms and head in float32, where nothing shards them.
         return (loaded if backend.shards_parameters else 4), 4
     if recipe.model.lora:
@@ -303,8 +303,8 @@ def _weight_types(setting: Setting, loaded: int) -> tuple[int, int]:
 
 
 def constant_bytes(counts: Parameters, quantization: Quantization | None) -> float:
-    """bitsandbytes' scales: one float32 for 64 weights; or, quantised too, a byte for each, and a float32 for 256 of those. With each matrix
-    come its code (16 float32) and that of its scales (256, and their offset). They are never sharded."""
+    """bitsandbytes' scales: one float32 for 64 weights; or, quantised too, a byte for each, and a float32 for 256 of those. With each
+    matrix come its code (16 float32) and that of its scales (256, and their offset). They are never sharded."""
     if quantization is None:
         return 0
     blocks = counts.in_4bit / 64
@@ -475,8 +475,8 @@ def gathered_bytes(setting: Setting, types: Types) -> Range:
     """Weights that are whole for a while, under ZeRO-3 and FSDP2.
 
     ZeRO-3 keeps what it will use again within stage3_max_reuse_distance weights: at the turn from forward to backward that is half as many,
-    on both sides of it; besides the layer at hand and the head, which the loss gathers. A small model is never let go. FSDP2: two layers and
-    the root (embedding, norm, head), and a layer's whole gradients on their way out.
+    on both sides of it; besides the layer at hand and the head, which the loss gathers. A small model is never let go. FSDP2: two layers
+    and the root (embedding, norm, head), and a layer's whole gradients on their way out.
     """
     backend, shape = setting.backend, setting.shape
     if not backend.shards_parameters:

@@ -1,4 +1,4 @@
-"""In which types a run computes, where the recipe leaves that to the machine. Asked by whoever loads the model, and by the planner before."""
+"""In which types a run computes, where the recipe leaves that to the machine. Asked by who loads the model, and by the planner before."""
 
 from harness.recipe.backend import Backend
 from harness.recipe.schema import Recipe
