@@ -165,7 +165,12 @@ def submit_array(recipe: str, asked: Asked, axes: tuple[str, ...], at_once: int 
 def submit_pipeline(file: Path, asked: Asked) -> None:
     enter_directory(file)
     pipeline = load_pipeline(file, asked.settings)
-    links = chain.plan_chain(pipeline, lambda stage: asked.load_cluster(pipeline.folder, stage.cluster, stage.time), fresh=asked.fresh)
+    links = chain.plan_chain(
+        pipeline,
+        lambda stage: asked.load_cluster(pipeline.folder, stage.cluster, stage.time),
+        fresh=asked.fresh,
+        despite_plan=asked.despite_plan,
+    )
     if asked.dry_run:
         click.echo(chain.render(links), nl=False)
         return

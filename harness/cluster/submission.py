@@ -182,9 +182,9 @@ def check_can_fit(submission: Submission) -> None:
     changes = plan_changes(plan.setting, place)
     remedy = f"; it fits with {' or with '.join(map(render_overrides, changes))}" if changes else ""
     raise LaunchError(
-        f"cluster {cluster.name}: GPUs of {gib(cluster.gpu.bytes)} GiB cannot hold this run: it takes {gib(plan.memory.peak.low)} GiB of each "
-        f"at least ({gib(plan.memory.peak.expected)} expected; most of it: {plan.memory.dominant}){remedy}. `harness plan` shows all of it; "
-        "--despite-plan sends it anyway"
+        f"cluster {cluster.name}: GPUs of {gib(cluster.gpu.bytes)} GiB cannot hold this run: it takes {gib(plan.memory.peak.low)} GiB of "
+        f"each at least ({gib(plan.memory.peak.expected)} expected; most of it: {plan.memory.dominant}){remedy}. `harness plan` shows "
+        "all of it; --despite-plan sends it anyway"
     )
 
 

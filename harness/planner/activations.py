@@ -8,7 +8,7 @@ without a mask, flex) keeps no T x T matrix: queries, keys, values, its output a
                                   trained: what its weight multiplied, w in the stream's type
     linear, trained               its input: once for those that share it; under autocast of a float32 stream each casts its own copy
     linear, frozen                nothing
-    LoRA on a linear              the input of A: PEFT casts to the adapter's type and autocast back, which is a copy for each module unless all
+    LoRA on a linear              the input of A: PEFT casts to the adapter's type and autocast back, a copy for each module unless all
                                   types are one; the r inputs of B; with dropout a mask, and the dropped input
     MLP                           gate, its activation, up: 3 times its width
 """
