@@ -2,10 +2,10 @@
 
     python benchmarks/planner.py [--device cpu|cuda]       writes benchmarks/results/planner-<cpu|gpu>.{json,md}
 
-Each row is a recipe that a rank trains as `harness run --smoke` does, two steps on rows of exactly max_length tokens, and a plan of the same
-recipe. On a GPU the peak is torch.cuda.max_memory_allocated during the training. On a CPU it is counted: a dispatch mode sees every tensor
-that an operation makes, and when its storage goes; there DeepSpeed and DDP have real ranks (gloo). What neither counter sees, the CUDA
-context and what the allocator cannot use, is left out of the plan too.
+Each row is a recipe that a rank trains as `harness run --smoke` does, two steps on rows of exactly max_length tokens, and a plan of the
+same recipe. On a GPU the peak is torch.cuda.max_memory_allocated during the training. On a CPU it is counted: a dispatch mode sees every
+tensor that an operation makes, and when its storage goes; there DeepSpeed and DDP have real ranks (gloo). What neither counter sees, the
+CUDA context and what the allocator cannot use, is left out of the plan too.
 
 Beside it, on the same rows: DeepSpeed's estimate_zero2/3_model_states_mem_needs (their figure of one GPU) and Accelerate's
 estimate_training_usage (model, gradients and optimiser together, for a batch of one), both fed with the parameters that they would count.
@@ -73,7 +73,8 @@ class Row:
     @property
     def name(self) -> str:
         size = self.size
-        words = [f"{size.kind} {size.hidden}x{size.intermediate}x{size.layers}", self.method, f"{self.backend}x{self.ranks}", f"{self.rows}x{self.length}"]
+        model = f"{size.kind} {size.hidden}x{size.intermediate}x{size.layers}"
+        words = [model, self.method, f"{self.backend}x{self.ranks}", f"{self.rows}x{self.length}"]
         words += [f"accumulates {self.accumulation}"] * (self.accumulation > 1) + ["checkpointing"] * self.checkpointing
         return " ".join(words + ["float32"] * (not self.bf16) + ["dropout"] * (self.dropout > 0))
 
@@ -460,9 +461,9 @@ def render(result: dict) -> str:
     lines += ["", f"Aim: median within 5 %, none under by more than 10 %. {'Met' if met else 'Not met'}.", ""]
     if result["device"] == "cpu":
         lines += [
-            "Not a GPU: kernels, their workspaces and the allocator are left out. DeepSpeed's estimate is of model states alone, Accelerate's of",
-            "a full training on one device; both are shown where they have nothing to say of adapters or activations, because that is what",
-            "someone gets who asks them.",
+            "Not a GPU: kernels, their workspaces and the allocator are left out. DeepSpeed's estimate is of model states alone,",
+            "Accelerate's of a full training on one device; both are shown also where they have nothing to say of adapters or activations,",
+            "because that is what someone gets who asks them.",
             "",
         ]
     lines += ["| row | measured, MiB | planned | error | DeepSpeed | Accelerate |", "|---|---|---|---|---|---|"]

@@ -26,6 +26,11 @@ def _qwen3(hidden_size: int, intermediate_size: int, num_hidden_layers: int, num
 _LLAMA_8B, _LLAMA_70B = _llama(4096, 14336, 32, 32), _llama(8192, 28672, 80, 64)
 _QWEN25_7B = _llama(3584, 18944, 28, 28) | {"model_type": "qwen2", "num_key_value_heads": 4, "vocab_size": 152064}
 
+def _tiny(width: int) -> dict:
+    shape = _llama(width, 2 * width, 2, 4, num_key_value_heads=4)
+    return shape | {"head_dim": width // 4, "vocab_size": 510, "tie_word_embeddings": True}
+
+
 KNOWN = {
     "meta-llama/Meta-Llama-3-8B": _LLAMA_8B,
     "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_8B,
@@ -39,4 +44,9 @@ KNOWN = {
     "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tie_word_embeddings=True),
     "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32),
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64),
+    "embedded:tiny-llama": _tiny(64),
+    "embedded:tiny-student": _tiny(32),
+    # What the quickstart's first stages make.
+    "runs/quickstart/base/final": _tiny(64),
+    "runs/quickstart/adapt/merged": _tiny(64),
 }
