@@ -33,8 +33,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's reduce_bucket_size, which Accelerate leaves as it is: ZeRO-1, 2 and 3 allocate all of it, however small the adapter."""
-REUSE_ELEMENTS, LIVE_ELEMENTS, SUBGROUP_ELEMENTS, PERSISTENT_ELEMENTS = 10**9, 10**9, 10**9, 10**5
-"""DeepSpeed's stage3_max_reuse_distance, stage3_max_live_parameters, sub_group_size and stage3_param_persistence_threshold."""
+REUSE_ELEMENTS, LIVE_ELEMENTS, SUBGROUP_ELEMENTS, PREFETCH_ELEMENTS, PERSISTENT_ELEMENTS = 10**9, 10**9, 10**9, 5 * 10**7, 10**5
+"""DeepSpeed's stage3_max_reuse_distance, stage3_max_live_parameters, sub_group_size, stage3_prefetch_bucket_size and
+stage3_param_persistence_threshold."""
 TRL_TILE_TOKENS, TRL_TILE_VOCABULARY = 4096, 32768
 """trl.kernels.chunked_logprob: logits exist for so many tokens times so many entries."""
 DIVERGENCE_TILE_BYTES = 1 << 30
@@ -452,8 +453,9 @@ def _training(setting: Setting, states: States) -> dict[str, dict[str, Range]]:
     }
     if checkpoints and layer.copies:
         moments["forward"] = common | before | {"activations kept": kept, "autocast's weights": copies, "loss tile": tile_forward}
-    begin = common | states.in_backward | before | {"activations kept": kept, "activations of one layer": one_layer}
-    end = common | states.in_backward | after | {"activations of one layer": one_layer + _weight_gradient(setting)}
+    fetching = common | states.in_backward | {"weights on their way": fetched_bytes(setting, types)}
+    begin = fetching | before | {"activations kept": kept, "activations of one layer": one_layer}
+    end = fetching | after | {"activations of one layer": one_layer + _weight_gradient(setting)}
     fullest = GpuMemory({"begin": begin, "end": end}).deciding if checkpoints else "end"
     moments["backward"] = {"begin": begin, "end": end}[fullest]
     writes = recipe.distill.on_policy is not None or recipe.task == "rlhf"
@@ -481,9 +483,7 @@ def gathered_bytes(setting: Setting, types: Types) -> Range:
     backend, shape = setting.backend, setting.shape
     if not backend.shards_parameters:
         return NOTHING
-    counts = count_parameters(shape, setting.recipe)
-    everything = counts.in_4bit / 2 + counts.whole * types.base + counts.adapter * types.adapter
-    per_weight = everything / (shape.parameters + counts.adapter)
+    everything, per_weight = _sharded(setting, types)
     layer = shape.layer_parameters * per_weight
     head = shape.embedding * types.base if shape.has_head else 0
     if backend.kind == "fsdp":
@@ -494,6 +494,23 @@ def gathered_bytes(setting: Setting, types: Types) -> Range:
     live = int(backend.zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)) * per_weight
     expected = min(everything, reuse + layer + head)
     return Range(min(everything, layer + head), expected, max(expected, min(everything, max(live, reuse) + layer + head)))
+
+
+def _sharded(setting: Setting, types: Types) -> tuple[float, float]:
+    """(bytes of all weights that are sharded, of one on average)."""
+    counts = count_parameters(setting.shape, setting.recipe)
+    everything = counts.in_4bit / 2 + counts.whole * types.base + counts.adapter * types.adapter
+    return everything, everything / (setting.shape.parameters + counts.adapter)
+
+
+def fetched_bytes(setting: Setting, types: Types) -> Range:
+    """ZeRO-3 fetches several weights by one all-gather, whose buffer stands beside them until they are copied out of it."""
+    backend = setting.backend
+    if backend.zero_stage != 3:
+        return NOTHING
+    everything, per_weight = _sharded(setting, types)
+    size = min(everything, int(backend.zero.get("stage3_prefetch_bucket_size", PREFETCH_ELEMENTS)) * per_weight)
+    return Range(0, size, size)
 
 
 def loss_tile(setting: Setting, types: Types) -> tuple[Range, Range]:
