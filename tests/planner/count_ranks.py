@@ -1,4 +1,4 @@
-"""Real DeepSpeed ranks on gloo, for test_ranks.py: `python count_ranks.py FOLDER CELL...`; the bytes of tensors of rank 0 are left in FOLDER.
+"""Real DeepSpeed ranks on gloo, for test_ranks.py: `python count_ranks.py FOLDER CELL...`; rank 0's bytes of tensors are left there.
 
 A cell is `stage-method-type`. Counted is every tensor's storage once, when two steps are done and gradients are dropped.
 """

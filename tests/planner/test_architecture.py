@@ -1,6 +1,7 @@
 """Shapes from a config alone, held against the modules that transformers builds; two models by hand; and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_llama_3_3_70b_and_its_adapter_by_hand():
 
 @pytest.mark.parametrize("name", ["embedded:tiny-llama", "embedded:tiny-student"])
 def test_what_is_known_of_the_embedded_models_is_what_they_are(name):
-    config = json.loads(open(f"{resolve(name)}/config.json").read())
+    config = json.loads(Path(resolve(name), "config.json").read_text())
     assert {key: config[key] for key in KNOWN[name]} == KNOWN[name]
     shape = load_architecture(resolve(name))
     assert shape.counted == shape.parameters == load_architecture(name).parameters

@@ -24,6 +24,10 @@ from harness.recipe import load
 from harness.recipe.load import apply_override
 from harness.resources import shipped
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
+
+from fake_slurm import FakeSlurm  # noqa: E402
+
 CPU_LIMIT_S = 0.6
 HEAVY = ("torch", "transformers", "datasets", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "wandb", "pyarrow", "numpy")
 FULL, QLORA = "sft/llama3.1-8b-tools-full-zero3", "sft/llama3-8b-tools-qlora"
@@ -37,8 +41,8 @@ def plan(*arguments: str) -> tuple[int, str]:
 
 
 def test_it_never_imports_anything_heavy():
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "harness", "plan", FULL, "--gpu", "24GiB", "--processes", "8", "--fit"],
-                          capture_output=True, text=True)  # fmt: skip
+    arguments = ["plan", FULL, "--gpu", "24GiB", "--processes", "8", "--fit"]
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "harness", *arguments], capture_output=True, text=True)
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
     assert "harness.planner.fit" in imported and done.returncode == 0
     assert imported & set(HEAVY) == set()
@@ -48,8 +52,8 @@ def test_it_never_imports_anything_heavy():
 def test_it_answers_within_its_limit(arguments):
     def cpu_seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "harness", "plan", *arguments], stdout=subprocess.DEVNULL,
-                       env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""})  # fmt: skip
+        argv = [sys.executable, "-m", "harness", "plan", *arguments]
+        subprocess.run(argv, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""})
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -124,7 +128,8 @@ def test_a_wrong_command_says_what_would_be_right(arguments, said):
 
 def test_a_model_that_is_nowhere_is_refused_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"nobody/nothing: there is no config.json .* give a local folder, or download its config.json first"):
+    remedy = r"nobody/nothing: there is no config.json .* give a local folder, or download its config.json first"
+    with pytest.raises(ModelError, match=remedy):
         plan(QLORA, "model.name_or_path=nobody/nothing")
 
 
@@ -180,7 +185,8 @@ def of_cluster(*settings: str) -> Submission:
 
 
 def test_submit_refuses_what_cannot_fit_even_at_its_lowest_and_says_what_would():
-    with pytest.raises(LaunchError, match=r"GPUs of 16.0 GiB cannot hold this run: it takes [\d.]+ GiB of each at least.*it fits with .*--despite-plan"):
+    said = r"GPUs of 16.0 GiB cannot hold this run: it takes [\d.]+ GiB of each at least.*it fits with .*--despite-plan"
+    with pytest.raises(LaunchError, match=said):
         check_can_fit(of_cluster("gpu_memory_gib=16"))
 
 
@@ -192,8 +198,11 @@ def test_submit_says_nothing_where_it_may_fit_or_the_cluster_file_says_nothing_o
 def test_submit_is_overridden_by_an_option(tmp_path, monkeypatch):
     from harness.cli import submit
 
-    monkeypatch.setenv("PATH", os.environ["PATH"])
-    arguments = [FULL, "--cluster", "gpu", "cluster.gpu_memory_gib=16", "cluster.shared=[]", f"output_dir={tmp_path / 'run'}", "--dry-run"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tools.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    FakeSlurm(tmp_path / "bin", monkeypatch)
+    arguments = [FULL, "--cluster", "gpu", "cluster.gpu_memory_gib=16", "cluster.shared=[]", "cluster.python=null", "--dry-run"]
     refused = CliRunner().invoke(submit.command, arguments)
     assert isinstance(refused.exception, LaunchError) and "cannot hold this run" in str(refused.exception)
     sent = CliRunner().invoke(submit.command, [*arguments, "--despite-plan"])
