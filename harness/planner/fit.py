@@ -99,11 +99,11 @@ def _try(setting: Setting, place: Place, change: Change, shapes: dict[str, Archi
     try:
         other = build_setting(recipe, Place(place.gpus_per_node, nodes, place.gpu), shapes)
         memory = plan_memory(other)
+        slower = step_s(other, place) / step_s(setting, place)
     except HarnessError:
+        # Another number of ranks may not make the global batch.
         return None
-    if memory.peak.expected > place.gpu.bytes:
-        return None
-    return Fitting(change, memory, step_s(other, place) / step_s(setting, place))
+    return Fitting(change, memory, slower) if memory.peak.expected <= place.gpu.bytes else None
 
 
 def _single_changes(setting: Setting) -> Iterator[Change]:

@@ -116,14 +116,18 @@ class Setting:
         recipe = self.recipe
         if recipe.data.packing != "auto":
             return recipe.data.packing
-        asked, paired = recipe.model.attn_implementation, recipe.task in ("dpo", "kto", "reward", "rlhf")
-        return self.flattens and asked in ("auto", "varlen", "flex_attention") and not paired
+        return self.flattens and recipe.task not in ("dpo", "kto", "reward", "rlhf")
 
     @property
     def flattens(self) -> bool:
-        recipe = self.recipe
-        writes = recipe.distill.on_policy is not None or recipe.task == "rlhf"
-        return self.bf16_hardware and self.halves and recipe.model.attn_implementation not in ("sdpa", "eager") and not writes
+        """Samples lie one after another, without padding and a mask of it."""
+        has_kernel = self.bf16_hardware and self.halves and self.recipe.model.attn_implementation not in ("sdpa", "eager")
+        return has_kernel and not self.writes
+
+    @property
+    def writes(self) -> bool:
+        """Its model writes what it learns from."""
+        return self.recipe.distill.on_policy is not None or self.recipe.task == "rlhf"
 
     @property
     def accumulation(self) -> int:
@@ -418,7 +422,7 @@ def layer_of(setting: Setting) -> Kept:
         setting.shape,
         activation_types(setting),
         setting.recipe.model.lora,
-        masked=asked == "sdpa" and not setting.flattens,
+        masked=asked == "sdpa" or setting.writes and asked != "eager",
         eager_length=length if asked == "eager" else 0,
     )
 
@@ -458,8 +462,7 @@ def _training(setting: Setting, states: States) -> dict[str, dict[str, Range]]:
     end = fetching | after | {"activations of one layer": one_layer + _weight_gradient(setting)}
     fullest = GpuMemory({"begin": begin, "end": end}).deciding if checkpoints else "end"
     moments["backward"] = {"begin": begin, "end": end}[fullest]
-    writes = recipe.distill.on_policy is not None or recipe.task == "rlhf"
-    if writes:
+    if setting.writes:
         moments["writing"] = common | {"generation cache": generation_cache(setting)}
     return moments
 

@@ -26,7 +26,7 @@ from harness.resources import shipped
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
 
-from fake_slurm import FakeSlurm  # noqa: E402
+from sent import CountingSlurm, ask  # noqa: E402
 
 CPU_LIMIT_S = 0.6
 HEAVY = ("torch", "transformers", "datasets", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "wandb", "pyarrow", "numpy")
@@ -201,12 +201,13 @@ def test_submit_is_overridden_by_an_option(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tools.jsonl").touch()
     monkeypatch.chdir(tmp_path)
-    FakeSlurm(tmp_path / "bin", monkeypatch)
-    arguments = [FULL, "--cluster", "gpu", "cluster.gpu_memory_gib=16", "cluster.shared=[]", "cluster.python=null", "--dry-run"]
-    refused = CliRunner().invoke(submit.command, arguments)
-    assert isinstance(refused.exception, LaunchError) and "cannot hold this run" in str(refused.exception)
-    sent = CliRunner().invoke(submit.command, [*arguments, "--despite-plan"])
-    assert sent.exit_code == 0 and sent.output.startswith("#!"), sent.output
+    (tmp_path / "site.yaml").write_text("gpus_per_node: 8\ngpu_memory_gib: 16\n")
+    fake = CountingSlurm(tmp_path / "bin", monkeypatch)
+    with pytest.raises(LaunchError, match="cannot hold this run"):
+        ask(submit, FULL, "--cluster", "site.yaml")
+    assert fake.sent == [] and not (tmp_path / "runs").exists()
+    said = ask(submit, FULL, "--cluster", "site.yaml", "--despite-plan")
+    assert len(fake.sent) == 1 and said.startswith("job 100: ")
 
 
 def test_a_model_that_is_made_by_the_job_before_is_not_planned(tmp_path):
