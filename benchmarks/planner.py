@@ -324,7 +324,8 @@ def measure(row: Row, folder: Path, device: str) -> int:
 def planned(row: Row, recipe_file: Path, device: str):
     """(the plan's memory without what no counter sees, the parameters)."""
     from harness.planner.architecture import load_architecture
-    from harness.planner.memory import NOTHING, Range, Setting, plan_memory
+    from harness.planner.memory import plan_memory
+    from harness.planner.setting import NOTHING, Range, Setting
     from harness.recipe import load
     from harness.recipe.backend import load_backend
 

@@ -4,6 +4,8 @@
 
 architecture.py  a model's shapes from config.json, or from the headers of its weights; known.py those that our recipes name
 activations.py   what a layer keeps for its backward pass, to the byte
+setting.py       what decides how much memory a run takes
+states.py        weights, gradients, optimiser, buffers, by backend
 memory.py        memory of a GPU by component and moment; host.py of a node, and its disks
 flops.py         operations, and what a card can do; hours.py how long, from a throughput that was measured or stated
 fit.py           what would make it fit

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.errors import ModelError
 from harness.planner.known import KNOWN
+from harness.recipe.schema import Lora
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,23 @@ def _experts(shape: Architecture, kind: _Kind, config: dict) -> Iterator[Matrix]
 def as_reward_model(shape: Architecture) -> Architecture:
     """With a score in place of the head."""
     return replace(shape, has_head=False)
+
+
+def read_adapter(name: str) -> Lora:
+    """Of an earlier adapter what decides its size: a run's folder, its `final`, or a LoRA folder of PEFT. Raises ModelError."""
+    path = Path(name).expanduser()
+    file = next((folder / "adapter_config.json" for folder in (path, path / "final") if (folder / "adapter_config.json").is_file()), None)
+    if file is None:
+        raise ModelError(f"model.adapter = {name}; there is no adapter_config.json in it, which says how large it is; give a LoRA folder")
+    config = _read_json(file)
+    targets = config.get("target_modules") or "all-linear"
+    return Lora(
+        r=config["r"],
+        dropout=config.get("lora_dropout") or 0.0,
+        target_modules=targets if targets == "all-linear" else tuple([targets] if isinstance(targets, str) else targets),
+        use_dora=bool(config.get("use_dora")),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+    )
 
 
 # ---- from the headers of weights

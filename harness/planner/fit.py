@@ -14,8 +14,10 @@ from harness.errors import HarnessError
 from harness.planner.architecture import Architecture
 from harness.planner.flops import PEAK_FLOPS
 from harness.planner.hours import count_operations
-from harness.planner.memory import BYTES, GpuMemory, Setting, count_parameters, plan_memory
+from harness.planner.memory import GpuMemory, plan_memory
 from harness.planner.plan import Place, build_setting
+from harness.planner.setting import BYTES, Setting
+from harness.planner.states import count_parameters
 from harness.recipe import Recipe
 from harness.recipe.load import apply_override, validate
 from harness.recipe.rules import check_rules
@@ -118,19 +120,19 @@ def _single_changes(setting: Setting) -> Iterator[Change]:
         for backend in ("zero2", "zero3", "fsdp2"):
             if backend != setting.backend.name:
                 yield Change((f"backend={backend}",), f"shard by {backend}")
-    if not setting.backend.offloads and not recipe.model.lora:
+    if not setting.backend.offloads and not recipe.model.trains_adapter:
         yield Change(("backend=zero3-offload", "train.optim=adamw_torch"), "keep states and weights in host memory")
     if setting.backend.shards_parameters:
         yield Change((), f"{2 * setting.nodes} nodes in place of {setting.nodes}", nodes=2 * setting.nodes)
     if train.optim.startswith("adamw_torch"):
         yield Change(("train.optim=adamw_8bit",), "the optimiser's moments in 8 bits", is_other_run=True)
-    if recipe.model.lora and not recipe.model.quantization:
+    if recipe.model.trains_adapter and not recipe.model.quantization:
         yield Change(("model.quantization={load_in_4bit: true}",), "the frozen base in 4 bits (QLoRA)", is_other_run=True)
     if recipe.task in ("dpo", "kto") and getattr(recipe, recipe.task).reference == "resident":
         yield Change((f"{recipe.task}.reference=cached",), "the reference's log-probabilities computed once, before")
     if recipe.teacher and recipe.teacher.source == "resident" and not recipe.teacher.quantization:
         yield Change(("teacher.quantization={load_in_4bit: true}",), "the teacher in 4 bits", is_other_run=True)
-    if not recipe.model.lora and not recipe.model.init:
+    if not recipe.model.trains_adapter and not recipe.model.init:
         yield Change(("model.lora={r: 16, alpha: 32}",), "train an adapter in place of all weights", is_other_run=True)
     half = recipe.data.max_length // 2
     if half >= 256:
@@ -159,13 +161,13 @@ def search(setting: Setting, place: Place) -> Fitting | None:
         backends = [(), ("backend=single",)] if setting.backend.name != "single" else [()]
     else:
         backends = [(f"backend={name}",) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")]
-    if not recipe.model.lora:
+    if not recipe.model.trains_adapter:
         backends.append(("backend=zero3-offload", "train.optim=adamw_torch"))
     quantized = bool(recipe.model.quantization)
-    types = [("model.quantization={load_in_4bit: true}",), ("model.quantization=null",)] if recipe.model.lora else [()]
+    types = [("model.quantization={load_in_4bit: true}",), ("model.quantization=null",)] if recipe.model.trains_adapter else [()]
     for backend, rows, checkpoints, kind in product(backends, _divisors(each), ("false", "true"), types):
-        is_quantized = kind == types[0] if recipe.model.lora else quantized
-        kind_of_run = kind if recipe.model.lora and is_quantized != quantized else ()
+        is_quantized = kind == types[0] if recipe.model.trains_adapter else quantized
+        kind_of_run = kind if recipe.model.trains_adapter and is_quantized != quantized else ()
         overrides = (*backend, *same_global_batch(setting, rows), f"train.gradient_checkpointing={checkpoints}", *kind_of_run)
         fitting = _try(setting, place, Change(overrides, "", bool(kind_of_run)), shapes)
         if fitting:
@@ -185,7 +187,7 @@ def step_s(setting: Setting, place: Place) -> float:
     flops = count_operations(setting).total(tokens, tokens, tokens * (length + 1) / 2)
     if recipe.train.gradient_checkpointing:
         # One more forward: a third of 6N, half of 4N.
-        flops *= 3 / 2 if recipe.model.lora else 4 / 3
+        flops *= 3 / 2 if recipe.model.trains_adapter else 4 / 3
     peak = PEAK_FLOPS.get(place.gpu.flops_name if place.gpu else None, 312e12)
     micro = flops / (peak * PEAK_SHARE * tokens / (tokens + HALF_SPEED_TOKENS))
     if recipe.model.quantization:

@@ -13,9 +13,10 @@ from pathlib import Path
 from harness.errors import HarnessError
 from harness.planner.gpus import GIB, MIB, parse_gpu
 from harness.planner.host import checkpoint_bytes
-from harness.planner.memory import NOTHING, count_parameters
 from harness.planner.plan import Place, plan_recipe
 from harness.planner.render import gib
+from harness.planner.setting import NOTHING
+from harness.planner.states import count_parameters
 from harness.recipe import load
 from harness.resources import shipped, shipped_names
 

@@ -2,16 +2,8 @@
 
 from harness.planner.architecture import Architecture
 from harness.planner.gpus import GIB
-from harness.planner.memory import (
-    BYTES,
-    NOTHING,
-    Parameters,
-    Range,
-    Setting,
-    count_parameters,
-    has_resident_reference,
-    moment_bytes,
-)
+from harness.planner.setting import BYTES, NOTHING, Range, Setting
+from harness.planner.states import Parameters, count_parameters, has_resident_reference, moment_bytes, trained_adapter
 from harness.recipe.schema import Quantization
 
 PROCESS = Range(1 * GIB, 2.5 * GIB, 4 * GIB)
@@ -79,7 +71,7 @@ def plan_disk(setting: Setting, tokens: float | None, trained_tokens: float | No
         # One is whole before an old one goes.
         found[f"checkpoints, {kept} at once"] = one.times(kept, kept, kept)
         found["export"] = Range.exact(_export(setting, counts))
-        if recipe.model.lora:
+        if trained_adapter(recipe):
             found["merged, if asked for"] = Range.exact(2 * setting.shape.parameters)
     if tokens:
         # input_ids and labels, int32.
@@ -103,7 +95,7 @@ def checkpoint_bytes(setting: Setting, counts: Parameters) -> Range:
 def _trained_width(setting: Setting) -> int:
     if setting.backend.kind == "deepspeed" and setting.halves:
         return 2
-    if setting.recipe.model.lora or setting.backend.kind == "fsdp":
+    if trained_adapter(setting.recipe) or setting.backend.kind == "fsdp":
         return 4
     return BYTES[setting.dtype]
 

@@ -7,7 +7,8 @@ from statistics import median
 
 from harness.errors import RecipeError
 from harness.planner.flops import FlopCount, flops_of
-from harness.planner.memory import Setting, count_parameters
+from harness.planner.setting import Setting
+from harness.planner.states import count_parameters, trained_adapter
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def count_operations(setting: Setting) -> FlopCount:
         attention_layers=shape.layers,
         heads=shape.heads,
         head_dim=shape.head_dim,
-        trainable_fraction=0.0 if recipe.model.lora else 1.0,
+        trainable_fraction=0.0 if trained_adapter(recipe) else 1.0,
         adapter_params=counts.adapter,
     )
 

@@ -18,137 +18,28 @@ under real ZeRO ranks, and benchmarks/planner.py the peaks of whole steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from harness.errors import RecipeError
-from harness.planner.activations import NORM_BACKWARD_WIDTHS, Kept, Types, adapter_weights, is_adapted, layer_activations, tail_bytes
-from harness.planner.architecture import Architecture
-from harness.planner.gpus import GIB
-from harness.recipe import Recipe
-from harness.recipe.backend import Backend
-from harness.recipe.precision import autocasts_bf16, choose_dtype
-from harness.recipe.schema import Quantization
+from harness.planner.activations import NORM_BACKWARD_WIDTHS, Kept, Types, layer_activations, tail_bytes
+from harness.planner.setting import BYTES, NOTHING, SHORT_ROWS, Range, Setting
+from harness.planner.states import (
+    LIVE_ELEMENTS,
+    PREFETCH_ELEMENTS,
+    REUSE_ELEMENTS,
+    States,
+    constant_bytes,
+    count_parameters,
+    others_beside,
+    plan_states,
+    trained_adapter,
+)
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's reduce_bucket_size, which Accelerate leaves as it is: ZeRO-1, 2 and 3 allocate all of it, however small the adapter."""
-REUSE_ELEMENTS, LIVE_ELEMENTS, SUBGROUP_ELEMENTS, PREFETCH_ELEMENTS, PERSISTENT_ELEMENTS = 10**9, 10**9, 10**9, 5 * 10**7, 10**5
-"""DeepSpeed's stage3_max_reuse_distance, stage3_max_live_parameters, sub_group_size, stage3_prefetch_bucket_size and
-stage3_param_persistence_threshold."""
 TRL_TILE_TOKENS, TRL_TILE_VOCABULARY = 4096, 32768
 """trl.kernels.chunked_logprob: logits exist for so many tokens times so many entries."""
 DIVERGENCE_TILE_BYTES = 1 << 30
 """harness.losses.chunks.TILE_BYTES."""
 VLLM_SHARE = 0.3
 """Of the GPU, which vLLM takes beside the trainer (harness.tasks.on_policy)."""
-SHORT_ROWS = 1 / 8
-"""Of max_length, for the low estimate of batches that are not packed: rows may be that short."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bytes."""
-
-    low: float
-    expected: float
-    high: float
-
-    @classmethod
-    def exact(cls, size: float) -> Range:
-        return cls(size, size, size)
-
-    def __add__(self, other: Range) -> Range:
-        return Range(self.low + other.low, self.expected + other.expected, self.high + other.high)
-
-    def at_least(self, other: Range) -> Range:
-        return Range(max(self.low, other.low), max(self.expected, other.expected), max(self.high, other.high))
-
-    def times(self, low: float, expected: float, high: float) -> Range:
-        return Range(self.low * low, self.expected * expected, self.high * high)
-
-
-NOTHING = Range.exact(0)
-RUNTIME = Range(0.3 * GIB, 0.6 * GIB, 1.2 * GIB)
-"""The CUDA context, cuBLAS's workspaces and NCCL's buffers; assumed, not measured here."""
-SLACK = (0.0, 0.02, 0.08)
-"""Of all else: what torch's allocator rounds up and cannot use in between; assumed, not measured here."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """All that decides how much memory a run takes."""
-
-    recipe: Recipe
-    backend: Backend
-    shape: Architecture
-    gpus_per_node: int = 1
-    nodes: int = 1
-    bf16_hardware: bool = True
-    teacher: Architecture | None = None
-    """Of a resident teacher."""
-    gpu_bytes: int | None = None
-    runtime: Range = field(default=RUNTIME)
-    """Nothing where tensors alone are counted."""
-    slack: tuple[float, float, float] = SLACK
-
-    @property
-    def world(self) -> int:
-        return self.gpus_per_node * self.nodes
-
-    @property
-    def dtype(self) -> str:
-        return choose_dtype(self.recipe, self.backend, bf16_hardware=self.bf16_hardware)
-
-    @property
-    def halves(self) -> bool:
-        """Trained in bfloat16 or float16, by autocast or by an engine."""
-        return self.recipe.train.fp16 or autocasts_bf16(self.recipe, self.bf16_hardware)
-
-    @property
-    def engine_casts(self) -> bool:
-        """DeepSpeed casts every weight that is not in 4 bits; FSDP2 casts what it gathers."""
-        return self.backend.kind in ("deepspeed", "fsdp") and self.halves
-
-    @property
-    def is_packed(self) -> bool:
-        """Batches are filled up to max_length (harness.tasks.job.settle, on a GPU that has a kernel for it)."""
-        recipe = self.recipe
-        if recipe.data.packing != "auto":
-            return recipe.data.packing
-        return self.flattens and recipe.task not in ("dpo", "kto", "reward", "rlhf")
-
-    @property
-    def flattens(self) -> bool:
-        """Samples lie one after another, without padding and a mask of it."""
-        has_kernel = self.bf16_hardware and self.halves and self.recipe.model.attn_implementation not in ("sdpa", "eager")
-        return has_kernel and not self.writes
-
-    @property
-    def writes(self) -> bool:
-        """Its model writes what it learns from."""
-        return self.recipe.distill.on_policy is not None or self.recipe.task == "rlhf"
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per step. Raises RecipeError where the global batch cannot be made."""
-        train = self.recipe.train
-        if train.global_batch_size is None:
-            return train.gradient_accumulation_steps or 1
-        at_once = train.per_device_train_batch_size * self.world
-        if train.global_batch_size % at_once:
-            raise RecipeError(
-                f"train.global_batch_size = {train.global_batch_size}; {self.world} ranks with per_device_train_batch_size = "
-                f"{train.per_device_train_batch_size} take {at_once} rows at once, which does not divide it"
-            )
-        return train.global_batch_size // at_once
-
-    @property
-    def tokens(self) -> Range:
-        """Of a micro-batch."""
-        rows = self.recipe.train.per_device_train_batch_size * (2 if self.recipe.task in ("dpo", "reward") else 1)
-        most = rows * self.recipe.data.max_length
-        return Range(most * (0.9 if self.is_packed else SHORT_ROWS), most, most)
 
 
 @dataclass(frozen=True)
@@ -199,207 +90,6 @@ def _with_runtime(setting: Setting, components: dict[str, Range]) -> dict[str, R
     return present | {name: size for name, size in rest.items() if size.high > 0}
 
 
-# ---- weights, gradients, states
-
-
-@dataclass(frozen=True)
-class Parameters:
-    trained: int
-    adapter: int
-    in_4bit: int
-    whole: int
-    """Frozen or trained, in the model and not in 4 bits; without the adapter."""
-    matrices_4bit: int
-
-
-def count_parameters(shape: Architecture, recipe: Recipe) -> Parameters:
-    """Raises RecipeError for a target of the adapter that the model does not have."""
-    lora, quantization = recipe.model.lora, recipe.model.quantization
-    in_4bit = shape.layers * shape.layer_linears if quantization else 0
-    matrices = shape.layers * sum(matrix.is_linear for matrix in shape.matrices) if quantization else 0
-    adapter = 0
-    if lora:
-        _check_targets(shape, lora.target_modules)
-        adapter = shape.layers * sum(adapter_weights(matrix, lora) for matrix in shape.matrices if is_adapted(matrix, lora))
-        adapter += sum(_saved_whole(shape, name) for name in lora.modules_to_save)
-    trained = adapter if lora else shape.parameters if recipe.task != "generate" else 0
-    return Parameters(trained, adapter, in_4bit, shape.parameters - in_4bit, matrices)
-
-
-def _check_targets(shape: Architecture, targets) -> None:
-    names = [matrix.name for matrix in shape.matrices if matrix.is_linear]
-    for target in () if targets == "all-linear" else targets:
-        if target.split(".")[-1] not in names:
-            raise RecipeError(f"model.lora.target_modules holds {target}; the linear layers of {shape.name} are {', '.join(names)}")
-
-
-def _saved_whole(shape: Architecture, module: str) -> int:
-    leaf = module.split(".")[-1]
-    if leaf == "embed_tokens":
-        return shape.embedding
-    return shape.layers * sum(matrix.weights for matrix in shape.matrices if matrix.name == leaf) or shape.hidden
-
-
-@dataclass(frozen=True)
-class States:
-    always: dict[str, Range]
-    """From the first step on."""
-    in_backward: dict[str, Range]
-    """From the first of a backward pass to its end."""
-    gradients: Range
-    """At the end of the last backward pass of a step."""
-    gradients_before: Range
-    """At its beginning."""
-    step: Range
-
-
-def plan_states(setting: Setting) -> States:
-    """Weights, constants, adapter, gradients, optimiser, buffers.
-
-    ZeRO-1, 2 and 3 by N ranks, W bytes of an element as the engine computes: weights W (3: W/N), masters 4/N, moments 8/N (AdamW);
-    gradients W/N after the last micro-batch (1: whole while micro-batches accumulate; 3: always there), and one bucket. FSDP2: all of it
-    /N, in float32 where it is trained. single and ddp: all of it whole; ddp's buckets are a second copy of the gradients.
-    """
-    recipe, backend, shape, world = setting.recipe, setting.backend, setting.shape, setting.world
-    counts = count_parameters(shape, recipe)
-    share = 1 / world if backend.shards_parameters else 1
-    loaded = BYTES[setting.dtype]
-    base, trained_type = _weight_types(setting, loaded)
-    on_gpu = not backend.offloads_parameters
-    always = {
-        "weights": Range.exact(counts.whole * base * share * on_gpu + counts.in_4bit / 2 * share * on_gpu),
-        "4-bit constants": Range.exact(constant_bytes(counts, recipe.model.quantization)),
-        "adapter": Range.exact(_adapter_bytes(setting, counts, trained_type) if recipe.model.lora else 0),
-    }
-    if recipe.task == "generate":
-        return States(always, {}, NOTHING, NOTHING, NOTHING)
-    trained = counts.trained
-    moments = moment_bytes(setting, trained_type)
-    if backend.kind == "deepspeed" and backend.zero_stage:
-        states = _deepspeed(setting, counts, trained_type, moments, always)
-    elif backend.kind == "fsdp":
-        gradients = Range.exact(trained * trained_type / world * on_gpu)
-        always["optimiser"] = Range.exact(trained * moments / world * (not backend.offloads))
-        states = States(always, {}, gradients, gradients if setting.accumulation > 1 else NOTHING, NOTHING)
-    else:
-        gradients = Range.exact(trained * trained_type)
-        always["optimiser"] = Range.exact(trained * moments)
-        if backend.kind == "ddp" or backend.kind == "deepspeed":
-            always["communication buffers"] = gradients
-        foreach = Range.exact(4 * trained if recipe.train.optim == "adamw_torch" else 0)
-        states = States(always, {}, gradients, gradients if setting.accumulation > 1 else NOTHING, foreach)
-    always |= _others(setting, loaded)
-    return states
-
-
-def _weight_types(setting: Setting, loaded: int) -> tuple[int, int]:
-    """Bytes of (a weight of the model that is not in 4 bits, one that is trained), at rest."""
-    recipe, backend = setting.recipe, setting.backend
-    if backend.kind == "deepspeed" and setting.halves:
-        return 2, 2
-    if recipe.model.quantization and recipe.model.lora:
-        # prepare_model_for_kbit_training: embedding, norms and head in float32, where nothing shards them.
-        return (loaded if backend.shards_parameters else 4), 4
-    if recipe.model.lora:
-        return loaded, loaded if backend.zero_stage == 3 else 4
-    # FSDP2 by Accelerate trains float32 masters whatever was loaded, if precision is mixed.
-    stored = 4 if backend.kind == "fsdp" and setting.halves else loaded
-    return stored, stored
-
-
-def constant_bytes(counts: Parameters, quantization: Quantization | None) -> float:
-    """bitsandbytes' scales: one float32 for 64 weights; or, quantised too, a byte for each, and a float32 for 256 of those. With each
-    matrix come its code (16 float32) and that of its scales (256, and their offset). They are never sharded."""
-    if quantization is None:
-        return 0
-    blocks = counts.in_4bit / 64
-    if not quantization.bnb_4bit_use_double_quant:
-        return 4 * blocks + 64 * counts.matrices_4bit
-    return blocks + 4 * blocks / 256 + (64 + 1024 + 4) * counts.matrices_4bit
-
-
-def _adapter_bytes(setting: Setting, counts: Parameters, width: int) -> float:
-    backend, lora, shape = setting.backend, setting.recipe.model.lora, setting.shape
-    if not backend.shards_parameters:
-        return counts.adapter * width
-    whole = 0
-    if backend.zero_stage == 3:
-        # Small tensors stay gathered beside their shares.
-        limit = int(backend.zero.get("stage3_param_persistence_threshold", PERSISTENT_ELEMENTS))
-        sizes = [size for matrix in shape.matrices if is_adapted(matrix, lora) for size in (lora.r * matrix.columns, lora.r * matrix.rows)]
-        whole = shape.layers * sum(size for size in sizes if size < limit)
-    return (counts.adapter / setting.world + whole) * width
-
-
-MOMENTS = {
-    "adamw_torch_fused": 8,
-    "adamw_torch": 8,
-    "paged_adamw_32bit": 8,
-    # Two bytes, and a float32 for each block of 256 of both.
-    "adamw_8bit": 2 + 8 / 256,
-    "paged_adamw_8bit": 2 + 8 / 256,
-    "lion_32bit": 4,
-    "lion_8bit": 1 + 4 / 256,
-    # Rows and columns of factors; far below a byte for each weight.
-    "adafactor": 0.01,
-    "sgd": 0,
-}
-
-
-def moment_bytes(setting: Setting, trained_type: int) -> float:
-    """Of an optimiser's states for each trained weight. torch's AdamW keeps them in the weight's own type."""
-    optim = setting.recipe.train.optim
-    if optim.startswith("adamw_torch") and trained_type == 2 and setting.backend.kind != "deepspeed":
-        return 4
-    return MOMENTS[optim]
-
-
-def _deepspeed(setting: Setting, counts: Parameters, width: int, moments: float, always: dict[str, Range]) -> States:
-    backend, world, trained = setting.backend, setting.world, counts.trained
-    stage, part = backend.zero_stage, counts.trained / setting.world
-    bucket = width * int(backend.zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
-    always["optimiser"] = Range.exact(0 if backend.offloads else part * (4 + moments))
-    if stage == 3:
-        always["gradients"] = Range.exact(0 if backend.offloads else part * width)
-        always["communication buffers"] = Range.exact(bucket)
-        subgroup = min(part, int(backend.zero.get("sub_group_size", SUBGROUP_ELEMENTS)))
-        return States(always, {}, NOTHING, NOTHING, Range.exact(0 if backend.offloads else subgroup * (4 + width)))
-    largest = max(setting.shape.embedding if not setting.recipe.model.lora else 0, 0) * width
-    beside = {"communication buffers": Range.exact(bucket * (1 + bool(backend.zero.get("overlap_comm"))) + (largest > bucket) * largest)}
-    if backend.offloads:
-        return States(always, beside, NOTHING, NOTHING, NOTHING)
-    gradients = Range.exact(part * width)
-    accumulated = NOTHING
-    if setting.accumulation > 1:
-        accumulated = Range.exact(trained * width if stage == 1 and world > 1 else part * width)
-    # Flattened, and then in float32.
-    step = Range.exact(part * (width + (4 if width != 4 else 0)))
-    return States(always, beside, gradients.at_least(accumulated), accumulated, step)
-
-
-def _others(setting: Setting, loaded: int) -> dict[str, Range]:
-    """A teacher or a reference beside the model."""
-    recipe, backend, others = setting.recipe, setting.backend, {}
-    if setting.teacher is not None:
-        asked, shape = recipe.teacher, setting.teacher
-        dtype = asked.dtype if asked.dtype != "auto" else "bfloat16" if setting.bf16_hardware else "float32"
-        share = 1 / setting.world if backend.zero_stage == 3 else 1
-        in_4bit = shape.layers * shape.layer_linears if asked.quantization else 0
-        counts = Parameters(0, 0, in_4bit, shape.parameters - in_4bit, shape.layers * len(shape.matrices))
-        size = (counts.whole * BYTES[dtype] + in_4bit / 2) * share + constant_bytes(counts, asked.quantization)
-        others["teacher"] = Range.exact(size)
-    if has_resident_reference(recipe):
-        # TRL runs it as a whole copy under ZeRO-1 and 2; FSDP2 gathers all of it in its forward.
-        share = 1 / setting.world if backend.zero_stage == 3 else 1
-        others["reference"] = Range.exact(setting.shape.parameters * loaded * share)
-    return others
-
-
-def has_resident_reference(recipe: Recipe) -> bool:
-    section = {"dpo": recipe.dpo, "kto": recipe.kto}.get(recipe.task)
-    return section is not None and section.reference == "resident"
-
-
 # ---- what a step adds
 
 
@@ -412,7 +102,7 @@ def activation_types(setting: Setting) -> Types:
     if recipe.model.quantization and not setting.backend.shards_parameters:
         # The stream is float32, as the norms are, and bitsandbytes' layers return what they are given.
         return Types(4, 4, 4, compute, 4, autocast)
-    adapter = 4 if recipe.model.lora and setting.backend.zero_stage != 3 else loaded
+    adapter = 4 if trained_adapter(recipe) and setting.backend.zero_stage != 3 else loaded
     return Types(loaded, loaded, compute, compute, adapter, autocast)
 
 
@@ -421,7 +111,7 @@ def layer_of(setting: Setting) -> Kept:
     return layer_activations(
         setting.shape,
         activation_types(setting),
-        setting.recipe.model.lora,
+        trained_adapter(setting.recipe),
         masked=asked == "sdpa" or setting.writes and asked != "eager",
         eager_length=length if asked == "eager" else 0,
     )
@@ -430,7 +120,7 @@ def layer_of(setting: Setting) -> Kept:
 def _training(setting: Setting, states: States) -> dict[str, dict[str, Range]]:
     recipe, shape, tokens = setting.recipe, setting.shape, setting.tokens
     types, layer = activation_types(setting), layer_of(setting)
-    checkpoints, trained = recipe.train.gradient_checkpointing, recipe.model.lora is None
+    checkpoints, trained = recipe.train.gradient_checkpointing, trained_adapter(recipe) is None
 
     def of_tokens(per_token: float, margin: float = 1.1) -> Range:
         return tokens.times(per_token, per_token, per_token * margin)
@@ -471,7 +161,7 @@ def _weight_gradient(setting: Setting) -> Range:
     """Of the largest matrix, before it is added to what is there; of a 4-bit one what it is unpacked to."""
     shape, recipe = setting.shape, setting.recipe
     largest = max(matrix.weights for matrix in shape.matrices)
-    if recipe.model.lora and not recipe.model.quantization:
+    if trained_adapter(recipe) and not recipe.model.quantization:
         return NOTHING
     return Range(0, 2 * largest, 6 * largest)
 
@@ -491,7 +181,7 @@ def gathered_bytes(setting: Setting, types: Types) -> Range:
     head = shape.embedding * types.base if shape.has_head else 0
     if backend.kind == "fsdp":
         root = (shape.embedding + shape.head) * 2
-        trained = layer * (setting.recipe.model.lora is None)
+        trained = layer * (trained_adapter(setting.recipe) is None)
         return Range(2 * layer + root, 2 * layer + root + 2 * trained, 3 * layer + root + 3 * trained + 4 * shape.embedding)
     reuse = int(backend.zero.get("stage3_max_reuse_distance", REUSE_ELEMENTS)) / 2 * per_weight
     live = int(backend.zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)) * per_weight
@@ -525,7 +215,7 @@ def loss_tile(setting: Setting, types: Types) -> tuple[Range, Range]:
     recipe, shape, tokens = setting.recipe, setting.shape, setting.tokens
     if not shape.has_head:
         return NOTHING, NOTHING
-    trains_head = recipe.model.lora is None
+    trains_head = trained_adapter(recipe) is None
     weight = shape.embedding * trains_head
     if recipe.task == "distill":
         # Logits in float32 and halves; of a resident teacher what dense_divergence holds at its peak.
@@ -568,4 +258,4 @@ def _loading(setting: Setting) -> dict[str, Range]:
     return {
         "weights": Range.exact(counts.in_4bit / 2 + counts.whole * BYTES[setting.dtype]),
         "4-bit constants": Range.exact(constant_bytes(counts, recipe.model.quantization)),
-    } | _others(setting, BYTES[setting.dtype])
+    } | others_beside(setting, BYTES[setting.dtype])

@@ -9,7 +9,8 @@ from harness.planner.architecture import Architecture, as_reward_model, load_arc
 from harness.planner.gpus import Gpu
 from harness.planner.host import plan_disk, plan_host
 from harness.planner.hours import Hours, Work, plan_hours, plan_work
-from harness.planner.memory import GpuMemory, Range, Setting, plan_memory
+from harness.planner.memory import GpuMemory, plan_memory
+from harness.planner.setting import Range, Setting
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 

@@ -2,8 +2,9 @@
 
 from harness.planner.fit import Fitting
 from harness.planner.gpus import GIB
-from harness.planner.memory import Range
 from harness.planner.plan import Plan
+from harness.planner.setting import Range
+from harness.planner.states import trained_adapter
 
 FORMAT = 1
 
@@ -17,7 +18,7 @@ def gib(size: float) -> str:
 def render_plan(plan: Plan, changes: list[Fitting]) -> str:
     setting, memory = plan.setting, plan.memory
     shape, world = setting.shape, setting.world
-    what = "whole" if setting.recipe.model.lora is None else "an adapter"
+    what = "whole" if trained_adapter(setting.recipe) is None else "an adapter"
     if setting.recipe.task == "generate":
         what = "nothing"
     lines = [

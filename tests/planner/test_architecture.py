@@ -11,7 +11,7 @@ from harness.embedded import resolve
 from harness.errors import ModelError, RecipeError
 from harness.planner.architecture import MODELS, load_architecture, read_config
 from harness.planner.known import KNOWN
-from harness.planner.memory import count_parameters
+from harness.planner.states import count_parameters
 from harness.recipe import load
 
 SMALL = {

@@ -11,8 +11,10 @@ from harness.errors import RecipeError
 from harness.planner.architecture import load_architecture
 from harness.planner.gpus import GIB, parse_gpu
 from harness.planner.hours import measured_speed, plan_hours, plan_work
-from harness.planner.memory import Range, Setting, constant_bytes, count_parameters, plan_memory, plan_states
+from harness.planner.memory import plan_memory
 from harness.planner.plan import Place, build_setting
+from harness.planner.setting import Range, Setting
+from harness.planner.states import Parameters, constant_bytes, count_parameters, plan_states
 from harness.recipe import load
 from harness.recipe.backend import load_backend
 
@@ -101,8 +103,6 @@ def test_the_constants_of_4_bits_are_those_that_bitsandbytes_keeps(double):
     _, state = quantize_4bit(torch.randn(rows, columns), blocksize=64, compress_statistics=double, quant_type="nf4")
     kept = [state.absmax, state.code] + ([state.offset, state.state2.absmax, state.state2.code] if double else [])
     recipe = load("sft/llama3-8b-tools-qlora", [f"model.quantization.bnb_4bit_use_double_quant={str(double).lower()}"])
-    from harness.planner.memory import Parameters
-
     counts = Parameters(0, 0, rows * columns, 0, matrices_4bit=1)
     assert constant_bytes(counts, recipe.model.quantization) == sum(tensor.nbytes for tensor in kept)
 

@@ -10,7 +10,8 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.planner.architecture import load_architecture
-from harness.planner.memory import Setting, plan_states
+from harness.planner.setting import Setting
+from harness.planner.states import plan_states
 from harness.recipe import load
 from harness.recipe.backend import Backend
 
