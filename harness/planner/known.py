@@ -46,7 +46,8 @@ KNOWN = {
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64),
     "embedded:tiny-llama": _tiny(64),
     "embedded:tiny-student": _tiny(32),
-    # What the quickstart's first stages make.
+    # What the quickstart's stages make.
     "runs/quickstart/base/final": _tiny(64),
     "runs/quickstart/adapt/merged": _tiny(64),
+    "runs/quickstart/distill/final": _tiny(32),
 }
