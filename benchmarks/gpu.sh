@@ -13,6 +13,7 @@ python3 benchmarks/checkpoint.py --device cuda || status=$?
 python3 benchmarks/torch_compile.py || status=$?
 python3 benchmarks/distill.py --device cuda || status=$?
 python3 benchmarks/dpo.py --device cuda || status=$?
+python3 benchmarks/planner.py --device cuda || status=$?
 if [[ -n ${OUT:-} ]]; then
   cp benchmarks/results/*-gpu.* "$OUT"/ 2>/dev/null || true
 fi

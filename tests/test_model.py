@@ -17,7 +17,6 @@ from harness.model import (
     check_4bit_survives_the_engine,
     check_gradients,
     check_vocabulary,
-    choose_dtype,
     draw_weights,
     follow_tokenizer,
     load_base,
@@ -27,6 +26,7 @@ from harness.model import (
 from harness.model.export import MANIFEST, adapter_shapes, check_export, compare_logits, digest_file, verify_export
 from harness.recipe import load
 from harness.recipe.backend import load_backend
+from harness.recipe.precision import choose_dtype
 
 CPU = torch.device("cpu")
 SINGLE, ZERO3 = load_backend("single"), load_backend("zero3")

@@ -17,10 +17,11 @@ from transformers.trainer_callback import PrinterCallback
 from wandb_files import closed_wandb_files, machine_without_wandb, records, section, wandb_history  # noqa: F401 - an autouse fixture
 
 from harness.errors import HarnessError
+from harness.planner.flops import FlopCount, peak_flops
 from harness.run import git_commit
 from harness.tracking import plot_losses, read_metrics
 from harness.tracking.callback import TrackingCallback
-from harness.tracking.flops import FlopCount, count_flops, count_model_flops, flops_per_token, peak_flops
+from harness.tracking.flops import count_flops, count_model_flops, flops_per_token
 from harness.tracking.metrics import MetricsFile, loss_curve, metric_key, smooth
 from harness.tracking.progress import ProgressCallback, format_duration, format_small
 from harness.tracking.throughput import Throughput

@@ -12,6 +12,7 @@ from harness.errors import HarnessError
 VERBS = {
     "quickstart": "Train, adapt and score a tiny tool-calling model on this machine.",
     "check": "Print a recipe as it will run, or say what is wrong with it.",
+    "plan": "Say what a recipe will take of GPUs, hosts, disks and time, and whether it fits.",
     "convert": "Write data of one layout in another, and say what was lost.",
     "validate": "Audit data before it is trained: schemas, pairs, control tokens, duplicates, contamination.",
     "prepare": "Tokenise a recipe's data once, on a CPU.",

@@ -29,6 +29,7 @@ OF_CLUSTER = "cluster."
     "--array", "axes", multiple=True, metavar="KEY=V,V", help="A run for each of these values; given again, for each combination."
 )
 @click.option("--at-once", type=click.IntRange(1), help="So many runs of the array at a time.  [default: as there is room for]")
+@click.option("--despite-plan", is_flag=True, help="Send it although its plan says that it cannot fit the cluster's GPUs.")
 @click.option("--dry-run", is_flag=True, help="Print the script, and do nothing.")
 @click.option("--fresh", is_flag=True, help="Begin again: delete the run folder first, if there is one.")
 @click.option("--allow-change", "allowed", multiple=True, metavar="KEY", help="Continue although this differs from the checkpoint's.")
@@ -42,6 +43,7 @@ def command(
     after: tuple[str, ...],
     axes: tuple[str, ...],
     at_once: int | None,
+    despite_plan: bool,
     dry_run: bool,
     fresh: bool,
     allowed: tuple[str, ...],
@@ -61,6 +63,7 @@ def command(
         after=after,
         fresh=fresh,
         allowed=allowed,
+        despite_plan=despite_plan,
         dry_run=dry_run,
     )
     folder, pipeline = Path(recipe).expanduser().resolve(), find_pipeline(recipe)
@@ -93,6 +96,7 @@ class Asked:
     after: tuple[str, ...]
     fresh: bool
     allowed: tuple[str, ...]
+    despite_plan: bool
     dry_run: bool
 
     def load_cluster(self, before: Path | None, named: str | None = None, time: str | None = None) -> Cluster:
@@ -115,6 +119,7 @@ class Asked:
             after=self.after,
             allowed=self.allowed,
             fresh=self.fresh,
+            despite_plan=self.despite_plan,
             source=source,
         )
 
@@ -160,7 +165,12 @@ def submit_array(recipe: str, asked: Asked, axes: tuple[str, ...], at_once: int 
 def submit_pipeline(file: Path, asked: Asked) -> None:
     enter_directory(file)
     pipeline = load_pipeline(file, asked.settings)
-    links = chain.plan_chain(pipeline, lambda stage: asked.load_cluster(pipeline.folder, stage.cluster, stage.time), fresh=asked.fresh)
+    links = chain.plan_chain(
+        pipeline,
+        lambda stage: asked.load_cluster(pipeline.folder, stage.cluster, stage.time),
+        fresh=asked.fresh,
+        despite_plan=asked.despite_plan,
+    )
     if asked.dry_run:
         click.echo(chain.render(links), nl=False)
         return

@@ -48,7 +48,9 @@ class Link:
         return not (self.is_done or self.live)
 
 
-def plan_chain(pipeline: Pipeline, cluster_of: Callable[[Stage], Cluster], *, fresh: bool = False) -> list[Link]:
+def plan_chain(
+    pipeline: Pipeline, cluster_of: Callable[[Stage], Cluster], *, fresh: bool = False, despite_plan: bool = False
+) -> list[Link]:
     """Every stage, after everything was checked that can be. Raises a HarnessError that says what is wrong with the first that cannot
     begin."""
     plans = plan_stages(pipeline)
@@ -60,7 +62,8 @@ def plan_chain(pipeline: Pipeline, cluster_of: Callable[[Stage], Cluster], *, fr
     for plan in plans:
         done = plan.name in finished
         live = tuple(job.id for run, job in living if run in plan.runs)
-        links.append(Link(plan, build_work(plan, cluster_of(plan.stage), fresh), done, () if done else live))
+        work = build_work(plan, cluster_of(plan.stage), fresh, despite_plan)
+        links.append(Link(plan, work, done, () if done else live))
     for link in links:
         if link.is_sent:
             _check_work(link.work)
@@ -70,10 +73,18 @@ def plan_chain(pipeline: Pipeline, cluster_of: Callable[[Stage], Cluster], *, fr
     return links
 
 
-def build_work(plan: StagePlan, cluster: Cluster, fresh: bool) -> Submission | Array:
+def build_work(plan: StagePlan, cluster: Cluster, fresh: bool, despite_plan: bool) -> Submission | Array:
     """What a stage sends."""
     stage = plan.stage
-    like = Submission(plan.recipes[0], cluster, nodes=stage.nodes, awaited=plan.awaited, fresh=fresh, source=stage.recipe)
+    like = Submission(
+        plan.recipes[0],
+        cluster,
+        nodes=stage.nodes,
+        awaited=plan.awaited,
+        fresh=fresh,
+        despite_plan=despite_plan,
+        source=stage.recipe,
+    )
     shares = stage.shares or [None] * len(plan.recipes)
     each = tuple(
         replace(like, recipe=recipe, share=share, merge=index in plan.merged)

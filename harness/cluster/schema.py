@@ -14,11 +14,13 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from harness.errors import RecipeError
+from harness.planner.gpus import GIB, GPUS, Gpu
 from harness.recipe.load import apply_override, read_yaml, render_yaml, validate
 from harness.recipe.schema import NonNegativeInt, PositiveInt, Section
 from harness.resources import find_config, shipped_names
@@ -80,6 +82,8 @@ class Cluster(Section):
     gpus_per_node: NonNegativeInt = 0
     gpu_type: str | None = None
     """As the site's Gres says it: `h100`."""
+    gpu_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of each GPU, so that what cannot fit is refused before it waits in the queue. Left out: what is known of `gpu_type`."""
     processes_per_node: PositiveInt | None = None
     """Ranks per node: one for each GPU when left out, or one where there are none."""
     cpus_per_node: PositiveInt | None = None
@@ -114,6 +118,15 @@ class Cluster(Section):
     @property
     def ranks_per_node(self) -> int:
         return self.processes_per_node or self.gpus_per_node or 1
+
+    @property
+    def gpu(self) -> Gpu | None:
+        """What a GPU here holds; None where nothing says it."""
+        known = GPUS.get((self.gpu_type or "").lower())
+        if self.gpu_memory_gib is None:
+            return known
+        size = round(self.gpu_memory_gib * GIB)
+        return replace(known, bytes=size) if known else Gpu(f"{self.gpu_memory_gib:g} GiB", size)
 
     @property
     def time_s(self) -> int:
@@ -236,6 +249,8 @@ def _gpu_rules(cluster: Cluster) -> Iterator[str]:
     gpus, processes = cluster.gpus_per_node, cluster.processes_per_node
     if cluster.gpu_type and not gpus:
         yield f"gpu_type = {cluster.gpu_type}; gpus_per_node is 0, so none would be asked for; say how many"
+    if cluster.gpu_memory_gib and not gpus:
+        yield f"gpu_memory_gib = {cluster.gpu_memory_gib:g}; gpus_per_node is 0; say how many there are, or remove this"
     if cluster.gpu_type and not re.fullmatch(r"[\w.-]+", cluster.gpu_type):
         yield f"gpu_type = {cluster.gpu_type!r}; is not the type alone, such as h100; how many there are is gpus_per_node"
     if gpus and processes and processes != gpus:

@@ -4,17 +4,15 @@ Once one was made the next is as large (the ledger knows its size). Before that 
 safetensors files: WEIGHT_BYTES for each weight that is trained, at most.
 """
 
-import json
 import math
 import os
 import re
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 from harness.checkpoint.ledger import read_ledger
 from harness.cluster.findings import Finding
 from harness.errors import HarnessError
+from harness.planner.architecture import tensor_shapes
 from harness.recipe import Recipe
 from harness.run import RunDir
 
@@ -90,18 +88,6 @@ def model_folder(run: Path, recipe: Recipe) -> Path | None:
         return Path(snapshot_download(recipe.model.name_or_path, revision=recipe.model.revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
         return None
-
-
-def tensor_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of every tensor in a folder's safetensors files; of a file that is none, nothing: loading it will say so."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            try:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, path.stat().st_size)))
-            except (struct.error, ValueError):
-                continue
-        yield from ((name, tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def gib(size: int) -> str:

@@ -26,9 +26,12 @@ from harness.cluster import slurm
 from harness.cluster.render import BatchJob, render_train
 from harness.cluster.schema import Cluster, render_cluster
 from harness.cluster.secrets import check_secrets
-from harness.errors import ClusterError, LaunchError
+from harness.errors import ClusterError, LaunchError, ModelError
 from harness.launcher import Machines, check_device, plan_launch
 from harness.model.export import MANIFEST
+from harness.planner import Place, plan_recipe
+from harness.planner.fit import plan_changes
+from harness.planner.render import gib, render_overrides
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 from harness.resources import cache_root, code_root
@@ -56,6 +59,8 @@ class Submission:
     allowed: tuple[str, ...] = ()
     """Keys in which the recipe may differ from the checkpoint's."""
     fresh: bool = False
+    despite_plan: bool = False
+    """Send it although its plan says that it cannot fit."""
     source: str = ""
     """What the person called the recipe, for the script's heading."""
 
@@ -140,6 +145,8 @@ def check_can_begin(submission: Submission) -> None:
     """What does not depend on whether the run is done or lives."""
     recipe, cluster = submission.recipe, submission.cluster
     check_work(recipe, submission.share, submission.machines, has_gpu=cluster.gpus_per_node > 0)
+    if not submission.despite_plan:
+        check_can_fit(submission)
     if cluster.secrets:
         check_secrets(cluster.secrets)
     for folder in cluster.shared:
@@ -157,6 +164,28 @@ def check_work(recipe: Recipe, share: Share | None, machines: Machines, *, has_g
         return
     plan_launch(recipe, machines, [])
     check_device(recipe, load_backend(recipe.backend), has_gpu=has_gpu)
+
+
+def check_can_fit(submission: Submission) -> None:
+    """Raises LaunchError for a training whose lowest plan is more than a GPU of the cluster holds. Where the cluster file says nothing of
+    its GPUs, or the model is not known before it is there, nothing is said."""
+    recipe, cluster = submission.recipe, submission.cluster
+    if submission.share or cluster.gpu is None:
+        return
+    place = Place(cluster.ranks_per_node, submission.nodes, cluster.gpu)
+    try:
+        plan = plan_recipe(recipe, place)
+    except ModelError:
+        return
+    if plan.verdict != "cannot fit":
+        return
+    changes = plan_changes(plan.setting, place)
+    remedy = f"; it fits with {' or with '.join(map(render_overrides, changes))}" if changes else ""
+    raise LaunchError(
+        f"cluster {cluster.name}: GPUs of {gib(cluster.gpu.bytes)} GiB cannot hold this run: it takes {gib(plan.memory.peak.low)} GiB of "
+        f"each at least ({gib(plan.memory.peak.expected)} expected; most of it: {plan.memory.dominant}){remedy}. `harness plan` shows "
+        "all of it; --despite-plan sends it anyway"
+    )
 
 
 def unshared_cache(recipe: Recipe, cluster: Cluster) -> Path | None:

@@ -88,21 +88,6 @@ def auto_class(*, scores: bool):
     return (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
 
 
-def choose_dtype(recipe: Recipe, backend: Backend, *, bf16_hardware: bool) -> str:
-    """The type in which weights are loaded, for `dtype: auto` and otherwise as the recipe says.
-
-    float32 for full fine-tuning without DeepSpeed: AdamW on bfloat16 weights loses updates below 1/256 of a weight. DeepSpeed keeps float32
-    masters itself, and frozen bases are never updated.
-    """
-    if recipe.model.dtype != "auto":
-        return recipe.model.dtype
-    if recipe.train.fp16 and recipe.model.trains_adapter:
-        return "float16"
-    if not bf16_hardware or recipe.train.fp16:
-        return "float32"
-    return "bfloat16" if recipe.model.trains_adapter or backend.kind == "deepspeed" else "float32"
-
-
 def quantization_config(recipe: Recipe, dtype: str, *, shards: bool = False):
     """bitsandbytes' config for the recipe's model, or None."""
     # A new head is trained, which 4-bit weights cannot be.

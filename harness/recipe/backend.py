@@ -8,7 +8,7 @@ keys are listed here; a test holds the lists against the installed libraries.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -142,6 +142,10 @@ class Backend:
     """Optimiser state or parameters live on the host."""
     saves_16bit: bool = True
     """ZeRO-3 gathers weights when it saves; without it an export would be empty."""
+    offloads_parameters: bool = False
+    """ZeRO-3's or FSDP2's shares of the weights live on the host, besides the optimiser state."""
+    zero: dict = field(default_factory=dict, compare=False)
+    """The `zero_optimization` of a DeepSpeed JSON, for whoever asks for its sizes; without one DeepSpeed's own defaults rule."""
 
     @property
     def shards_parameters(self) -> bool:
@@ -174,7 +178,8 @@ def load_backend(name: str, base_dir: Path | None = None) -> Backend:
     if kind == "DEEPSPEED":
         return _deepspeed_backend(file, config.deepspeed_config)
     if kind == "FSDP":
-        return Backend(file.stem, file, "fsdp", offloads=config.fsdp_config.fsdp_offload_params)
+        offloads = config.fsdp_config.fsdp_offload_params
+        return Backend(file.stem, file, "fsdp", offloads=offloads, offloads_parameters=offloads)
     return Backend(file.stem, file, "single" if kind == "NO" else "ddp")
 
 
@@ -200,17 +205,21 @@ def _deepspeed_backend(file: Path, config: AccelerateDeepSpeed) -> Backend:
     for what in ("optimizer", "param"):
         if getattr(config, f"offload_{what}_device") == "nvme" and getattr(config, f"offload_{what}_nvme_path") is None:
             raise RecipeError(f"{file}: deepspeed_config.offload_{what}_nvme_path: is required with nvme; a folder on a local disk")
-    offloads = config.offload_optimizer_device != "none" or config.offload_param_device != "none"
-    return Backend(file.stem, file, "deepspeed", config.zero_stage, offloads, config.zero3_save_16bit_model or config.zero_stage != 3)
+    moves_parameters = config.offload_param_device != "none"
+    offloads = config.offload_optimizer_device != "none" or moves_parameters
+    saves = config.zero3_save_16bit_model or config.zero_stage != 3
+    return Backend(file.stem, file, "deepspeed", config.zero_stage, offloads, saves, moves_parameters)
 
 
 def backend_of_json(name: str, file: Path, path: Path) -> Backend:
     """The backend that a DeepSpeed JSON describes. `path` is relative to where the command is run, as for Accelerate itself."""
     zero = check_deepspeed_json(path).get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    offloads = any((zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param"))
+    offloads, moves_parameters = (
+        (zero.get(key) or {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")
+    )
     gathers = any(zero.get(key) for key in zero if key.endswith("gather_16bit_weights_on_model_save"))
-    return Backend(name, file, "deepspeed", stage, offloads, stage != 3 or gathers)
+    return Backend(name, file, "deepspeed", stage, offloads or moves_parameters, stage != 3 or gathers, moves_parameters, zero)
 
 
 def check_deepspeed_json(path: Path) -> dict:

@@ -5,6 +5,7 @@ from pathlib import Path
 from harness.launcher import accumulation_steps
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
+from harness.recipe.precision import autocasts_bf16
 
 # Names that mean the same to transformers and are passed on as they are.
 SAME_NAME = (
@@ -48,12 +49,6 @@ def training_arguments(recipe: Recipe, backend: Backend, output_dir: Path, world
         "restore_callback_states_from_checkpoint": True,
     }
     return arguments | {"eval_strategy": eval_strategy(recipe)} | _saving(recipe)
-
-
-def autocasts_bf16(recipe: Recipe, bf16_hardware: bool) -> bool:
-    if recipe.train.bf16 != "auto":
-        return recipe.train.bf16
-    return bf16_hardware and not recipe.train.fp16 and recipe.model.dtype != "float32"
 
 
 def use_reentrant(recipe: Recipe, backend: Backend) -> bool:

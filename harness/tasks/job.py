@@ -269,8 +269,7 @@ def settle(recipe: Recipe, backend: Backend) -> Settled:
     import torch
 
     from harness.attention import PACKING_KERNELS, choose_attention
-    from harness.model import choose_dtype
-    from harness.tasks.arguments import autocasts_bf16
+    from harness.recipe.precision import autocasts_bf16, choose_dtype
 
     has_gpu = torch.cuda.is_available()
     # Cards before Ampere emulate it, slowly, and refuse TF32.

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TrainerCallback
 
-from harness.tracking.flops import FlopCount, count_model_flops, peak_flops
+from harness.planner.flops import FlopCount, peak_flops
+from harness.tracking.flops import count_model_flops
 
 GIB = 2**30
 

@@ -159,6 +159,7 @@ WRONG = [
     (["time=5:00"], "signal_lead_s", "the whole job is 300 s (time = 5:00)"),
     (["signal_lead_s=86400"], "signal_lead_s", "must be <= 65535"),
     (["gpu_type=h100"], "gpu_type", "gpus_per_node is 0"),
+    (["gpu_memory_gib=80"], "gpu_memory_gib", "gpus_per_node is 0"),
     (["gpus_per_node=8", "gpu_type=h100:8"], "gpu_type", "is not the type alone"),
     (["gpus_per_node=8", "processes_per_node=4"], "processes_per_node", "there are 8 GPUs per node"),
     (["secrets=keys.env"], "secrets", "write it from / or ~"),
