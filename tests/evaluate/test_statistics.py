@@ -2,7 +2,7 @@ from statistics import NormalDist
 
 import pytest
 
-from harness.evaluate.statistics import wilson_interval
+from harness.evaluate.statistics import holm, mcnemar_exact, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,25 @@ def test_nothing_tried_has_no_interval_and_nonsense_is_refused():
     for wrong in [(2, 1), (-1, 1), (0, -1), (1, 1, 1.0), (1, 1, 0.0)]:
         with pytest.raises(ValueError):
             wilson_interval(*wrong)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (0, 5), (3, 11), (7, 7), (40, 60), (700, 812)])
+def test_mcnemar_is_the_two_sided_binomial_test_of_scipy(first, second):
+    scipy_stats = pytest.importorskip("scipy.stats")
+    expected = scipy_stats.binomtest(first, first + second, 0.5).pvalue if first + second else 1.0
+    assert mcnemar_exact(first, second) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar_exact(second, first) == mcnemar_exact(first, second)
+
+
+def test_mcnemar_by_hand():
+    # Of 10 items that differ 2 are the first's: (1 + 10 + 45) / 1024, and as many on the other side.
+    assert mcnemar_exact(2, 8) == 112 / 1024
+    with pytest.raises(ValueError, match="-1"):
+        mcnemar_exact(-1, 3)
+
+
+def test_holm_multiplies_the_smallest_by_how_many_there_are_and_never_falls():
+    # Sorted 0.01, 0.02, 0.03, 0.5 by 4, 3, 2, 1: 0.04, 0.06, 0.06 (not 0.06 again by chance but never below the one before), 0.5.
+    assert holm([0.03, 0.5, 0.01, 0.02]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert holm([]) == []
