@@ -10,6 +10,7 @@ from harness.cli.run import visible_gpus
 from harness.cli.tables import print_table
 from harness.cli.workers import supervise
 from harness.distributed import local_rank, rank, world_size
+from harness.embedded import resolve
 from harness.errors import RecipeError
 from harness.launcher import Machines
 from harness.logs import quieten
@@ -76,7 +77,7 @@ def command(target, suites, output, processes, shards, shard, against, project, 
 
 def parse_suite(text: str) -> tuple[str, list[Path]]:
     name, named, paths = text.partition("=")
-    files = [Path(path).expanduser() for path in paths.split(",") if path]
+    files = [Path(resolve(path)).expanduser() for path in paths.split(",") if path]
     if not named or not files:
         raise RecipeError(f"--suite {text}; must be NAME=PATH, or NAME=PATH,PATH for several files")
     return name, files

@@ -1,8 +1,8 @@
 """Task accuracy while training: at each evaluation the model answers held-out questions greedily, and the one scorer counts.
 
 Logged as eval/exact_match, eval/valid_json, eval/valid_schema and eval/right_abstention (harness.tools.summarise says of what); W&B also
-gets a table of questions that the model failed, eval/failing_calls. Every rank answers its share. Nothing of training is touched: no random number is drawn, and weights that ZeRO-3 has cut up are gathered and cut up
-again as they were.
+gets a table of questions that the model failed, eval/failing_calls. Every rank answers its share. Nothing of training is touched: no random
+number is drawn, and weights that ZeRO-3 has cut up are gathered and cut up again as they were.
 """
 
 import contextlib

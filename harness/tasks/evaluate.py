@@ -36,6 +36,7 @@ from harness.units import Worker, claim, committing, each_missing, missing_units
 
 FORMAT = 1
 HEADER = "evaluate.json"
+FROM_FOLDERS = ("bfcl", "apibench")
 UNITS, UNIT_FILE = "units", "unit-{:05d}.jsonl"
 
 
@@ -62,6 +63,8 @@ def load_suites(wanted: Sequence[tuple[str, list[Path]]], settings: Settings) ->
         for file in files:
             if not file.exists():
                 raise RecipeError(f"--suite {name}={file}: there is no such file or folder")
+            if file.is_dir() and name not in FROM_FOLDERS:
+                raise RecipeError(f"--suite {name}={file}: is a folder; give its files, with a comma between them")
         loaded = suite.load(files, underscore_names=settings.underscore_names)
         asked.append(Asked(name, suite, loaded, choose_items(loaded.items, settings.max_items)))
     return asked
