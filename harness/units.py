@@ -66,7 +66,7 @@ def claim(header: Path, facts: dict, *, verb: str, whose: str, option: str, erro
         with committing(header) as stream:
             stream.write(json.dumps(facts, indent=1) + "\n")
     there = json.loads(header.read_text())
-    for name in facts.keys() | there.keys():
+    for name in {**facts, **there}:
         if facts.get(name) != there.get(name):
             raise error(
                 f"{header}: {name} is {there.get(name)!r}, and of {whose} {facts.get(name)!r}; answers of both would be mixed; choose "
