@@ -174,13 +174,15 @@ class WandbRun:
         self._guarded("log", lambda run: run.log({"step": step, **values}, step=row))
 
     def log_table(self, row: int, step: int, key: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
-        """A table beside line `row`, which is logged after it. `harness sync` has none of these: they are in no metrics.jsonl."""
-        self._guarded(
-            "log a table",
-            lambda run: run.log(
-                {"step": step, key: self._wandb.Table(columns=list(columns), data=[redact(list(cells)) for cells in rows])}, step=row
-            ),
-        )
+        """A table beside line `row`, which is logged after it. One that fails is left out, and the lines go on: W&B writes tables through
+        the disk for temporary files. `harness sync` has none of them, for they are in no metrics.jsonl."""
+        if self._run is None:
+            return
+        try:
+            table = self._wandb.Table(columns=list(columns), data=[redact(list(cells)) for cells in rows])
+            self._run.log({"step": step, key: table}, step=row)
+        except failures(self._wandb) as error:
+            logger.warning("W&B: cannot log the table %s (%s); it is left out", key, first_line(error))
 
     def log_artifact(self, export_folder: Path, lineage: dict[str, Any]) -> None:
         """The export as an artifact of type "model", with its lineage as metadata; offline it is uploaded by `harness sync`."""

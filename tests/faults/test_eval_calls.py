@@ -68,8 +68,16 @@ def expected(alone):
     return {key: summary[key] for key in RATES if summary[key] is not None}
 
 
+MEDIA_FOLDER = """
+import pathlib
+from wandb.sdk.data_types._private import MEDIA_TMP
+pathlib.Path(MEDIA_TMP.name).mkdir(exist_ok=True)
+"""
+"""Of tables on their way; the first rank that was forked after the import of wandb takes it along when it ends."""
+
+
 def evaluated(file, *overrides, backend="ddp") -> dict[tuple[int, str], float]:
-    life = shared_rig().run(file, *overrides, world=2, backend=backend)
+    life = shared_rig().run(file, *overrides, world=2, backend=backend, inject=MEDIA_FOLDER)
     assert list(life.codes.values()) == [0, 0], life.output(0)
     lines = [json.loads(line) for line in (file.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
     return {(line["step"], key): value for line in lines for key, value in line.items()}
