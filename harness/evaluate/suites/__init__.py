@@ -10,12 +10,16 @@ A suite is a module with
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from harness.errors import RecipeError
+from harness.data.formats import LeftOut
+from harness.data.sources import read_raw
+from harness.errors import DataError, RecipeError
 from harness.evaluate.items import Item
 from harness.tools import did_you_mean
 
@@ -46,6 +50,29 @@ class Loaded:
     """That decide what is asked and what is right."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Reason -> rows that cannot be asked or judged."""
+
+
+def load_own(paths: Sequence[Path], item_of: Callable[[dict], Item | str]) -> Loaded:
+    """The rows of files of one's own, each once. item_of: the item of a row, or why it is left out."""
+    found: dict[str, Item] = {}
+    left_out: Counter = Counter()
+    for path in paths:
+        for where, raw in read_raw(path):
+            try:
+                item = item_of(raw)
+            except LeftOut as reason:
+                item = str(reason)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            if isinstance(item, str):
+                left_out[item] += 1
+            elif item.id in found:
+                left_out["the same row again"] += 1
+            else:
+                found[item.id] = item
+    if not found:
+        raise DataError(f"{', '.join(map(str, paths))}: no row is left; {dict(left_out) or 'the files are empty'}")
+    return Loaded(list(found.values()), list(paths), dict(left_out))
 
 
 def find_suite(name: str) -> ModuleType:

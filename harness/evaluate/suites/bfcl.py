@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.data.formats import messages_of
+from harness.data.conversation import messages_of
 from harness.errors import DataError
 from harness.evaluate.items import Item
 from harness.evaluate.scoring import Judged, Prediction, score_predictions

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.data.formats import to_canonical
-from harness.data.sources import content_digest, read_raw
+from harness.data.sources import content_digest
 from harness.errors import DataError
 from harness.evaluate.items import Item
-from harness.evaluate.suites import Loaded, Verdict
+from harness.evaluate.suites import Loaded, Verdict, load_own
 from harness.tools import ToolCall, check_call, judge_strictly, parse_calls
 
 NEEDS = "answers"
@@ -21,24 +21,14 @@ NOTE = None
 
 
 def load(paths: Sequence[Path], *, underscore_names: bool = False) -> Loaded:
-    found: dict[str, Item] = {}
-    repeated = 0
-    for path in paths:
-        for where, raw in read_raw(path):
-            item = _item(where, raw)
-            repeated += item.id in found
-            found.setdefault(item.id, item)
-    return Loaded(list(found.values()), list(paths), {"the same row again": repeated} if repeated else {})
+    return load_own(paths, _item)
 
 
-def _item(where: str, raw: dict) -> Item:
+def _item(raw: dict) -> Item:
     named = raw.get("category")
-    try:
-        row = to_canonical({key: value for key, value in raw.items() if key != "category"})
-        if "messages" not in row:
-            raise DataError(f"a row of {' and '.join(row)}; must be a conversation that ends with the assistant")
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+    row = to_canonical({key: value for key, value in raw.items() if key != "category"})
+    if "messages" not in row:
+        raise DataError(f"a row of {' and '.join(row)}; must be a conversation that ends with the assistant")
     *asked, answer = row["messages"]
     gold = [ToolCall(call["function"]["name"], call["function"]["arguments"]) for call in answer.get("tool_calls", ())]
     category = named if isinstance(named, str) else "calls" if gold else "no_calls"

@@ -6,25 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.data.formats import to_canonical
-from harness.data.sources import content_digest, read_raw
-from harness.errors import DataError
+from harness.data.sources import content_digest
 from harness.evaluate.items import Item
-from harness.evaluate.suites import Loaded
+from harness.evaluate.suites import Loaded, load_own
 
 NEEDS = "loss"
 NOTE = None
 
 
 def load(paths: Sequence[Path], *, underscore_names: bool = False) -> Loaded:
-    found: dict[str, Item] = {}
-    repeated = 0
-    for path in paths:
-        for where, raw in read_raw(path):
-            try:
-                row = to_canonical(raw)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
-            id = content_digest(row)
-            repeated += id in found
-            found.setdefault(id, Item(id, "held_out", row.get("messages", []), row.get("tools", []), {"row": row}))
-    return Loaded(list(found.values()), list(paths), {"the same row again": repeated} if repeated else {})
+    return load_own(paths, _item)
+
+
+def _item(raw: dict) -> Item:
+    row = to_canonical(raw)
+    return Item(content_digest(row), "held_out", row.get("messages", []), row.get("tools", []), {"row": row})

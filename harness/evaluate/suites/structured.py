@@ -14,15 +14,14 @@ those of JSON are asked; YAML, TOML, CSV and XML are left out and counted.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.data.formats import messages_of
-from harness.data.sources import content_digest, read_raw
+from harness.data.conversation import messages_of
+from harness.data.sources import content_digest
 from harness.errors import DataError
 from harness.evaluate.items import Item
-from harness.evaluate.suites import Loaded, Verdict
+from harness.evaluate.suites import Loaded, Verdict, load_own
 from harness.tools import check_value, json_equal, normalise_tools, parse_calls
 from harness.tools.calls import spoken
 from harness.tools.schema import decode_json
@@ -32,25 +31,15 @@ NOTE = None
 
 
 def load(paths: Sequence[Path], *, underscore_names: bool = False) -> Loaded:
-    found: dict[str, Item] = {}
-    left_out: Counter = Counter()
-    for path in paths:
-        for where, raw in read_raw(path):
-            try:
-                item = _of_nemo_gym(raw) if "responses_create_params" in raw else _of_own(raw)
-                if isinstance(item, Item):
-                    check_value(None, item.gold["schema"])
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
-            if isinstance(item, str):
-                left_out[item] += 1
-            elif item.id in found:
-                left_out["the same row again"] += 1
-            else:
-                found[item.id] = item
-    if not found:
-        raise DataError(f"{', '.join(map(str, paths))}: no row can be asked; left out were {dict(left_out)}")
-    return Loaded(list(found.values()), list(paths), dict(left_out))
+    return load_own(paths, _item)
+
+
+def _item(raw: dict) -> Item | str:
+    item = _of_nemo_gym(raw) if "responses_create_params" in raw else _of_own(raw)
+    if isinstance(item, Item):
+        # Raises for a schema that is none.
+        check_value(None, item.gold["schema"])
+    return item
 
 
 def _of_own(raw: dict) -> Item:
