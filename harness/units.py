@@ -5,14 +5,17 @@ rest, and the same command goes on. Two who do the same unit do no harm, because
 """
 
 import contextlib
+import json
 import os
 import random
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
+
+from harness.errors import HarnessError, Stopped
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,41 @@ def missing_units(folder: Path, name: str, units: int) -> set[int]:
     """Numbers of the units that have no file. name: of a unit's file, with a place for its number."""
     there = set(os.listdir(folder)) if folder.is_dir() else set()
     return {unit for unit in range(units) if name.format(unit) not in there}
+
+
+def each_missing(worker: Worker, units: int, missing: Callable[[], set[int]], stop: Callable[[], str | None]) -> Iterator[int]:
+    """The units that nobody has done by the time that it is their turn. Raises Stopped where `stop` gives a reason between two of them."""
+    for unit in worker.order(units):
+        left = missing()
+        if left and (reason := stop()):
+            raise Stopped(
+                f"stopped ({reason}): {units - len(left)} of {units} units are there; the same command goes on, with any number of workers"
+            )
+        if unit in left:
+            yield unit
+
+
+def claim(header: Path, facts: dict, *, verb: str, whose: str, option: str, error: type[HarnessError]) -> None:
+    """Make the header's folder one of these facts, or find that it is. whose: facts these are. option: what chooses the folder.
+
+    Raises `error` when the folder is another's, because results of both would be mixed.
+    """
+    folder = header.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not header.is_file():
+        foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        # Another worker may have been here in between.
+        if foreign and not header.is_file():
+            raise error(f"{folder}: holds what is not of `harness {verb}` ({', '.join(foreign[:3])}); choose another {option}")
+        with committing(header) as stream:
+            stream.write(json.dumps(facts, indent=1) + "\n")
+    there = json.loads(header.read_text())
+    for name in {**facts, **there}:
+        if facts.get(name) != there.get(name):
+            raise error(
+                f"{header}: {name} is {there.get(name)!r}, and of {whose} {facts.get(name)!r}; answers of both would be mixed; choose "
+                f"another {option}"
+            )
 
 
 # ---- commits

@@ -271,6 +271,10 @@ def check_command(command: str) -> None:
         check_rank_command(words)
     elif program == "harness":
         check_harness_command(arguments, environment)
+    elif any(word.endswith("launch/evaluate.py") for word in words):
+        assert program in ("accelerate", "torchrun", "python"), command
+        at = next(n for n, word in enumerate(words) if word.endswith("launch/evaluate.py"))
+        check_harness_command(["evaluate", *words[at + 1 :]], environment)
     elif program.endswith("launch/multi-node.sh"):
         assert os.access(REPOSITORY / "launch" / "multi-node.sh", os.X_OK)
         check_harness_command(["run", *arguments], environment)

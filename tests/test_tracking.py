@@ -157,6 +157,32 @@ def test_a_wandb_that_dies_is_said_once_and_the_run_goes_on(tmp_path, caplog):
     assert len(read_metrics(tmp_path)) == 3
 
 
+def test_a_table_that_cannot_be_logged_is_left_out_and_the_lines_go_on(tmp_path, caplog):
+    callback = TrackingCallback(tmp_path, section(), {}, is_main=True)
+    callback.log(0, {"loss": 1.0})
+    log, failed = callback._wandb._run.log, []
+
+    def full_disk_for_tables(values, **options):
+        if "eval/failing_calls" in values and not failed:
+            failed.append(values)
+            raise OSError(28, "No space left on device")
+        log(values, **options)
+
+    callback._wandb._run.log = full_disk_for_tables
+    for step in (1, 2):
+        callback.log_table(step, "eval/failing_calls", ("question", "said"), [("Rome?", f"answer {step}")])
+        callback.log(step, {"loss": 1.0 + step})
+    callback.log_table(3, "eval/failing_calls", ("question", "said"), [])
+    callback.finish(0)
+    assert [record.message for record in caplog.records if "W&B: cannot" in record.message] == [
+        "W&B: cannot log the table eval/failing_calls ([Errno 28] No space left on device); it is left out"
+    ]
+    (file,) = closed_wandb_files(tmp_path)
+    assert [line["train/loss"] for line in wandb_history(file)] == [1.0, 2.0, 3.0]
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/eval/*.table.json")
+    assert json.loads(table.read_text())["data"] == [["Rome?", "answer 2"]]
+
+
 def test_a_value_that_is_not_finite_is_null_and_named(tmp_path):
     callback = TrackingCallback(tmp_path, section(mode="disabled"), {}, is_main=True)
     callback.log(7, {"loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-4})

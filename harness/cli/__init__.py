@@ -20,6 +20,7 @@ VERBS = {
     "capture": "Run a teacher once over a recipe's data, for every student to come.",
     "generate": "Have a teacher answer a recipe's prompts, for a student's fine-tuning.",
     "run": "Train: start the ranks of a recipe on this machine.",
+    "evaluate": "Ask a model or a server what suites ask, and judge its answers.",
     "score": "Score tool calls that came from anywhere against a suite's answers.",
     "submit": "Send a recipe to Slurm, or render the script that would be sent.",
     "status": "Say how runs stand: state, step, time left, restarts, last commit.",

@@ -1,6 +1,7 @@
-"""What a rate over few answers can claim. Pure: no torch, no scipy."""
+"""What rates over few answers can claim, alone and against each other. Pure: no torch, no scipy."""
 
-from math import sqrt
+from collections.abc import Sequence
+from math import comb, sqrt
 from statistics import NormalDist
 
 
@@ -19,3 +20,25 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     half = z / shrink * sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
     # At the ends the bound is exactly 0 or 1, which rounding misses.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Two-sided p of McNemar's exact test: of the items that one of two models alone gets right, so many are the first's and the second's.
+
+    Where both were equally good each of these items would be either's with probability 1/2 (McNemar 1947; the binomial itself, not its
+    approximation). 1.0 where the two differ nowhere.
+    """
+    if only_first < 0 or only_second < 0:
+        raise ValueError(f"{only_first} and {only_second} items")
+    differing, fewer = only_first + only_second, min(only_first, only_second)
+    # In whole numbers: floats have no 2**1100.
+    return min(1.0, 2 * sum(comb(differing, k) for k in range(fewer + 1)) / 2**differing)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p adjusted for the others that were looked at (Holm 1979), in the given order: below 0.05 holds for all of them together."""
+    adjusted, worst = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = worst
+    return adjusted

@@ -54,6 +54,8 @@ class Question:
     """As the file has them, in the leaderboard's own dialect of JSON Schema."""
     gold: list[dict] | None
     """A call each: {name: {parameter: [acceptable values]}}. Empty in WITHOUT_ANSWERS, None where no answer was given."""
+    turns: object = None
+    """What is asked, as the file has it: a list of turns of messages. Who only scores answers needs none."""
 
 
 def category_of(id: str) -> str:
@@ -93,7 +95,7 @@ def load_questions(questions: Iterable[Path], answers: Iterable[Path], *, unders
         of_gold, wanted = (where, []) if category in WITHOUT_ANSWERS else gold.get(id, (where, None))
         if wanted:
             _check_fits(of_gold, wanted, functions, category)
-        found[id] = Question(id, category, functions, wanted)
+        found[id] = Question(id, category, functions, wanted, row.get("question"))
     return {id: _with_underscores(question) for id, question in found.items()} if underscore_names else found
 
 
@@ -103,7 +105,8 @@ def _with_underscores(question: Question) -> Question:
     return replace(question, functions=functions, gold=gold)
 
 
-def _files(paths: Iterable[Path], what: str) -> Iterator[Path]:
+def question_files(paths: Iterable[Path], what: str) -> Iterator[Path]:
+    """Each file behind the paths. Raises DataError where there is none."""
     for path in paths:
         if path.is_dir():
             inside = [file for file in sorted(path.iterdir()) if _names_category(file)]
@@ -122,7 +125,7 @@ def _names_category(file: Path) -> bool:
 
 
 def _rows(paths: Iterable[Path], what: str) -> Iterator[tuple[str, dict]]:
-    for file in _files(paths, what):
+    for file in question_files(paths, what):
         for where, row in read_lines(file):
             if not isinstance(row, dict) or not isinstance(row.get("id"), str):
                 raise DataError(f'{where}: is no row of {what}; must be an object with an "id"')

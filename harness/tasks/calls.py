@@ -1,11 +1,12 @@
 """Task accuracy while training: at each evaluation the model answers held-out questions greedily, and the one scorer counts.
 
-Logged as eval/exact_match, eval/valid_json, eval/valid_schema and eval/right_abstention (harness.tools.summarise says of what). Every rank
-answers its share. Nothing of training is touched: no random number is drawn, and weights that ZeRO-3 has cut up are gathered and cut up
-again as they were.
+Logged as eval/exact_match, eval/valid_json, eval/valid_schema and eval/right_abstention (harness.tools.summarise says of what); W&B also
+gets a table of questions that the model failed, eval/failing_calls. Every rank answers its share. Nothing of training is touched: no random
+number is drawn, and weights that ZeRO-3 has cut up are gathered and cut up again as they were.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from trl.models.utils import unwrap_model_for_generation
 from harness import distributed
 from harness.data import held_out_rows
 from harness.data.templates import Renderer, end_of_turn_ids
-from harness.evaluate.calls import Question, answer_questions, choose_questions
+from harness.evaluate.calls import Answer, Question, answer_questions, choose_questions
 from harness.model import follow_tokenizer
 from harness.recipe import Recipe
 from harness.tasks.templates import training_template
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 RATES = ("exact_match", "valid_json", "valid_schema", "right_abstention")
 LEAST_TOKENS = 32
 """That an answer may have, however short the gold is."""
+FAILING_ROWS, FAILING_CHARACTERS = 50, 2000
+"""Of a table of failing questions, and of one cell in it."""
+FAILING_COLUMNS = ("location", "failure", "question", "said", "gold")
 
 
 class HeldOutCalls:
@@ -45,6 +49,9 @@ class HeldOutCalls:
         # Whoever writes twice as much as the longest gold call has not made the call. An answer in words may be cut: it counts that there
         # is one and that it calls nothing.
         self._most_tokens = max(LEAST_TOKENS, 2 * longest_call)
+        self.tell: Callable[[int, list[tuple]], None] = lambda step, failing: None
+        """Is told at each evaluation of a training, on every rank, rows of FAILING_COLUMNS: the first questions that were failed."""
+        self._failing: list[tuple] = []
 
     def measure(self, model: "PreTrainedModel", after_batch: Callable[[], None] = lambda: None) -> dict[str, float]:
         """The rates of a model that is whole on every rank; all ranks call it. A rate over nothing is left out.
@@ -60,8 +67,11 @@ class HeldOutCalls:
                 batch_size=self._batch_size,
                 after_batch=after_batch,
             )
-        mine = [answer.score for answer in answers[: self._counted]]
-        summary = summarise([score for scores in distributed.gather_objects(mine) for score in scores])
+        mine = answers[: self._counted]
+        failing = [_failing_row(answer) for answer in mine if answer.score.failure][:FAILING_ROWS]
+        shares = distributed.gather_objects(([answer.score for answer in mine], failing))
+        self._failing = [row for _, rows in shares for row in rows][:FAILING_ROWS]
+        summary = summarise([score for scores, _ in shares for score in scores])
         return {key: summary[key] for key in RATES if summary[key] is not None}
 
     def measure_in_training(self, trainer: "HarnessTrainer") -> dict[str, float]:
@@ -69,7 +79,15 @@ class HeldOutCalls:
         with unwrap_model_for_generation(
             trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
         ) as model:
-            return self.measure(model, trainer.after_evaluation_batch)
+            rates = self.measure(model, trainer.after_evaluation_batch)
+        self.tell(trainer.state.global_step, self._failing)
+        return rates
+
+
+def _failing_row(answer: Answer) -> tuple:
+    gold = json.dumps([{"name": call.name, "arguments": call.arguments} for call in answer.gold], ensure_ascii=False)
+    cells = (answer.location, answer.score.failure, answer.question, answer.said, gold)
+    return tuple(str(cell)[:FAILING_CHARACTERS] for cell in cells)
 
 
 @contextlib.contextmanager

@@ -31,13 +31,13 @@ from harness.data.prepare import tokenizer_digest
 from harness.data.prompts import Prompt, Prompts, load_prompts
 from harness.data.templates import check_tokenizer, end_of_turn_ids
 from harness.embedded import resolve
-from harness.errors import Stopped, TeacherError
+from harness.errors import TeacherError
 from harness.evaluate.generate import generate
 from harness.recipe import Recipe
 from harness.teacher.forecast import clock
 from harness.teacher.resident import load_frozen, weights_digest
 from harness.tools import FAULTS, Fault, read_answer
-from harness.units import Worker, committing, missing_units
+from harness.units import Worker, claim, committing, each_missing, missing_units
 
 FORMAT = 1
 HEADER, ANSWERS, DROPPED, REPORT = "generate.json", "answers.jsonl", "dropped.jsonl", "report.json"
@@ -93,7 +93,9 @@ def _begin(recipe: Recipe, say: Callable[[str], None]) -> _Work:
     work = _Work(recipe, tokenizer, asked, folder, say)
     say(work.describe())
     with _writing(folder):
-        _claim(folder, facts_of(recipe, tokenizer, asked))
+        facts = facts_of(recipe, tokenizer, asked)
+        claim(folder / HEADER, facts, verb="generate", whose="this recipe", option="output_dir", error=TeacherError)
+        (folder / UNITS).mkdir(exist_ok=True)
     return work
 
 
@@ -126,27 +128,6 @@ def facts_of(recipe: Recipe, tokenizer, asked: Prompts) -> dict:
         **{f"generate.{key}": value for key, value in settings.items()},
         "data.seed": recipe.data.seed if recipe.generate.temperature else None,
     }
-
-
-def _claim(folder: Path, facts: dict) -> None:
-    """Make the folder one of these facts, or find that it is. Raises TeacherError when it is another's."""
-    header = folder / HEADER
-    folder.mkdir(parents=True, exist_ok=True)
-    if not header.is_file():
-        foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-        # Another worker may have been here in between.
-        if foreign and not header.is_file():
-            raise TeacherError(f"{folder}: holds what is not of `harness generate` ({', '.join(foreign[:3])}); choose another output_dir")
-        with committing(header) as stream:
-            stream.write(json.dumps(facts, indent=1) + "\n")
-    (folder / UNITS).mkdir(exist_ok=True)
-    there = json.loads(header.read_text())
-    for name in facts.keys() | there.keys():
-        if facts.get(name) != there.get(name):
-            raise TeacherError(
-                f"{header}: {name} is {there.get(name)!r}, and of this recipe {facts.get(name)!r}; answers of both would be mixed; "
-                "choose another output_dir"
-            )
 
 
 # ---- units
@@ -182,15 +163,7 @@ class _Work:
         if not found:
             return
         model, begun = self._load(), time.monotonic()
-        for unit in worker.order(self.units):
-            missing = self.missing()
-            if missing and (reason := stop()):
-                there = self.units - len(missing)
-                raise Stopped(
-                    f"stopped ({reason}): {there} of {self.units} units are there; the same command goes on, with any number of workers"
-                )
-            if unit not in missing:
-                continue
+        for unit in each_missing(worker, self.units, self.missing, stop):
             started = time.monotonic()
             tokens = self._do(unit, model)
             took_s, left = time.monotonic() - started, len(self.missing())

@@ -136,7 +136,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
     from harness.model import check_positions, load_tokenizer
     from harness.model.adapters import add_reference_adapter
     from harness.tasks.arguments import eval_strategy, training_arguments
-    from harness.tasks.calls import load_held_out_calls, measure_teacher
+    from harness.tasks.calls import FAILING_COLUMNS, load_held_out_calls, measure_teacher
     from harness.tasks.export import export
     from harness.tasks.smoke import report_smoke, smoke_test
     from harness.tracking.progress import ProgressCallback
@@ -178,6 +178,8 @@ def _train(job: Job, resumed: Selected | None) -> None:
     job.report.enter("building trainer")
     trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, plan.build)
     trainer.calls = load_held_out_calls(recipe, tokenizer, args.per_device_eval_batch_size)
+    if trainer.calls:
+        trainer.calls.tell = lambda step, failing: tracking.log_table(step, "eval/failing_calls", FAILING_COLUMNS, failing)
 
     exit_code = 1
     try:

@@ -12,6 +12,7 @@ import random
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.errors import TeacherError
@@ -50,6 +51,8 @@ class Client:
     """Of the API, without a path behind its version."""
     key_variable: str | None
     timeout_s: float
+    setting: Callable[[str], str] = "teacher.server.{}".format
+    """What a person calls one of these, and `concurrency`."""
 
     def ask(self, path: str, body: dict | None = None, *, patience: int | None = None) -> dict:
         """The answer to `body`, or without one to a GET. patience: how often it is asked again; left out: once for each of DELAYS_S.
@@ -90,22 +93,24 @@ class Client:
             return None
         key = os.environ.get(self.key_variable)
         if not key:
-            raise TeacherError(f"teacher.server.api_key_variable = {self.key_variable}; it is not set on this machine; export it here too")
+            raise TeacherError(
+                f"{self.setting('api_key_variable')} = {self.key_variable}; it is not set on this machine; export it here too"
+            )
         return key
 
     def _explain(self, error: urllib.error.HTTPError, where: str, key: str | None) -> Exception:
         said = f"answers {error.code}{_words_of(error, key)}"
         if error.code == 429 or error.code >= 500 and error.code != 501:
             asked = error.headers.get("Retry-After") or ""
-            advice = "lower teacher.server.concurrency" if error.code == 429 else "its own log says why"
+            advice = f"lower {self.setting('concurrency')}" if error.code == 429 else "its own log says why"
             return _Passing(said, advice, min(float(asked), DELAYS_S[-1]) if asked.isdigit() else 0.0)
         if error.code in (401, 403):
             whose = f"the key in ${self.key_variable} is not the right one" if key else "name the variable with its key"
-            said += f"; {whose} (teacher.server.api_key_variable)"
+            said += f"; {whose} ({self.setting('api_key_variable')})"
         elif error.code == 404:
-            said += "; teacher.server.url ends with the version, as in http://host:8000/v1"
+            said += f"; {self.setting('url')} ends with the version, as in http://host:8000/v1"
         elif error.code < 400:
-            said += f"; give the address itself as teacher.server.url ({error.headers.get('Location')})"
+            said += f"; give the address itself as {self.setting('url')} ({error.headers.get('Location')})"
         refused = Refused(f"{where}: {said}")
         refused.status = error.code
         return refused
@@ -114,10 +119,11 @@ class Client:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             return _Passing(
-                f"does not answer within {self.timeout_s:g} s", "raise teacher.server.timeout_s, or lower teacher.server.concurrency"
+                f"does not answer within {self.timeout_s:g} s",
+                f"raise {self.setting('timeout_s')}, or lower {self.setting('concurrency')}",
             )
         told = str(reason) or type(reason).__name__
-        return _Passing(f"cannot be reached ({told})", "start the server, or correct teacher.server.url; the same command goes on")
+        return _Passing(f"cannot be reached ({told})", f"start the server, or correct {self.setting('url')}; the same command goes on")
 
 
 def _words_of(error: urllib.error.HTTPError, key: str | None) -> str:

@@ -19,7 +19,7 @@ from harness.tools.match import (
     summarise,
 )
 from harness.tools.repair import REPAIRABLE, Repair, problems_of, repair_call
-from harness.tools.schema import Problem, check_call, check_tool, did_you_mean, normalise_tool, normalise_tools, parse_type
+from harness.tools.schema import Problem, check_call, check_tool, check_value, did_you_mean, normalise_tool, normalise_tools, parse_type
 
 __all__ = [
     "FAILURES",
@@ -36,6 +36,7 @@ __all__ = [
     "breaks_schema",
     "check_call",
     "check_tool",
+    "check_value",
     "repair_call",
     "did_you_mean",
     "fits",

@@ -301,6 +301,20 @@ def _unusable(name: str, error: Exception) -> Problem:
     return Problem("unusable_schema", name, f"the tool's parameters cannot be checked against ({reason})")
 
 
+def check_value(value: object, schema: dict) -> list[str]:
+    """What is wrong with a JSON value against a JSON Schema (Draft 2020-12, taken as it stands), one sentence each; empty if nothing is.
+
+    Raises DataError for a schema that is none.
+    """
+    try:
+        Draft202012Validator.check_schema(schema)
+        errors = sorted(Draft202012Validator(schema, registry=Registry()).iter_errors(value), key=lambda error: error.json_path)
+        return [f"{error.json_path}: {error.message[:200]}" for error in errors]
+    except (SchemaError, Unresolvable, re.error, OverflowError, RecursionError) as error:
+        reason = error.message if isinstance(error, SchemaError) else str(error)
+        raise DataError(f"no JSON Schema that can be checked against ({reason[:200]})") from None
+
+
 @lru_cache(maxsize=65536)
 def _validator(parameters: str) -> Draft202012Validator:
     schema = json.loads(parameters)

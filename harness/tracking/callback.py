@@ -1,7 +1,7 @@
 """TrackingCallback: everything that the trainer logs goes to metrics.jsonl and to W&B, under the same keys and at the same steps."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,14 @@ class TrackingCallback(TrainerCallback):
         self._file.append(step, values, repeated)
         if self._wandb is not None:
             self._wandb.log(row, step, wandb_values(values, repeated))
+
+    def log_table(self, step: int, key: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
+        """A table beside the next line; W&B alone has it. Nothing happens without rows, and on other ranks."""
+        if not self._is_main or not rows:
+            return
+        self.start()
+        if self._wandb is not None:
+            self._wandb.log_table(self._file.rows, step, key, columns, rows)
 
     def _compare(self, step: int, values: dict[str, Any]) -> dict[str, int]:
         """Say what a repeated step has brought otherwise than the first time; returns how many values that are, if any."""

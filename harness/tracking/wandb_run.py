@@ -14,6 +14,8 @@ import netrc
 import os
 import re
 import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -171,6 +173,17 @@ class WandbRun:
         """Line `row` (from 0) of metrics.jsonl: the trainer's step and the same keys; NaN and infinities as such, for W&B has them."""
         self._guarded("log", lambda run: run.log({"step": step, **values}, step=row))
 
+    def log_table(self, row: int, step: int, key: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
+        """A table beside line `row`, which is logged after it. One that fails is left out, and the lines go on: W&B writes tables through
+        the disk for temporary files. `harness sync` has none of them, for they are in no metrics.jsonl."""
+        if self._run is None:
+            return
+        try:
+            table = self._wandb.Table(columns=list(columns), data=[redact(list(cells)) for cells in rows])
+            self._run.log({"step": step, key: table}, step=row)
+        except failures(self._wandb) as error:
+            logger.warning("W&B: cannot log the table %s (%s); it is left out", key, first_line(error))
+
     def log_artifact(self, export_folder: Path, lineage: dict[str, Any]) -> None:
         """The export as an artifact of type "model", with its lineage as metadata; offline it is uploaded by `harness sync`."""
         self._guarded("log the export", lambda run: log_export(self._wandb, run, export_folder, lineage))
@@ -190,6 +203,29 @@ class WandbRun:
         except failures(self._wandb) as error:
             self._run = None
             logger.warning("W&B: cannot %s (%s); this run goes on without it, metrics.jsonl has everything", action, first_line(error))
+
+
+def log_evaluation(
+    folder: Path, project: str, config: dict[str, Any], values: dict[str, Any], columns: Sequence[str], rows: Sequence
+) -> None:
+    """An evaluation as a W&B run of its own: one line of numbers, and a table of rows that fail. The folder keeps its id, so that the same
+    evaluation told again is the same run."""
+    tracking = _Tracking(project, os.environ.get("WANDB_ENTITY"))
+    run = WandbRun.start(folder, tracking, config)
+    if run is not None:
+        run.log_table(0, 0, "failing", columns, rows)
+        run.log(0, 0, values)
+        run.finish()
+
+
+@dataclass(frozen=True)
+class _Tracking:
+    project: str
+    entity: str | None
+    name: str | None = None
+    group: str | None = "evaluate"
+    tags: tuple[str, ...] = ()
+    mode: str = "auto"
 
 
 def first_line(error: Exception) -> str:

@@ -1,8 +1,10 @@
+import math
+from fractions import Fraction
 from statistics import NormalDist
 
 import pytest
 
-from harness.evaluate.statistics import wilson_interval
+from harness.evaluate.statistics import holm, mcnemar_exact, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,25 @@ def test_nothing_tried_has_no_interval_and_nonsense_is_refused():
     for wrong in [(2, 1), (-1, 1), (0, -1), (1, 1, 1.0), (1, 1, 0.0)]:
         with pytest.raises(ValueError):
             wilson_interval(*wrong)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (0, 5), (3, 11), (7, 7), (40, 60), (700, 812)])
+def test_mcnemar_is_the_chance_of_all_outcomes_as_far_from_the_middle(first, second):
+    differing = first + second
+    extreme = [k for k in range(differing + 1) if abs(2 * k - differing) >= abs(first - second)]
+    assert mcnemar_exact(first, second) == float(Fraction(sum(math.comb(differing, k) for k in extreme), 2**differing))
+    assert mcnemar_exact(second, first) == mcnemar_exact(first, second)
+
+
+def test_mcnemar_by_hand():
+    # Of 10 items that differ 2 are the first's: (1 + 10 + 45) / 1024, and as many on the other side.
+    assert mcnemar_exact(2, 8) == 112 / 1024
+    with pytest.raises(ValueError, match="-1"):
+        mcnemar_exact(-1, 3)
+
+
+def test_holm_multiplies_the_smallest_by_how_many_there_are_and_never_falls():
+    # 0.01, 0.02, 0.03, 0.5 times 4, 3, 2, 1.
+    assert holm([0.03, 0.5, 0.01, 0.02]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.02, 0.011]) == pytest.approx([0.022, 0.022])
+    assert holm([]) == []

@@ -15,6 +15,7 @@ from harness.embedded import resolve
 from harness.errors import DataError, EvaluationError
 from harness.evaluate.calls import answer_questions, choose_questions
 from harness.recipe.schema import Source
+from harness.tasks.calls import FAILING_COLUMNS
 from harness.tools import summarise
 
 RECIPE = """
@@ -50,20 +51,33 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(world):
-    """The rates of that model, one question at a time, without a trainer."""
+def alone(world):
+    """The answers of that model, one question at a time, without a trainer."""
     from harness.model.export import load_for_inference
 
     model, tokenizer = load_for_inference(world / "model")
     questions, _ = choose_questions(load_rows(Source(path=str(world / "rows.jsonl"))).rows, Renderer(tokenizer), 13, 256)
     assert len(questions) == 13
-    summary = summarise([a.score for a in answer_questions(model, tokenizer, questions, max_new_tokens=200, batch_size=1)])
+    return answer_questions(model, tokenizer, questions, max_new_tokens=200, batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def expected(alone):
+    summary = summarise([answer.score for answer in alone])
     assert 0 < summary["exact_match"] < 1
     return {key: summary[key] for key in RATES if summary[key] is not None}
 
 
+MEDIA_FOLDER = """
+import pathlib
+from wandb.sdk.data_types._private import MEDIA_TMP
+pathlib.Path(MEDIA_TMP.name).mkdir(exist_ok=True)
+"""
+"""Of tables on their way; the first rank that was forked after the import of wandb takes it along when it ends."""
+
+
 def evaluated(file, *overrides, backend="ddp") -> dict[tuple[int, str], float]:
-    life = shared_rig().run(file, *overrides, world=2, backend=backend)
+    life = shared_rig().run(file, *overrides, world=2, backend=backend, inject=MEDIA_FOLDER)
     assert list(life.codes.values()) == [0, 0], life.output(0)
     lines = [json.loads(line) for line in (file.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
     return {(line["step"], key): value for line in lines for key, value in line.items()}
@@ -79,7 +93,7 @@ SHARDED = [pytest.param(backend, marks=pytest.mark.slow) for backend in ("zero2"
 
 
 @pytest.mark.parametrize("backend", ["ddp", *SHARDED])
-def test_the_rates_are_those_of_the_model_alone_whatever_the_backend(world, expected, tmp_path, backend):
+def test_the_rates_and_the_failing_rows_are_those_of_the_model_alone_whatever_the_backend(world, alone, expected, tmp_path, backend):
     file = recipe(world, f"rates-{backend}")
     if backend == "zero3":
         (tmp_path / "ds.json").write_text(json.dumps(WHOLLY_SHARDED))
@@ -91,10 +105,18 @@ distributed_type: DEEPSPEED
 deepspeed_config: {{deepspeed_config_file: {tmp_path / "ds.json"}, zero3_init_flag: true, deepspeed_multinode_launcher: standard}}
 """
         )
-    logged = evaluated(file, backend=str(backend))
+    logged = evaluated(file, "tracking.mode=offline", backend=str(backend))
     # Nothing is learnt at this rate.
     for step in (0, 1):
         assert {key: logged[step, f"eval/{key}"] for key in expected} == pytest.approx(expected)
+    tables = [
+        json.loads(table.read_text()) for table in file.with_suffix("").glob("wandb/offline-run-*/files/media/table/eval/*.table.json")
+    ]
+    assert len(tables) == 2
+    failed = {answer.location: answer.score.failure for answer in alone if answer.score.failure}
+    for table in tables:
+        assert table["columns"] == list(FAILING_COLUMNS)
+        assert {row[0]: row[1] for row in table["data"]} == failed
 
 
 @pytest.mark.slow

@@ -1,0 +1,362 @@
+"""Who is asked in an evaluation: a model in this process, or one behind an OpenAI-compatible server.
+
+Both answer a batch of items and say of each what they said. A model in this process also chooses among written answers and reads rows,
+which takes log-probabilities of given text; no chat API has these, so that a server is refused there, with the reason.
+
+    too_long    the conversation leaves no room for an answer, or does not fit at all
+    refused     the chat template, or the server, does not take this conversation
+
+An item that was asked in vain counts as not right, with one of these as its failure.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.errors import DataError, EvaluationError, ModelError, RecipeError, TeacherError
+from harness.evaluate.items import Item
+from harness.run import RunDir
+from harness.teacher.client import Client, Refused
+
+IN_VAIN = (400, 413, 422)
+"""A server's words for: not this conversation. Others it would say of any."""
+LOGITS_TOKENS = 512
+"""Whose log-probabilities are taken at a time; with 150,000 tokens each these are 300 MB."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the answers come about: all of it decides them."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = 16
+    max_items: int | None = None
+    """Of each category."""
+    underscore_names: bool = False
+
+
+@dataclass(frozen=True)
+class Connection:
+    """To a server; of no influence on what it says."""
+
+    model: str | None = None
+    api_key_variable: str | None = None
+    timeout_s: float = 120.0
+    concurrency: int = 16
+
+
+@dataclass(frozen=True)
+class Said:
+    said: str = ""
+    """As it was written, or the name of the answer that was chosen."""
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    """Of the loss: those that were read."""
+    ended: bool = True
+    failure: str | None = None
+    """Why it was asked in vain."""
+    detail: str = ""
+    loss: float | None = None
+    """Nats of all tokens that were read together."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Log-probability per character of each written answer."""
+
+
+def is_served(target: str) -> bool:
+    return target.startswith(("http://", "https://"))
+
+
+# ---- a model in this process
+
+
+def find_model(target: str) -> tuple[str, dict]:
+    """(what transformers can load, who it is) of a run folder, a model's folder, or a hub id.
+
+    Of a run the export counts, which is its best model where the recipe says what that is; it must be as it was exported.
+    """
+    from harness.embedded import resolve
+    from harness.model.export import verify_export
+    from harness.teacher.resident import weights_digest
+
+    path = Path(resolve(target)).expanduser()
+    if RunDir(path.resolve()).manifest.is_file():
+        run = RunDir(path.resolve())
+        if not run.final.is_dir():
+            raise ModelError(f"{path}: this run has no final/ yet, which comes at its end; let it end, or give the folder of a model")
+        exported = verify_export(run.final)
+        return str(run.final), {"run": str(run.path), "step": exported["step"], "weights": weights_digest(run.final)} | _base_of(run.final)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise RecipeError(
+                f"{target}: holds no run.json, config.json or adapter_config.json; give a run, a model's folder, a hub id or a URL"
+            )
+        return str(path.resolve()), {"model": str(path.resolve()), "weights": weights_digest(path)} | _base_of(path)
+    if path.is_absolute() or target.startswith(".") or target.count("/") > 1:
+        raise RecipeError(f"{target}: there is no such folder; give a run, a model's folder, a hub id or a URL that begins with http")
+    return target, {"model": target, "commit": _commit_of(target)}
+
+
+def _base_of(folder: Path) -> dict:
+    from harness.teacher.resident import weights_digest
+
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return {}
+    base = json.loads(config.read_text())["base_model_name_or_path"]
+    return {"base": base} | ({"base_weights": weights_digest(Path(base))} if Path(base).is_dir() else {})
+
+
+def _commit_of(name: str) -> str | None:
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            return extract_commit_hash(cached_file(name, file), None)
+        except (OSError, ValueError):
+            continue
+    raise ModelError(f"{name}: no such model on the hub, or it cannot be reached; give a run, a model's folder, a hub id or a URL")
+
+
+class Local:
+    """A model that transformers loads, whole, on this process's GPU or CPU. Its tokenizer is read at once, its weights when it is asked."""
+
+    def __init__(self, target: str, settings: Settings):
+        from transformers import AutoTokenizer
+
+        from harness.data.prepare import tokenizer_digest
+        from harness.data.templates import Renderer, check_tokenizer
+        from harness.tasks.templates import training_template
+
+        self.source, self.identity = find_model(target)
+        self._settings, self._model = settings, None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self.source)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{target}: no tokenizer there: {str(error).splitlines()[0]}") from None
+        if self.tokenizer.chat_template is None:
+            raise ModelError(
+                f"{target}: its tokenizer has no chat template, so nobody can be asked; put a chat_template.jinja into its folder"
+            )
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        check_tokenizer(self.tokenizer)
+        self.identity |= {"tokenizer": tokenizer_digest(self.tokenizer)}
+        self._renderer = Renderer(self.tokenizer, training_template)
+
+    def check_can(self, needs: str, items: Sequence[Item]) -> None:
+        """Raises ModelError where the model would not be shown what it is asked about."""
+        item = next((item for item in items if item.tools and needs == "answers"), None)
+        if item and self._prompt_of(item) == self._renderer.render_prompt({"messages": item.messages}, item.id):
+            raise ModelError(
+                f"{self.source}: its chat template does not show tools to the model, and the items offer some; it would answer in the dark"
+            )
+
+    def answer(self, needs: str, items: Sequence[Item], seed: int) -> list[Said]:
+        self._load()
+        if needs == "loss":
+            return [self._read(item) for item in items]
+        if needs == "choices":
+            return [self._choose(item) for item in items]
+        return self._write(items, seed)
+
+    def _prompt_of(self, item: Item) -> list[int]:
+        return self._renderer.render_prompt({"messages": item.messages, "tools": item.tools}, item.id)
+
+    def _load(self) -> None:
+        if self._model is not None:
+            return
+        from transformers import GenerationConfig
+
+        from harness import model as models
+        from harness.model.export import load_for_inference
+
+        try:
+            model, _ = load_for_inference(Path(self.source))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.source}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        models.check_vocabulary(model, self.tokenizer)
+        models.follow_tokenizer(model, self.tokenizer, self._renderer.end_of_turn_ids())
+        # A model's own penalties and cuts would count in silence.
+        stops = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=self.tokenizer.pad_token_id)
+        self._model = model
+
+    @property
+    def _positions(self) -> float:
+        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+    # ---- to write
+
+    def _write(self, items: Sequence[Item], seed: int) -> list[Said]:
+        import torch
+
+        from harness.evaluate.generate import generate
+
+        most, said, asked = self._settings.max_new_tokens, {}, {}
+        for at, item in enumerate(items):
+            try:
+                ids = self._prompt_of(item)
+            except DataError as error:
+                said[at] = Said(failure="refused", detail=str(error))
+                continue
+            if len(ids) + most > self._positions:
+                reason = f"asks in {len(ids)} tokens; of {self._positions} positions {most} are the answer's"
+                said[at] = Said(prompt_tokens=len(ids), failure="too_long", detail=reason)
+            else:
+                asked[at] = ids
+        torch.manual_seed(seed)
+        continuations = generate(
+            self._model,
+            self.tokenizer,
+            list(asked.values()),
+            max_new_tokens=most,
+            batch_size=self._settings.batch_size,
+            temperature=self._settings.temperature,
+        )
+        for (at, ids), continuation in zip(asked.items(), continuations, strict=True):
+            # With special tokens: Llama and Mistral mark calls by them.
+            text = self.tokenizer.decode(continuation.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            said[at] = Said(text, len(ids), len(continuation.ids), continuation.ended)
+        return [said[at] for at in range(len(items))]
+
+    # ---- to choose and to read
+
+    def _choose(self, item: Item) -> Said:
+        scores, read = {}, 0
+        for name, message in item.gold["choices"].items():
+            rendered = self._renderer.render({"messages": [*item.messages, message], "tools": item.tools}, f"{item.id} ({name})")
+            trained = [at for at, trained in enumerate(rendered.mask) if trained]
+            # Without the token that ends the turn: it is not part of what was written.
+            answer, ids = trained[:-1], rendered.ids[: trained[-1]]
+            if len(ids) > self._positions:
+                return Said(
+                    prompt_tokens=len(ids), failure="too_long", detail=f"{len(ids)} tokens; the model has {self._positions} positions"
+                )
+            characters = len(self.tokenizer.decode([ids[at] for at in answer]))
+            scores[name] = self._log_probability(ids, answer) / max(1, characters)
+            read += len(answer)
+        return Said(max(scores, key=scores.get), answer[0], read, scores=scores)
+
+    def _read(self, item: Item) -> Said:
+        rendered = self._renderer.render(item.gold["row"], item.id)
+        trained = [at for at, trained in enumerate(rendered.mask) if trained and at]
+        if len(rendered.ids) > self._positions:
+            reason = f"{len(rendered.ids)} tokens; the model has {self._positions} positions"
+            return Said(prompt_tokens=len(rendered.ids), failure="too_long", detail=reason)
+        return Said("", len(rendered.ids) - len(trained), len(trained), loss=-self._log_probability(rendered.ids, trained))
+
+    def _log_probability(self, ids: list[int], at: list[int]) -> float:
+        """Sum over the tokens at these places, each given all before it. One row at a time, so that no padding changes a bit."""
+        import torch
+
+        with torch.no_grad():
+            logits = self._model(input_ids=torch.tensor([ids], device=self._model.device)).logits[0]
+            total = 0.0
+            for start in range(0, len(at), LOGITS_TOKENS):
+                places = torch.tensor(at[start : start + LOGITS_TOKENS], device=logits.device)
+                wanted = torch.tensor([ids[place] for place in places.tolist()], device=logits.device)
+                logs = logits[places - 1].float().log_softmax(-1).gather(1, wanted[:, None])
+                total += logs.double().sum().item()
+        return total
+
+
+# ---- a server
+
+
+def option_of(setting: str) -> str:
+    return "URL" if setting == "url" else f"--{setting.replace('_', '-')}"
+
+
+class Served:
+    """A model behind POST /chat/completions. Its calls come back structured or as text, and both are read: a structured one is written down
+    as Hermes writes it."""
+
+    def __init__(self, url: str, settings: Settings, connection: Connection):
+        self._client = Client(url.rstrip("/"), connection.api_key_variable, connection.timeout_s, option_of)
+        self._settings, self._connection = settings, connection
+        self.model = connection.model or self._only_model()
+        self.identity = {"url": url.rstrip("/"), "model": self.model}
+
+    def _only_model(self) -> str:
+        listed = _asked(self._client, "models").get("data")
+        names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+        if len(names) != 1:
+            raise EvaluationError(f"{self._client.url}: serves {', '.join(map(str, names)) or 'no model'}; say which with --model")
+        return names[0]
+
+    def check_can(self, needs: str, items: Sequence[Item]) -> None:
+        if needs != "answers":
+            raise EvaluationError(
+                f"{self._client.url}: this suite needs log-probabilities of given text under the model's chat template, which no chat API "
+                "tells; give the model itself"
+            )
+
+    def answer(self, needs: str, items: Sequence[Item], seed: int) -> list[Said]:
+        with ThreadPoolExecutor(self._connection.concurrency) as pool:
+            return list(pool.map(lambda pair: self._ask(pair[1], seed + pair[0]), enumerate(items)))
+
+    def _ask(self, item: Item, seed: int) -> Said:
+        drawn = {"seed": seed} if self._settings.temperature else {}
+        body = {
+            "model": self.model,
+            "messages": [_as_openai(message) for message in item.messages],
+            "max_tokens": self._settings.max_new_tokens,
+            "temperature": self._settings.temperature,
+            **({"tools": item.tools} if item.tools else {}),
+            **drawn,
+        }
+        try:
+            found = _asked(self._client, "chat/completions", body)
+        except Refused as refused:
+            if refused.status not in IN_VAIN:
+                raise EvaluationError(str(refused)) from None
+            return Said(failure="refused", detail=str(refused))
+        try:
+            choice, usage = found["choices"][0], found.get("usage") or {}
+            text = _text_of(choice["message"])
+        except (KeyError, IndexError, TypeError):
+            where = f"{self._client.url}/chat/completions"
+            raise EvaluationError(f"{where}: answers without choices[0].message; give the url of an OpenAI-compatible API") from None
+        ended = choice.get("finish_reason") != "length"
+        return Said(text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0), ended)
+
+
+def _asked(client: Client, path: str, body: dict | None = None) -> dict:
+    try:
+        return client.ask(path, body)
+    except Refused:
+        raise
+    except TeacherError as error:
+        raise EvaluationError(str(error)) from None
+
+
+def _as_openai(message: dict) -> dict:
+    """With the arguments of calls as text, which OpenAI's API wants."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {
+            "id": f"call_{n}",
+            **call,
+            "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
+        }
+        for n, call in enumerate(message["tool_calls"])
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _text_of(message: dict) -> str:
+    parts = [message.get("content") or ""]
+    for call in message.get("tool_calls") or ():
+        name, arguments = call["function"]["name"], call["function"].get("arguments")
+        # As it came where it is text, so that what is no JSON stays malformed.
+        written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        parts.append(f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {written or "{}"}}}\n</tool_call>')
+    return "\n".join(part for part in parts if part)
