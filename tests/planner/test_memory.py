@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from harness.errors import RecipeError
+from harness.errors import ModelError, RecipeError
 from harness.planner.architecture import load_architecture
 from harness.planner.gpus import GIB, parse_gpu
 from harness.planner.hours import measured_speed, plan_hours, plan_work
@@ -224,3 +224,20 @@ def test_a_deepspeed_json_says_its_own_sizes(tmp_path):
 def test_ranges_add_up_by_their_ends():
     assert Range(1, 2, 3) + Range.exact(1) == Range(2, 3, 4)
     assert Range(1, 5, 6).at_least(Range(2, 3, 7)) == Range(2, 5, 7)
+
+
+def test_an_earlier_adapter_is_planned_as_its_own_config_says(tmp_path):
+    config = {"r": 8, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 16}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    base = "sft/llama3.1-8b-tools-full-zero3"
+    begin = (f"model.adapter={tmp_path}", "backend=single", "train.global_batch_size=null")
+    further = setting(base, *begin)
+    adapter = 32 * 8 * ((4096 + 4096) + (4096 + 1024))
+    assert count_parameters(further.shape, further.recipe).trained == adapter
+    assert at_rest(further) == LLAMA_8B * 2 + adapter * 16
+    stacked = setting(base, *begin, "model.adapter_mode=stack", "model.lora={r: 16, alpha: 32}")
+    beneath = plan_states(stacked).always["adapter beneath"].expected
+    assert beneath == adapter * 4 and count_parameters(stacked.shape, stacked.recipe).trained == 41_943_040
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match=r"model.adapter = .*; there is no adapter_config.json in it"):
+        plan_states(further)
