@@ -25,7 +25,7 @@ from harness.teacher.targets import UNTRAINED
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 """Segments of a shared row."""
-LAYOUT_KEYS = ("answers", "owner", "segments", "reference", "good")
+LAYOUT_KEYS = ("answers", "owner", "segments", "reference", "good", "others", "divergence")
 """Of a batch, what is not the model's."""
 
 

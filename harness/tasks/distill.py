@@ -19,7 +19,6 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from harness import distributed
 from harness.attention import check_isolation
-from harness.errors import ModelError
 from harness.losses import DivergenceLoss, Head, dense_divergence, sparse_divergence
 from harness.model.head import head_of
 from harness.recipe import Recipe
@@ -27,7 +26,7 @@ from harness.recipe.backend import Backend
 from harness.recipe.schema import Distill
 from harness.tasks import sft
 from harness.tasks.job import Stage, TaskPlan
-from harness.tasks.lessons import Lesson, add_lessons
+from harness.tasks.lessons import Lesson, add_lessons, check_router_has_no_loss
 from harness.tasks.sft import HarnessSFTTrainer
 from harness.teacher import resident, served
 from harness.teacher.probe import check_same_distribution, check_two_ways, find_cache
@@ -163,11 +162,7 @@ class HarnessDistillTrainer(HarnessSFTTrainer):
     """`teach` must follow construction."""
 
     def teach(self, teacher: FromCache | Beside) -> None:
-        if self.aux_loss_enabled:
-            raise ModelError(
-                "model: a mixture of experts, whose router is trained by a loss of its own that distillation leaves out; "
-                "set router_aux_loss_coef: 0 in the student's config.json if it shall do without"
-            )
+        check_router_has_no_loss(self, "from a teacher")
         add_lessons(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
         self._teacher, self._unchecked = teacher, True
         self.whole_teacher = teacher.whole_model

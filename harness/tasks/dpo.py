@@ -19,6 +19,10 @@ COLUMNS = {"chosen_reference": "chosen_labels", "rejected_reference": "rejected_
 
 class DpoTrainer(PreferenceTrainer):
     answers_of_item = 2
+    remedy_of_falling = (
+        "add the cross-entropy of what is chosen (dpo.loss_type: [sigmoid, sft]), or give it more weight, raise beta, or lower "
+        "train.learning_rate"
+    )
 
     def learn_by(self, dpo: Dpo) -> None:
         self._dpo = dpo

@@ -13,6 +13,7 @@ from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from harness.errors import ModelError
 from harness.losses import Head
 from harness.model.head import head_of
 from harness.teacher.targets import UNTRAINED
@@ -24,6 +25,15 @@ Lesson = Callable[[Tensor, Head, Tensor], object]
 """(hidden states [N, H], head, gold tokens [N]) -> a loss, or whatever else is wanted of them. No library sees into it: what looks like a
 tensor is cast to the type of the weights by DeepSpeed's and FSDP's forwards."""
 VOCABULARY_TILE = 32_768
+
+
+def check_router_has_no_loss(trainer, learns: str) -> None:
+    """Raises ModelError for a mixture of experts whose router is trained by a loss beside the task's, which no lesson has. learns: what."""
+    if trainer.aux_loss_enabled:
+        raise ModelError(
+            f"model: a mixture of experts, whose router is trained by a loss of its own that learning {learns} leaves out; set "
+            "router_aux_loss_coef: 0 in the model's config.json if it shall do without"
+        )
 
 
 def add_lessons(model: "PreTrainedModel") -> None:

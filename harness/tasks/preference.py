@@ -1,6 +1,6 @@
 """What `dpo` and `kto` have in common: TRL's SFTTrainer with a loss over whole answers, which a reference has scored too.
 
-TRL's DPOTrainer and KTOTrainer have the same losses (tests/tasks/test_dpo.py and test_kto.py hold ours against theirs); they are not the
+TRL's DPOTrainer and KTOTrainer have the same losses (tests/test_preference_losses.py holds ours against theirs); they are not the
 engine, because what is around the loss is what a user is burnt by. They train the tool results in an answer, read a prompt twice for each
 pair, copy the reference to every GPU under ZeRO-1 and 2, fail when they compute it beforehand over ranks, count rows that only fill a
 batch, make a collective of each metric of each micro-batch, and are not continued exactly.
@@ -14,21 +14,20 @@ token), length/chosen, length/rejected and length/gap in tokens. A warning says 
 how DPO is known to fail.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import disable_dropout_in_model
 
 from harness import distributed
 from harness.errors import ModelError
 from harness.tasks import sft
 from harness.tasks.answer_batches import Answer, Apart, Shared, model_inputs, shares_prompts, sum_by_answer, trained_owners
-from harness.tasks.lessons import add_lessons, gold_log_probs
+from harness.tasks.lessons import add_lessons, check_router_has_no_loss, gold_log_probs
 from harness.tasks.reference import Reference
 from harness.tasks.sft import HarnessSFTTrainer
 from harness.teacher.probe import HALVES_NATS, ROUNDING_NATS, check_two_ways
@@ -48,12 +47,16 @@ class PreferenceTrainer(HarnessSFTTrainer):
     """`compare` must follow construction."""
 
     keeps_means_of_batches = False
+    loss_is_scaled_for_ga = True
+    """By `_mean_over_step`, whatever the model's forward takes."""
     answers_of_item = 1
     """Answers that a loss is of: 2 of a pair."""
+    remedy_of_falling = "raise beta, or lower train.learning_rate"
 
     def compare(self, reference: Reference, beta: float) -> None:
+        check_router_has_no_loss(self, "a preference")
         add_lessons(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
-        disable_dropout_in_model(self.model)
+        switch_dropout_off(self.model)
         self._reference, self._beta = reference, beta
         self._unchecked, self._lines_falling = True, 0
 
@@ -67,7 +70,7 @@ class PreferenceTrainer(HarnessSFTTrainer):
         """[N], of the same tokens, without gradient."""
         if "reference" in inputs:
             return inputs["reference"]
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with torch.no_grad(), without_checkpointing(self.model):
             if self._reference.model is not None:
                 return self._reference.log_probs(inputs)
             with self._reference.instead_of(self.accelerator.unwrap_model(model)):
@@ -193,10 +196,33 @@ class PreferenceTrainer(HarnessSFTTrainer):
                 self._say(
                     f"warning: the chosen answers have become {-per_token:.2f} nats a token less probable than to the reference "
                     f"({1 - math.exp(per_token):.0%} of each token's probability is lost), however much less probable the rejected ones "
-                    "are: that is how preference training is known to fail. Add the cross-entropy of what is chosen (dpo.loss_type: "
-                    "[sigmoid, sft]), raise beta, or lower train.learning_rate"
+                    f"are: that is how preference training is known to fail; {self.remedy_of_falling}"
                 )
         super().log(logs, *args, **kwargs)
+
+
+def switch_dropout_off(model: torch.nn.Module) -> None:
+    """Also where it is a number of a layer and no module, as most architectures have that of their attention."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, layers keep nothing to recompute. By their flags: transformers' own switch adds a hook to the embedding whenever it is put
+    on again, here in every micro-batch."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def tokens_read(inputs: dict) -> Tensor:
