@@ -76,7 +76,8 @@ def _saving(recipe: Recipe) -> dict:
         return {
             "save_strategy": "best",
             "load_best_model_at_end": True,
-            "metric_for_best_model": metric.replace("/", "_"),
+            # `eval/rewards/margins` is `eval_rewards/margins` to transformers.
+            "metric_for_best_model": metric.replace("/", "_", 1),
             "greater_is_better": better_is_more,
         }
     return {"save_strategy": "no"}
