@@ -1,6 +1,8 @@
 """A smoke test: two steps on the rows that take most memory, and what they took. Where the student writes some micro-batches, two steps on
 the rows as they are, and then two in which it writes all."""
 
+from pyarrow.compute import list_value_length
+
 from harness import distributed
 from harness.launcher import accumulation_steps
 from harness.recipe import Recipe
@@ -31,7 +33,10 @@ def smoke_test(recipe: Recipe, rows, world_size: int):
 
 
 def _lengths(recipe: Recipe, rows) -> list[int]:
-    """The most tokens that each row can have in a step."""
+    """The most tokens that each row can have in a step; a pair has both of its answers there."""
+    if {"chosen_input_ids", "rejected_input_ids"} <= set(rows.column_names):
+        sides = (rows.with_format("arrow")[:][f"{side}_input_ids"] for side in ("chosen", "rejected"))
+        return [sum(lengths) for lengths in zip(*(list_value_length(side).to_pylist() for side in sides), strict=True)]
     lengths, writes = row_lengths(rows), recipe.distill.on_policy
     if not writes:
         return lengths
