@@ -9,10 +9,11 @@ A cache is a folder below $HARNESS_CACHE/references, named by all that decides a
 prepared rows. It is there whole or not at all:
 
     <digest>/reference.arrow    a row for each row of the data, in its order: lists of float32, one for each trained token of each answer
-    <digest>.parts/             what ranks have done of it so far: a pass that is killed goes on, on any number of ranks
+    <digest>.<rows>.parts/      what ranks have done of it so far, in batches of so many rows: a pass that is killed goes on, on any number
+                                of ranks
 
-Promise: what is read is what the model says of these tokens, whoever computed it: batches are a function of the rows alone, and parts of
-them are dealt out to whichever ranks there are.
+Promise: what is read is what the model says of these tokens, whoever computed it: batches are a function of the rows and of their size, and
+parts of them are dealt out to whichever ranks there are. All machines must see the folder; a run in which one does not is refused.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,7 @@ FORMAT = 1
 BATCHES_PER_PART = 32
 ROWS_AT_ONCE = 1000
 FILE = "reference.arrow"
+SHARED = "let data.cache_dir (or HARNESS_CACHE) be a folder that all machines share, or ask for another kind of reference"
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def cached_reference(stage: Stage, columns: dict[str, str | None], answers_of: C
     stage.job.report.enter("computing the reference")
     splits = {name: rows for name, rows in (("train", stage.train_rows), ("eval", stage.eval_rows)) if rows is not None}
     root = cache_root(stage.recipe.data.cache_dir) / "references"
-    weights = distributed.on_main(lambda: weights_digest(_folder_of(stage)))
+    weights = distributed.on_main(lambda: _weights(stage))
     folders = {name: root / _digest(stage, weights, name, rows, columns) for name, rows in splits.items()}
     wanted = distributed.on_main(lambda: [name for name, folder in folders.items() if not (folder / FILE).is_file()])
     if wanted:
@@ -171,17 +173,19 @@ def cached_reference(stage: Stage, columns: dict[str, str | None], answers_of: C
         _let_go(model)
     else:
         _say(f"reference: read from {', '.join(map(str, folders.values()))}; no second model, no pass in training")
+    _check_all_see(folders.values())
     tables = {name: Dataset.from_file(str(folder / FILE)) for name, folder in folders.items()}
     return Reference(f"the cached reference {folders['train']}", tables=tables, digest=weights)
 
 
-def _folder_of(stage: Stage) -> Path:
+def _weights(stage: Stage) -> str:
+    """Which they are: by their blocks, or of a model of the hub by its commit, for its files may not be here before it is loaded."""
     source = Path(resolve(stage.source))
     if source.is_dir():
-        return source
+        return weights_digest(source)
     from transformers.utils import cached_file
 
-    return Path(cached_file(stage.source, "config.json", revision=stage.recipe.model.revision)).parent
+    return f"{stage.source}@{Path(cached_file(stage.source, 'config.json', revision=stage.recipe.model.revision)).parent.name}"
 
 
 def _digest(stage: Stage, weights: str, split: str, rows: Dataset, columns: dict[str, str]) -> str:
@@ -200,7 +204,7 @@ def _compute(stage: Stage, model: ResidentTeacher, rows: Dataset, folder: Path, 
     order = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     parts = [batches[at : at + BATCHES_PER_PART] for at in range(0, len(batches), BATCHES_PER_PART)]
-    scratch = folder.with_name(f"{folder.name}.parts")
+    scratch = folder.with_name(f"{folder.name}.{size}.parts")
     missing = distributed.on_main(lambda: _missing(scratch, len(parts)))
     rank, world = distributed.rank(), distributed.world_size()
     for first in range(0, len(missing), world):
@@ -236,7 +240,9 @@ def _missing(scratch: Path, parts: int) -> list[int]:
         scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{scratch}: the reference's cache cannot be made there: {error.strerror}; set HARNESS_CACHE") from error
-    return [part for part in range(parts) if not (scratch / f"{part:06d}.npz").is_file()]
+    # By the folder's list: of a name that was asked for and not there, a network disk goes on for a while to say that it is not.
+    there = set(os.listdir(scratch))
+    return [part for part in range(parts) if f"{part:06d}.npz" not in there]
 
 
 def _write_part(scratch: Path, part: int, batches: list[list[int]], done: list[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -260,15 +266,21 @@ def _write_part(scratch: Path, part: int, batches: list[list[int]], done: list[t
 def _assemble(scratch: Path, folder: Path, rows: Dataset, columns: dict[str, str], parts: int) -> None:
     """One file in the order of the rows, which replaces the parts; unless another run that does the same work was faster."""
     if (folder / FILE).is_file():
+        shutil.rmtree(scratch, ignore_errors=True)
         return
     answers = len(columns)
     counts, found = np.zeros((len(rows), answers), np.int64), [None] * len(rows)
-    for part in range(parts):
-        with np.load(scratch / f"{part:06d}.npz") as stored:
-            of_part = stored["counts"].reshape(-1, answers)
-            pieces = np.split(stored["values"], of_part.cumsum()[:-1])
-            for at, row in enumerate(stored["rows"]):
-                counts[row], found[row] = of_part[at], pieces[at * answers : (at + 1) * answers]
+    try:
+        for part in range(parts):
+            with np.load(scratch / f"{part:06d}.npz") as stored:
+                of_part = stored["counts"].reshape(-1, answers)
+                pieces = np.split(stored["values"], of_part.cumsum()[:-1])
+                for at, row in enumerate(stored["rows"]):
+                    counts[row], found[row] = of_part[at], pieces[at * answers : (at + 1) * answers]
+    except FileNotFoundError as error:
+        if (folder / FILE).is_file():
+            return
+        raise DataError(f"{error.filename}: a rank has written it, and it is not here; {SHARED}") from error
     arrays = []
     for number, labels in enumerate(columns.values()):
         if labels and (trained_counts(rows, labels) != counts[:, number]).any():
@@ -279,6 +291,11 @@ def _assemble(scratch: Path, folder: Path, rows: Dataset, columns: dict[str, str
     with building(folder) as building_in, pa.OSFile(str(building_in / FILE), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_all_see(folders: Iterable[Path]) -> None:
+    if distributed.agree(not all((folder / FILE).is_file() for folder in folders)):
+        raise DataError(f"{next(iter(folders)).parent}: the reference's cache is not to be seen on every machine; {SHARED}")
 
 
 def trained_counts(rows: Dataset, column: str) -> np.ndarray:
@@ -299,7 +316,9 @@ def _let_go(model: ResidentTeacher) -> None:
     if hasattr(engine, "destroy"):
         engine.destroy()
     for parameter in model.model.parameters():
-        parameter.data = torch.empty(0, dtype=parameter.dtype)
+        for part in (parameter, getattr(parameter, "ds_tensor", None)):
+            if part is not None:
+                part.data = torch.empty(0, dtype=part.dtype)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
