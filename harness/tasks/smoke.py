@@ -33,8 +33,8 @@ def smoke_test(recipe: Recipe, rows, world_size: int):
 
 
 def _lengths(recipe: Recipe, rows) -> list[int]:
-    """The most tokens that each row can have in a step; a pair has both of its answers there."""
-    if {"chosen_input_ids", "rejected_input_ids"} <= set(rows.column_names):
+    """The most tokens that each row can have in a step: of task dpo both answers together (a reward model pads both to the longer)."""
+    if recipe.task == "dpo":
         sides = (rows.with_format("arrow")[:][f"{side}_input_ids"] for side in ("chosen", "rejected"))
         return [sum(lengths) for lengths in zip(*(list_value_length(side).to_pylist() for side in sides), strict=True)]
     lengths, writes = row_lengths(rows), recipe.distill.on_policy
