@@ -19,6 +19,7 @@ from harness.evaluate.calls import Answer, Question, answer_questions, choose_qu
 from harness.model import follow_tokenizer
 from harness.recipe import Recipe
 from harness.tasks.templates import training_template
+from harness.tasks.trainer import without_checkpointing
 from harness.tools import summarise
 
 if TYPE_CHECKING:
@@ -76,9 +77,8 @@ class HeldOutCalls:
 
     def measure_in_training(self, trainer: "HarnessTrainer") -> dict[str, float]:
         """The rates of the model that is being trained."""
-        with unwrap_model_for_generation(
-            trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
-        ) as model:
+        writing = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator)
+        with without_checkpointing(trainer.model), writing as model:
             rates = self.measure(model, trainer.after_evaluation_batch)
         self.tell(trainer.state.global_step, self._failing)
         return rates

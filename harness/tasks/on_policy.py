@@ -34,6 +34,7 @@ from harness.recipe.schema import OnPolicy
 from harness.tasks import distill, smoke
 from harness.tasks.distill import Beside, HarnessDistillTrainer
 from harness.tasks.lessons import Lesson
+from harness.tasks.trainer import without_checkpointing
 from harness.teacher.targets import UNTRAINED
 
 if TYPE_CHECKING:
@@ -92,9 +93,9 @@ class Plain:
     def write(self, prompts: list[list[Tokens]]) -> list[list[Tokens]]:
         """Completions of micro-batches of prompts, each with the token that ends it if it has one. Every rank must call it."""
         trainer = self._trainer
-        kwargs = trainer.args.gradient_checkpointing_kwargs
         with (
-            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=kwargs) as model,
+            without_checkpointing(trainer.model),
+            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
             _as_writer(model, self._config),
         ):
             return [self._complete(model, rows) for rows in prompts]

@@ -14,9 +14,8 @@ token), length/chosen, length/rejected and length/gap in tokens. A warning says 
 how DPO is known to fail.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +29,7 @@ from harness.tasks.answer_batches import Answer, Apart, Shared, model_inputs, sh
 from harness.tasks.lessons import add_lessons, check_router_has_no_loss, gold_log_probs
 from harness.tasks.reference import Reference
 from harness.tasks.sft import HarnessSFTTrainer
+from harness.tasks.trainer import without_checkpointing
 from harness.teacher.probe import HALVES_NATS, ROUNDING_NATS, check_two_ways
 
 if TYPE_CHECKING:
@@ -209,20 +209,6 @@ def switch_dropout_off(model: torch.nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-@contextlib.contextmanager
-def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, layers keep nothing to recompute. By their flags: transformers' own switch adds a hook to the embedding whenever it is put
-    on again, here in every micro-batch."""
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
-    for module in checkpointed:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in checkpointed:
-            module.gradient_checkpointing = True
 
 
 def tokens_read(inputs: dict) -> Tensor:

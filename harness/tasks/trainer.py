@@ -6,6 +6,8 @@ evaluation_loop      a held-out loss that is the mean over tokens (or whatever i
                      the rates of tool calls
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from harness import distributed
@@ -117,6 +119,20 @@ class HarnessTrainer:
 
     def after_evaluation_batch(self) -> None:
         """Called on every rank, as often on each, while an evaluation goes on."""
+
+
+@contextlib.contextmanager
+def without_checkpointing(model: "torch.nn.Module") -> Iterator[None]:
+    """Inside, layers keep nothing to recompute. By their flags: transformers' own switch adds a hook to the embedding whenever it is put
+    on again, and TRL's around it as well; in every micro-batch that is a run that grows slower."""
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def row_lengths(rows: "Dataset") -> list[int]:

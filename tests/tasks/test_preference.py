@@ -57,6 +57,24 @@ def test_a_reference_pass_leaves_checkpointing_as_it_was_and_no_hook_behind():
     assert len(model.get_input_embeddings()._forward_hooks) == hooks
 
 
+def test_nor_does_a_student_that_writes():
+    from accelerate import Accelerator
+    from transformers import GenerationConfig
+
+    from harness.tasks.on_policy import Plain
+
+    model = small().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    args = SimpleNamespace(gradient_checkpointing_kwargs={"use_reentrant": False}, device=torch.device("cpu"))
+    trainer = SimpleNamespace(model=model, model_wrapped=model, accelerator=Accelerator(cpu=True), args=args)
+    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=[2])
+    for _ in range(2):
+        [[said, _]] = Plain(trainer, config).write([[[5, 6], [7]]])
+    assert 0 < len(said) <= 3 and model.is_gradient_checkpointing
+    assert len(model.get_input_embeddings()._forward_hooks) == hooks
+
+
 def test_dropout_that_is_a_number_of_a_layer_is_off_too():
     model = small(attention_dropout=0.5).train()
     model.lora_dropout = torch.nn.Dropout(0.5)
