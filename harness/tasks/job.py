@@ -238,7 +238,7 @@ class TaskPlan:
     build_arguments: Callable
     """(recipe, training arguments, flattens) -> the config of TRL's trainer."""
     facts: dict = field(default_factory=dict)
-    """What must be the same when the run is continued, besides what must be of every task."""
+    """What its manifests say besides what those of every task do; of them a teacher must be the same when the run is continued."""
     rows: tuple | None = None
     """(train, eval), where they are other than the prepared ones: with what a reference says of them."""
     copies_adapter: bool = False
