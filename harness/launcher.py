@@ -92,7 +92,13 @@ def check_world(recipe: Recipe, backend: Backend, world_size: int) -> None:
     """Raises LaunchError when so many ranks cannot run this recipe."""
     if backend.kind == "single" and world_size > 1:
         raise LaunchError(f"backend = {backend.name} is one process, but {world_size} were asked for; use backend=ddp, zero2 or zero3")
-    accumulation_steps(recipe, world_size)
+    answers = recipe.train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
+    if recipe.task == "rlhf" and answers % recipe.rlhf.num_generations:
+        raise LaunchError(
+            f"rlhf.num_generations = {recipe.rlhf.num_generations}; a step takes {answers} answers ({world_size} ranks x "
+            f"per_device_train_batch_size = {recipe.train.per_device_train_batch_size} x {accumulation_steps(recipe, world_size)}), which "
+            "are no whole groups; set train.global_batch_size to a multiple of it"
+        )
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:

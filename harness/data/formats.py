@@ -3,6 +3,7 @@
 A canonical row is a JSON-serialisable dict in one of three shapes. What a row does not have is absent, never null, and nothing is invented.
 
     {"messages": [Message…], "tools": [Tool…]?, "train_from": int?}   assistant turns are trained, from message `train_from` (absent: 0) on
+        and "json_schema": OBJECT?, what an answer must be, for the reward of that name
     {"prompt": str, "completion": str}                                the completion is trained
     {"text": str}                                                     everything is trained
 
@@ -98,6 +99,8 @@ def to_canonical(row: dict, layout: str = "auto", *, asks: bool = False, reading
     canonical = known.read(row, reading)
     known.lose_other_keys(row, reading)
     if "messages" in canonical:
+        if row.get("json_schema") is not None:
+            canonical["json_schema"] = object_of(row["json_schema"], "json_schema")
         check_conversation(canonical, asks=asks)
     elif asks:
         raise DataError(f"a row of {' and '.join(canonical)} has no turn that could be answered; must be messages")
