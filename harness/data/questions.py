@@ -172,7 +172,14 @@ class Asked:
         report.tokens += len(ids)
         digest = row_digest(source.row)
         text = json.dumps(row, ensure_ascii=False)
-        return {"input_ids": ids, "labels": [-100] * len(ids), "length": len(ids), "sample": digest, "location": source.location, "row": text}
+        return {
+            "input_ids": ids,
+            "labels": [-100] * len(ids),
+            "length": len(ids),
+            "sample": digest,
+            "location": source.location,
+            "row": text,
+        }
 
     def _check_runnable(self, row: dict, location: str) -> None:
         """Raises DataError where the row offers a tool that nothing runs."""

@@ -183,7 +183,9 @@ class Reinforced:
         self._asked = [question.ids for question in self._questions]
         if self._observes:
             rows = [{**question.row, "messages": prompt} for question, prompt in zip(self._questions, prompts, strict=True)]
-            self._asked = [self._renderer.render_prompt(row, question.location) for row, question in zip(rows, self._questions, strict=True)]
+            self._asked = [
+                self._renderer.render_prompt(row, question.location) for row, question in zip(rows, self._questions, strict=True)
+            ]
         return [list(ids) for ids in self._asked], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations=None, **kwargs):

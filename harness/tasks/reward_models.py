@@ -61,7 +61,9 @@ def load_reward_model(name: str, *, recipe: "Recipe", tokenizer: "PreTrainedToke
             source, dtype=getattr(torch, settled.dtype), output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{where}: cannot be loaded: {str(error).splitlines()[0]}; give the folder that `task: reward` has exported") from error
+        raise ModelError(
+            f"{where}: cannot be loaded: {str(error).splitlines()[0]}; give the folder that `task: reward` has exported"
+        ) from error
     if model.config.num_labels != 1 or loaded["missing_keys"] or not hasattr(model, "score"):
         missing = f"lacks {sorted(loaded['missing_keys'])[0]}" if loaded["missing_keys"] else f"has {model.config.num_labels} labels"
         raise ModelError(f"{where}: {missing}; it must be a classifier whose head `score` has one label, as `task: reward` exports it")

@@ -59,7 +59,9 @@ class Answer:
 
 
 def _text_of(message: dict) -> str:
-    calls = [json.dumps({"name": call["function"]["name"], "arguments": call["function"]["arguments"]}) for call in message.get("tool_calls", ())]
+    calls = [
+        json.dumps({"name": call["function"]["name"], "arguments": call["function"]["arguments"]}) for call in message.get("tool_calls", ())
+    ]
     return "\n".join(filter(None, (message.get("content", ""), *(f"<tool_call>{call}</tool_call>" for call in calls))))
 
 
@@ -219,6 +221,8 @@ def check_rows(rewards: Sequence[RewardPart], rows: Sequence[dict]) -> None:
         if part.type == "json_schema" and not part.json_schema:
             schemas = [row["json_schema"] for row in rows if "json_schema" in row]
             if not schemas:
-                raise DataError(f"rlhf.rewards.{place}: none of {len(rows)} rows has a json_schema; give the rows one, or this reward a file")
+                raise DataError(
+                    f"rlhf.rewards.{place}: none of {len(rows)} rows has a json_schema; give the rows one, or this reward a file"
+                )
             for schema in {json.dumps(schema): schema for schema in schemas}.values():
                 check_schema(schema, f"rlhf.rewards.{place}: the json_schema of a row")
