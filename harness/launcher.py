@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import LaunchError, RecipeError
+from harness.plugins import check_plugin
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend, backend_of_json, load_backend
 from harness.recipe.rules import check_backend_rules
@@ -76,6 +77,7 @@ def plan_launch(recipe: Recipe, machines: Machines, arguments: list[str], python
     if recipe.task == "generate":
         raise LaunchError("task = generate; it trains nothing; use `harness generate RECIPE`")
     backend = load_backend(recipe.backend)
+    check_named(recipe)
     check_world(recipe, backend, machines.world_size)
     script = [str(shipped("launch", "train.py")), *arguments]
     if backend.kind == "single":
@@ -86,6 +88,18 @@ def plan_launch(recipe: Recipe, machines: Machines, arguments: list[str], python
     # Said, so that Accelerate does not print a page of defaults that it chose.
     argv += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return argv + script
+
+
+def check_named(recipe: Recipe) -> None:
+    """Raises RecipeError for Python, and for a file of a reward, that the recipe names and that is not here."""
+    named = [(f"rlhf.{key}", getattr(recipe.rlhf, key)) for key in ("tools", "environment")]
+    named += [(f"rlhf.rewards.{place}.function", part.function) for place, part in enumerate(recipe.rlhf.rewards)]
+    for key, name in named:
+        if name:
+            check_plugin(key, name)
+    for place, part in enumerate(recipe.rlhf.rewards):
+        if part.json_schema and not Path(part.json_schema).expanduser().is_file():
+            raise RecipeError(f"rlhf.rewards.{place}.json_schema = {part.json_schema}; no such file; give a file that holds a JSON Schema")
 
 
 def check_world(recipe: Recipe, backend: Backend, world_size: int) -> None:

@@ -111,7 +111,8 @@ def methods_of(environment: object) -> list[Callable]:
 
 
 def offered_tools(recipe: Recipe) -> list[dict]:
-    """The schemas of the tools that run, for rows that say none themselves. Raises RecipeError for a function without docstring or types."""
+    """The schemas of the tools that run, for rows that say none themselves. Raises RecipeError for a function without docstring or
+    types."""
     if not acts(recipe):
         return []
     from transformers.utils import get_json_schema

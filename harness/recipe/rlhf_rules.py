@@ -66,7 +66,10 @@ def _part_rules(key: str, part: RewardPart, recipe: Recipe) -> Iterator[str]:
     if part.target_tokens and part.target_tokens >= limit:
         yield f"{key}.target_tokens = {part.target_tokens}; must be below limit_tokens = {limit}, up to which the reward falls"
     if part.type == "tool_calls" and part.malformed >= part.exact:
-        yield f"{key}.malformed = {part.malformed}; a call that cannot be read would be paid as well as the right one; make it less than exact"
+        yield (
+            f"{key}.malformed = {part.malformed}; a call that cannot be read would be paid as well as the right one; make "
+            "it less than exact"
+        )
 
 
 def _algorithm_rules(recipe: Recipe) -> Iterator[str]:
@@ -90,8 +93,8 @@ def _batch_rules(recipe: Recipe) -> Iterator[str]:
     answers, each = recipe.train.global_batch_size, recipe.rlhf.num_generations
     if answers and answers % each:
         yield (
-            f"rlhf.num_generations = {each}; global_batch_size counts answers, and {answers} are {answers // each} prompts with {each} each "
-            f"and {answers % each} left over; make one a multiple of the other"
+            f"rlhf.num_generations = {each}; global_batch_size counts answers, and {answers} are {answers // each} prompts with "
+            f"{each} each and {answers % each} left over; make one a multiple of the other"
         )
 
 
@@ -99,8 +102,8 @@ def _writing_rules(recipe: Recipe) -> Iterator[str]:
     rlhf, model = recipe.rlhf, recipe.model
     if rlhf.max_completion_length >= recipe.data.max_length:
         yield (
-            f"rlhf.max_completion_length = {rlhf.max_completion_length}; data.max_length = {recipe.data.max_length} is for prompt and answer "
-            "together; raise it, or allow less"
+            f"rlhf.max_completion_length = {rlhf.max_completion_length}; data.max_length = {recipe.data.max_length} is for prompt "
+            "and answer together; raise it, or allow less"
         )
     if model.init:
         yield f"model.init = {model.init}; random weights write nothing that could be paid; begin from a model that was fine-tuned"
@@ -126,8 +129,8 @@ def _vllm_rules(recipe: Recipe) -> Iterator[str]:
         yield "rlhf.vllm_mode = server; whether it is used must not depend on what is installed; set use_vllm: true"
     if rlhf.vllm_mode == "server" and (rlhf.tools or rlhf.environment):
         yield (
-            "rlhf.vllm_mode = server; all ranks ask it together, and answers of different ranks take different numbers of turns: they would "
-            "wait for each other for ever; use colocate"
+            "rlhf.vllm_mode = server; all ranks ask it together, and answers of different ranks take different numbers of turns: "
+            "they would wait for each other for ever; use colocate"
         )
     if rlhf.vllm_server_base_url and rlhf.vllm_mode != "server":
         yield f"rlhf.vllm_server_base_url = {rlhf.vllm_server_base_url}; vllm_mode is {rlhf.vllm_mode}; set vllm_mode: server"
@@ -150,6 +153,9 @@ def _unfit_rules(recipe: Recipe) -> Iterator[str]:
     if train.loss_type != "nll":
         yield f"train.loss_type = {train.loss_type}; the loss of task = rlhf stands in the section rlhf; remove this"
     if train.neftune_noise_alpha:
-        yield f"train.neftune_noise_alpha = {train.neftune_noise_alpha}; the policy that is trained would not be the one that writes; remove it"
+        yield (
+            f"train.neftune_noise_alpha = {train.neftune_noise_alpha}; the policy that is trained would not be the one "
+            "that writes; remove it"
+        )
     if recipe.guard.spike_factor:
         yield f"guard.spike_factor = {recipe.guard.spike_factor}; the loss of task = rlhf lies about 0, which has no multiple; remove it"

@@ -280,8 +280,8 @@ def not_ppo(value):
 
 
 class Rlhf(Section):
-    """Reinforcement learning of `task: rlhf`: to each prompt the policy writes several answers, and learns from which of them are paid more.
-    Batch sizes count answers, as TRL's do. In every step all answers are new, so nothing is clipped."""
+    """Reinforcement learning of `task: rlhf`: to each prompt the policy writes several answers, and learns from which of them are paid
+    more. Batch sizes count answers, as TRL's do. In every step all answers are new, so nothing is clipped."""
 
     algorithm: Annotated[Literal["rloo", "grpo"], BeforeValidator(not_ppo)] = "rloo"
     """Each answer is compared with the others to its prompt: by leave-one-out (RLOO), or by their mean and deviation (GRPO). TRL has no PPO
@@ -299,8 +299,8 @@ class Rlhf(Section):
     top_k: NonNegativeInt = 0
     """Drawn from so many of the most probable tokens; 0: from all."""
     beta: Annotated[float, Field(ge=0)] | None = None
-    """What moving away from the reference costs: of the KL divergence to it, in the reward (RLOO) or in the loss (GRPO). The reference is the
-    model that the run begins from: with an adapter the base without it, else a second model in memory. 0: none is held.
+    """What moving away from the reference costs: of the KL divergence to it, in the reward (RLOO) or in the loss (GRPO). The reference
+    is the model that the run begins from: with an adapter the base without it, else a second model in memory. 0: none is held.
     Left out: TRL's, 0.05 for RLOO and 0 for GRPO."""
     loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] | None = None
     """Of `grpo`: what sums are divided by. Left out: TRL's, `dapo` (all tokens of the step)."""
@@ -311,15 +311,15 @@ class Rlhf(Section):
     mask_truncated_completions: bool = False
     """Answers that did not come to their end are left out of the loss."""
     tools: str | None = None
-    """Of `grpo`, `module:attribute`: a list of Python functions, which really run when the policy calls them. What they return comes back to
-    it as the next message, and is not trained."""
+    """Of `grpo`, `module:attribute`: a list of Python functions, which really run when the policy calls them. What they return comes
+    back to it as the next message, and is not trained."""
     environment: str | None = None
     """Of `grpo`, `module:factory`: makes an object with a `reset`, whose other public methods are the tools (TRL's environment_factory)."""
     max_tool_calling_iterations: PositiveInt | None = None
     """So often may tools be called in one answer. Left out: until `max_completion_length`."""
     use_vllm: Literal["auto"] | bool = "auto"
-    """Write by vLLM. `auto`: where the package and a GPU are there, and all weights are trained; else by transformers. A run by vLLM that is
-    killed and continued is not bit for bit the same."""
+    """Write by vLLM. `auto`: where the package and a GPU are there, and all weights are trained; else by transformers. A run by vLLM
+    that is killed and continued is not bit for bit the same."""
     vllm_mode: Literal["colocate", "server"] = "colocate"
     """`colocate`: on the GPUs that train. `server`: on GPUs of its own, behind `trl vllm-serve`."""
     vllm_server_base_url: str | None = None

@@ -57,8 +57,8 @@ class Question:
 
 
 class PromptOrder(EpochOrder):
-    """The order of an epoch's prompts; as many of its end as make no whole step are left out, other ones in each epoch. (A group that counts
-    nothing in their place would still be written, and weigh in means over a step.)"""
+    """The order of an epoch's prompts; as many of its end as make no whole step are left out, other ones in each epoch. (A group that
+    counts nothing in their place would still be written, and weigh in means over a step.)"""
 
     def __init__(self, prompts: int, per_step: int, seed: int):
         super().__init__(prompts - prompts % per_step, per_step, seed)
@@ -322,8 +322,8 @@ class Reinforced:
         return output
 
     def _measured(self, rows: int) -> dict[str, list[float]]:
-        """The metrics of an evaluation, in TRL's form: of rewards and calls means over all rows; of what TRL measures means over the batches,
-        `rows` each, without those that some rows only fill up."""
+        """The metrics of an evaluation, in TRL's form: of rewards and calls means over all rows; of what TRL measures means over the
+        batches, `rows` each, without those that some rows only fill up."""
         whole = [count == rows for count in self._counted]
         found = defaultdict(list)
         for key, values in self._metrics["eval"].items():

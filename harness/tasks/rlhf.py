@@ -1,9 +1,10 @@
-"""Reinforcement learning by TRL's RLOOTrainer and GRPOTrainer: what the policy writes is paid (harness.tasks.rewards), and it learns from which
-of its own answers to a prompt were paid more. How that is brought together with our data, ranks and lives: harness.tasks.reinforced.
+"""Reinforcement learning by TRL's RLOOTrainer and GRPOTrainer: what the policy writes is paid (harness.tasks.rewards), and it learns
+from which of its own answers to a prompt were paid more. How that is brought together with our data, ranks and lives:
+harness.tasks.reinforced.
 
-The reference is what TRL makes of it. With an adapter: the policy with the adapter off. Full fine-tuning: a second model beside the policy, as
-the run began; none where beta is 0. With `rlhf.tools` or `rlhf.environment` an answer is several turns: what the policy calls really runs,
-and what comes back goes into its context but not into the loss (TRL's tool_mask).
+The reference is what TRL makes of it. With an adapter: the policy with the adapter off. Full fine-tuning: a second model beside the
+policy, as the run began; none where beta is 0. With `rlhf.tools` or `rlhf.environment` an answer is several turns: what the policy
+calls really runs, and what comes back goes into its context but not into the loss (TRL's tool_mask).
 """
 
 import functools
@@ -141,7 +142,8 @@ def _as_text(result) -> str:
 
 
 class Reader:
-    """The tokenizer, for TRL, with a parser of what the policy said that is our one parser: what the scorer takes for a call is what runs."""
+    """The tokenizer, for TRL, with a parser of what the policy said that is our one parser: what the scorer takes for a call is what
+    runs."""
 
     response_template = "read by harness.tools"
 
@@ -176,8 +178,8 @@ def build_trainer(
     counted: int = 0,
     fills: bool = False,
 ):
-    """counted: of the held-out rows, before some were added to fill batches. fills: a smoke test, whose answers are all as long as they may be.
-    Raises ModelError when there are not enough positions, or the chat template cannot do what tools need."""
+    """counted: of the held-out rows, before some were added to fill batches. fills: a smoke test, whose answers are all as long as
+    they may be. Raises ModelError when there are not enough positions, or the chat template cannot do what tools need."""
     rlhf = recipe.rlhf
     check_room(model, max(train_rows["length"]), rlhf.max_completion_length)
     args.generation_kwargs = generation_kwargs(recipe, model, tokenizer, by_vllm=args.use_vllm, fills=fills)
@@ -255,7 +257,8 @@ def check_room(model, longest_prompt: int, max_completion_length: int) -> None:
     if positions and longest_prompt + max_completion_length > positions:
         raise ModelError(
             f"rlhf.max_completion_length = {max_completion_length}; after the longest prompt of {longest_prompt} tokens the model has "
-            f"positions for {max(positions - longest_prompt, 0)} more; make it no larger, or lower data.max_length, which drops long prompts"
+            f"positions for {max(positions - longest_prompt, 0)} more; make it no larger, or lower data.max_length, which drops "
+            "long prompts"
         )
 
 
