@@ -40,6 +40,8 @@ def answer(*said, row=None, own_tokens=3, ids=(7, 8, 9)) -> Answer:
 def rewards(tmp_path, monkeypatch):
     """rewards("[{type: …}]", ...) -> those that a recipe builds, in a directory of its own."""
     monkeypatch.chdir(tmp_path)
+    # A module of another test.
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     (tmp_path / "recipe.yaml").write_text(
         "task: rlhf\nmodel: {name_or_path: some/model}\ndata: {train: rows.jsonl}\nrlhf: {max_completion_length: 40}\n"
     )

@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_vllm
@@ -30,7 +31,6 @@ from harness.recipe.schema import Checkpoint
 from harness.run import RankReport
 from harness.tasks import rlhf
 from harness.tasks.arguments import training_arguments
-from harness.tasks.job import Settled
 from harness.tasks.lives import Lives
 from harness.tasks.reinforced import PromptOrder, Reinforced, Repeated
 from harness.tasks.reward_models import load_reward_model
@@ -46,7 +46,7 @@ data: {train: rows.jsonl, max_length: 128}
 rlhf: {rewards: [{type: tool_calls}], num_generations: 4, max_completion_length: 12}
 train: {per_device_train_batch_size: 8, max_steps: 1, logging_steps: 1, learning_rate: 1.0e-3}
 """
-ON_CPU = Settled(has_gpu=False, bf16_hardware=False, dtype="float32", attention="sdpa", packing=False)
+ON_CPU = SimpleNamespace(has_gpu=False, dtype="float32")
 
 
 def first_rows(name: str, count: int) -> str:
