@@ -141,7 +141,7 @@ def _tokenise(folder: Path, splits: dict[str, Sequence[SourceRow]], renderer: Re
             _check_rows_left(split, getattr(report, split))
             if rules.kind == "labelled":
                 check_labels(split, getattr(report, split))
-            getattr(report, split).lengthpercentiles = percentiles(_lengths([Dataset.from_file(str(path)) for path in files[split]]))
+            getattr(report, split).length_percentiles = percentiles(_lengths([Dataset.from_file(str(path)) for path in files[split]]))
         save_manifest(scratch, report, files)
 
 

@@ -282,6 +282,6 @@ def plan(stage: Stage) -> TaskPlan:
     return TaskPlan(
         build,
         partial(build_arguments, writes_by_vllm=by_vllm),
-        {"teacher": {"reward_models": digests} if digests else None},
-        partial(build_order, recipe.rlhf.num_generations),
+        facts={"teacher": {"reward_models": digests} if digests else None},
+        build_order=partial(build_order, recipe.rlhf.num_generations),
     )
