@@ -136,10 +136,10 @@ def _vllm_rules(recipe: Recipe) -> Iterator[str]:
         yield f"rlhf.vllm_server_base_url = {rlhf.vllm_server_base_url}; vllm_mode is {rlhf.vllm_mode}; set vllm_mode: server"
     if rlhf.vllm_mode == "server" and next(given(rlhf, "vllm_gpu_memory_utilization"), None):
         yield f"rlhf.vllm_gpu_memory_utilization = {rlhf.vllm_gpu_memory_utilization}; a server was told when it was started; remove it"
-    if recipe.model.lora and wants is True:
+    if recipe.model.trains_adapter and wants is True:
         yield (
             "rlhf.use_vllm = true; for vLLM TRL merges an adapter into its base and takes it out again, which rounds the base a little in "
-            "every step; use auto or false, or train without model.lora"
+            "every step; use auto or false, or train without an adapter"
         )
 
 

@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -32,6 +33,7 @@ from harness import distributed
 from harness.data.order import EpochOrder
 from harness.data.templates import Renderer
 from harness.errors import DataError
+from harness.model.adapters import reference_of
 from harness.tasks.on_policy import as_writer, until_end
 from harness.tasks.rewards import Answer, Reward
 from harness.tasks.trainer import HarnessTrainer
@@ -123,6 +125,9 @@ class Listener(LogitsProcessor):
 class Reinforced:
     """Mixed in before CheckpointedTrainer and HarnessTrainer. `pay_by` must follow construction."""
 
+    trl: ModuleType
+    """Where TRL's trainer stands."""
+
     def pay_by(self, rewards: Sequence[Reward], *, renderer: Renderer, observes: bool) -> None:
         """observes: an environment adds to the prompts, so that they are rendered when it has."""
         self._rewards, self._renderer, self._observes = rewards, renderer, observes
@@ -168,7 +173,8 @@ class Reinforced:
         self._generation_s, self._heard, self._tool_masks = 0.0, None, None
         columns = [{name: question.row.get(name) for name in COLUMNS} for question in self._questions]
         asked = [{"prompt": question.row["messages"], **row} for question, row in zip(self._questions, columns, strict=True)]
-        output = super()._generate_and_score_completions(asked)
+        with self._reference_is_ours():
+            output = super()._generate_and_score_completions(asked)
         if self._heard is not None and "sampling_per_token_logps" not in output:
             heard = pad([torch.tensor(each) for each in self._heard], padding_value=0.0, padding_side="right")
             output["sampling_per_token_logps"] = heard.to(output["completion_ids"].device)
@@ -178,6 +184,16 @@ class Reinforced:
             # TRL's counts what the KL divergence makes of the rewards, too, after which no two are equal.
             self._metrics["train"]["frac_reward_zero_std"][-1] = self._equally_paid
         return output
+
+    @contextlib.contextmanager
+    def _reference_is_ours(self) -> Iterator[None]:
+        """TRL asks the reference of an adapter inside of its `use_adapter`: in the place of that comes ours, which knows of earlier adapters
+        and leaves alone what requires a gradient."""
+        own, self.trl.use_adapter = self.trl.use_adapter, lambda model, adapter_name: reference_of(model)
+        try:
+            yield
+        finally:
+            self.trl.use_adapter = own
 
     def _tokenize_prompts(self, prompts):
         self._asked = [question.ids for question in self._questions]

@@ -2,8 +2,8 @@
 from which of its own answers to a prompt were paid more. How that is brought together with our data, ranks and lives:
 harness.tasks.reinforced.
 
-The reference is what TRL makes of it. With an adapter: the policy with the adapter off. Full fine-tuning: a second model beside the
-policy, as the run began; none where beta is 0. With `rlhf.tools` or `rlhf.environment` an answer is several turns: what the policy
+The reference is the model that the run begins from. With an adapter: the policy with the adapter off, or with the earlier one that it
+continues (harness.model.adapters). Full fine-tuning: TRL's second model beside the policy; none where beta is 0. With `rlhf.tools` or `rlhf.environment` an answer is several turns: what the policy
 calls really runs, and what comes back goes into its context but not into the loss (TRL's tool_mask).
 """
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.chat_template_utils import supports_tool_calling
+from trl.trainer import grpo_trainer, rloo_trainer
 
 from harness import distributed
 from harness.data.questions import acts, load_environment, load_tools
@@ -42,10 +43,12 @@ VLLM = ("vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization")
 
 
 class HarnessRLOOTrainer(Reinforced, CheckpointedTrainer, HarnessTrainer, RLOOTrainer):
-    pass
+    trl = rloo_trainer
 
 
 class HarnessGRPOTrainer(Reinforced, CheckpointedTrainer, HarnessTrainer, GRPOTrainer):
+    trl = grpo_trainer
+
     def _generate(self, prompts):
         written = super()._generate(prompts)
         self._tool_masks = written[2]
@@ -71,8 +74,13 @@ def build_arguments(recipe: Recipe, arguments: dict, *, flattens: bool, writes_b
     # A held-out prompt is answered once. What drops out would make the policy that learns another one than wrote.
     ours = {"num_generations_eval": 1, "disable_dropout": True, "shuffle_dataset": False}
     kind = GRPOConfig if rlhf.algorithm == "grpo" else RLOOConfig
-    revision = recipe.model.revision and not recipe.model.lora
+    revision = recipe.model.revision and not recipe.model.trains_adapter
     return kind(**arguments, **asked, **ours, model_init_kwargs={"revision": recipe.model.revision} if revision else None)
+
+
+def beta_of(recipe: Recipe) -> float:
+    defaults = GRPOConfig if recipe.rlhf.algorithm == "grpo" else RLOOConfig
+    return defaults.beta if recipe.rlhf.beta is None else recipe.rlhf.beta
 
 
 def uses_vllm(recipe: Recipe, *, has_gpu: bool) -> bool:
@@ -83,7 +91,7 @@ def uses_vllm(recipe: Recipe, *, has_gpu: bool) -> bool:
             "rlhf.use_vllm = true; the package vllm or a GPU is not here; pip install 'trl[vllm]' on a machine with a GPU, or use auto, "
             "which writes by transformers until then"
         )
-    return asked is True or asked == "auto" and has_both and recipe.model.lora is None
+    return asked is True or asked == "auto" and has_both and not recipe.model.trains_adapter
 
 
 # ---- data
@@ -209,7 +217,7 @@ def build_trainer(
     if executed:
         trainer._tokenizer = Reader(tokenizer)
     if "ref" in getattr(model, "peft_config", ()):
-        # TRL's copy of an adapter that is given to it. Ours is fresh, so that the base without it is the same model.
+        # TRL's copy of an adapter that is given to it. One that is fresh is the base, and of an earlier one ours is there already.
         model.delete_adapter("ref")
     if args.use_vllm:
         # RLOO asks for none, and without them the gap cannot be measured.
@@ -284,4 +292,5 @@ def plan(stage: Stage) -> TaskPlan:
         partial(build_arguments, writes_by_vllm=by_vllm),
         facts={"teacher": {"reward_models": digests} if digests else None},
         build_order=partial(build_order, recipe.rlhf.num_generations),
+        copies_adapter=beta_of(recipe) > 0 and bool(recipe.model.adapter) and recipe.model.adapter_mode == "continue",
     )
