@@ -187,8 +187,8 @@ class Reinforced:
 
     @contextlib.contextmanager
     def _reference_is_ours(self) -> Iterator[None]:
-        """TRL asks the reference of an adapter inside of its `use_adapter`: in the place of that comes ours, which knows of earlier adapters
-        and leaves alone what requires a gradient."""
+        """TRL asks the reference of an adapter inside of its `use_adapter`: in the place of that comes ours, which knows of earlier
+        adapters and leaves alone what requires a gradient."""
         own, self.trl.use_adapter = self.trl.use_adapter, lambda model, adapter_name: reference_of(model)
         try:
             yield

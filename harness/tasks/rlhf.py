@@ -3,8 +3,9 @@ from which of its own answers to a prompt were paid more. How that is brought to
 harness.tasks.reinforced.
 
 The reference is the model that the run begins from. With an adapter: the policy with the adapter off, or with the earlier one that it
-continues (harness.model.adapters). Full fine-tuning: TRL's second model beside the policy; none where beta is 0. With `rlhf.tools` or `rlhf.environment` an answer is several turns: what the policy
-calls really runs, and what comes back goes into its context but not into the loss (TRL's tool_mask).
+continues (harness.model.adapters). Full fine-tuning: TRL's second model beside the policy; none where beta is 0. With `rlhf.tools` or
+`rlhf.environment` an answer is several turns: what the policy calls really runs, and what comes back goes into its context but not into
+the loss (TRL's tool_mask).
 """
 
 import functools
