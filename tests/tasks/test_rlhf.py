@@ -24,6 +24,7 @@ from harness.errors import DataError, ModelError, RecipeError
 from harness.guard import Guard
 from harness.launcher import check_named, check_world
 from harness.model import attach_adapter, follow_tokenizer, load_tokenizer
+from harness.model.adapters import add_reference_adapter
 from harness.quickstart.tools import BASE_TOOLS, TOOLS
 from harness.recipe import load
 from harness.recipe.backend import load_backend
@@ -66,7 +67,7 @@ def build(tmp_path, monkeypatch):
     """build(*overrides, model=None, rows=…, held_out=…, **options of rlhf.build_trainer) -> trainer, in a directory of its own."""
     monkeypatch.chdir(tmp_path)
 
-    def build(*overrides, model=None, rows=("embedded:base-train", 4), held_out=None, by_vllm=False, **options):
+    def build(*overrides, model=None, rows=("embedded:base-train", 4), held_out=None, by_vllm=False, begin=None, **options):
         # A module of the test before.
         monkeypatch.delitem(sys.modules, "mine", raising=False)
         Path("recipe.yaml").write_text(RECIPE)
@@ -86,6 +87,8 @@ def build(tmp_path, monkeypatch):
         follow_tokenizer(model, tokenizer)
         if recipe.model.lora:
             model = attach_adapter(model, recipe, load_backend("single"), "float32")
+        if begin:
+            begin(model)
         rewards = build_rewards(recipe, lambda name: load_reward_model(name, recipe=recipe, tokenizer=tokenizer, settled=ON_CPU))
         trainer = rlhf.build_trainer(
             args, model, tokenizer, train_rows, eval_rows, [], recipe=recipe, rewards=rewards, counted=counted, **options
@@ -346,6 +349,25 @@ def test_the_reference_of_an_adapter_is_the_base_without_it_and_there_is_no_copy
     kl = logged(trainer, "kl")
     assert kl[0] == 0 and all(abs(value) > 1e-5 for value in kl[1:])
     assert {name.split(".")[-2] for name, weights in trainer.model.named_parameters() if "lora_" in name} == {"default"}
+
+
+def test_a_policy_that_continues_an_adapter_is_held_to_that_adapter(build):
+    def begin(model):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for name, weights in model.named_parameters():
+                if "lora_B" in name:
+                    weights.normal_(0, 0.1)
+        add_reference_adapter(model)
+
+    paid = "rlhf.rewards=[{type: length, target_tokens: 3}]"
+    trainer = build("model.lora.r=8", "rlhf.beta=0.5", "train.max_steps=2", "train.learning_rate=0.05", paid, begin=begin)
+    trainer.train()
+    assert sorted(trainer.model.peft_config) == ["default", "reference"]
+    # Against the base it would be far away from the first step on.
+    kl = logged(trainer, "kl")
+    assert kl[0] == 0 and abs(kl[1]) > 1e-5
+    assert {name.split(".")[-2] for name, weights in trainer.model.named_parameters() if weights.requires_grad} == {"default"}
 
 
 def test_a_held_out_row_that_only_fills_a_batch_is_in_no_mean(build):
