@@ -19,7 +19,7 @@ breaks its tool's *schema* passes (12-19 % of the gold calls of public sets do);
 
 from __future__ import annotations
 
-from harness.data.conversation import check_conversation
+from harness.data.conversation import check_conversation, object_of
 from harness.data.layouts.apibench import APIBENCH, APIBENCH_API, is_python
 from harness.data.layouts.base import Layout, LeftOut, Reading, Settings
 from harness.data.layouts.benchmarks import BFCL, WHEN2CALL
