@@ -24,6 +24,8 @@ SEQUENCES_AT_ONCE = 16
 class ScoringModel:
     model: "PreTrainedModel"
     pad: int
+    digest: str
+    """Of its weights; of a model of the hub its name."""
     sequences_at_once: int = SEQUENCES_AT_ONCE
 
     @torch.no_grad()
@@ -51,10 +53,12 @@ class ScoringModel:
 
 
 def load_reward_model(name: str, *, recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase", settled) -> ScoringModel:
-    """A folder or a hub id. Raises ModelError where it is no classifier with one label, or reads other tokens than the policy writes."""
+    """A folder, a run's folder or a hub id. Raises ModelError where it is no classifier with one label, or reads other tokens than the
+    policy writes."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     source, where = resolve(name), f"rlhf.rewards: reward_model {name}"
+    source = str(Path(source, "final")) if Path(source, "final").is_dir() else source
     try:
         theirs = AutoTokenizer.from_pretrained(source)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -71,11 +75,6 @@ def load_reward_model(name: str, *, recipe: "Recipe", tokenizer: "PreTrainedToke
         check_same_vocabulary(tokenizer, theirs, name)
     except TeacherError as error:
         raise ModelError(f"{where} reads other tokens than the policy writes: {str(error).partition(': ')[2]}") from None
+    digest = weights_digest(Path(source)) if Path(source).is_dir() else name
     device = torch.device("cuda", torch.cuda.current_device()) if settled.has_gpu else torch.device("cpu")
-    return ScoringModel(model.eval().requires_grad_(False).to(device), tokenizer.pad_token_id)
-
-
-def digest_reward_model(name: str) -> str:
-    """Of its weights; a model of the hub counts by its name."""
-    source = Path(resolve(name))
-    return weights_digest(source) if source.is_dir() else name
+    return ScoringModel(model.eval().requires_grad_(False).to(device), tokenizer.pad_token_id, digest)

@@ -72,9 +72,13 @@ class Reward:
     pay: Callable[[Sequence[Answer]], list[float | None]]
     notes: Callable[[Answer], dict[str, float]] = field(default=lambda answer: {})
     """Of each answer what is logged besides, by metric; means over the answers that have one."""
+    digest: str | None = None
+    """Of the weights of a reward model, which must be the same when a run is continued."""
 
 
 class RewardModel(Protocol):
+    digest: str | None
+
     def score(self, sequences: list[list[int]]) -> list[float]:
         """Of each conversation, prompt and answer as token ids, its score."""
 
@@ -120,24 +124,26 @@ def build_rewards(recipe: Recipe, load_reward_model: Callable[[str], RewardModel
     rewards = []
     for place, part in enumerate(recipe.rlhf.rewards):
         key = f"rlhf.rewards.{place}"
-        pay = _BUILDERS[part.type](part, key, recipe, load_reward_model)
+        model = load_reward_model(part.model) if part.model else None
+        pay = _BUILDERS[part.type](part, key, recipe, model)
         others = [other.type for other in recipe.rlhf.rewards[:place]].count(part.type)
         name = part.function.rpartition(":")[2] if part.function else part.type
         name += f"_{others + 1}" if others and not part.function else ""
         if name in [reward.name for reward in rewards]:
             name += f"_{place}"
-        rewards.append(Reward(name, part.weight, pay, notes_on_calls if part.type == "tool_calls" and not others else lambda answer: {}))
+        notes = notes_on_calls if part.type == "tool_calls" and not others else lambda answer: {}
+        rewards.append(Reward(name, part.weight, pay, notes, model and model.digest))
     return rewards
 
 
-def _calls(part: RewardPart, key: str, recipe: Recipe, load_reward_model):
+def _calls(part: RewardPart, key: str, recipe: Recipe, model: RewardModel | None):
     def pay(answers):
         return [None if answer.gold is None else pay_for_calls(part, answer.text, answer.gold, answer.tools) for answer in answers]
 
     return pay
 
 
-def _schema(part: RewardPart, key: str, recipe: Recipe, load_reward_model):
+def _schema(part: RewardPart, key: str, recipe: Recipe, model: RewardModel | None):
     of_all = None
     if part.json_schema:
         try:
@@ -156,17 +162,16 @@ def _schema(part: RewardPart, key: str, recipe: Recipe, load_reward_model):
     return pay
 
 
-def _length(part: RewardPart, key: str, recipe: Recipe, load_reward_model):
+def _length(part: RewardPart, key: str, recipe: Recipe, model: RewardModel | None):
     limit = part.limit_tokens or recipe.rlhf.max_completion_length
     return lambda answers: [pay_for_length(answer.own_tokens, part.target_tokens, limit) for answer in answers]
 
 
-def _model(part: RewardPart, key: str, recipe: Recipe, load_reward_model):
-    model = load_reward_model(part.model)
+def _model(part: RewardPart, key: str, recipe: Recipe, model: RewardModel | None):
     return lambda answers: model.score([answer.prompt_ids + answer.ids for answer in answers])
 
 
-def _function(part: RewardPart, key: str, recipe: Recipe, load_reward_model):
+def _function(part: RewardPart, key: str, recipe: Recipe, model: RewardModel | None):
     function = load_plugin(f"{key}.function", part.function)
     if not callable(function):
         raise RecipeError(f"{key}.function = {part.function}; is {type(function).__name__} and cannot be called")

@@ -29,7 +29,7 @@ from harness.recipe import Recipe
 from harness.tasks.checkpointing import CheckpointedTrainer
 from harness.tasks.job import Stage, TaskPlan, say
 from harness.tasks.reinforced import PromptOrder, Question, Reinforced
-from harness.tasks.reward_models import digest_reward_model, load_reward_model
+from harness.tasks.reward_models import load_reward_model
 from harness.tasks.rewards import Reward, build_rewards, check_rows
 from harness.tasks.trainer import HarnessTrainer
 from harness.teacher.vocabulary import true_vocabulary
@@ -277,7 +277,6 @@ def plan(stage: Stage) -> TaskPlan:
     by_vllm = uses_vllm(recipe, has_gpu=stage.settled.has_gpu)
     if by_vllm and distributed.is_main():
         say("answers are written by vLLM: a life that continues writes others than the one that was cut off would have")
-    models = [part.model for part in recipe.rlhf.rewards if part.model]
     stage.job.report.enter("loading rewards")
     rewards = build_rewards(recipe, partial(load_reward_model, recipe=recipe, tokenizer=stage.tokenizer, settled=stage.settled))
     build = partial(
@@ -287,7 +286,7 @@ def plan(stage: Stage) -> TaskPlan:
         counted=len(stage.eval_rows) if stage.eval_rows is not None else 0,
         fills=stage.job.smoke,
     )
-    digests = distributed.broadcast_object([*map(digest_reward_model, models)] if distributed.is_main() else None)
+    digests = [reward.digest for reward in rewards if reward.digest]
     return TaskPlan(
         build,
         partial(build_arguments, writes_by_vllm=by_vllm),

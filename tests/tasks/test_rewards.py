@@ -144,14 +144,16 @@ def test_a_document_is_paid_when_its_schema_allows_it(rewards, tmp_path, said, p
 
 def test_a_reward_model_reads_prompt_and_answer_as_tokens(rewards):
     class Model:
+        digest = "d"
+
         def __init__(self, name):
-            self.name = name
+            assert name == "some/reward"
 
         def score(self, sequences):
             return [float(sum(ids)) for ids in sequences]
 
     (model,) = rewards("[{type: reward_model, model: some/reward, weight: 2}]", Model)
-    assert (model.name, model.weight) == ("reward_model", 2)
+    assert (model.name, model.weight, model.digest) == ("reward_model", 2, "d")
     assert model.pay([answer("x"), answer("y", ids=[10])]) == [27, 13]
 
 
