@@ -278,7 +278,7 @@ def plan(stage: Stage) -> TaskPlan:
     if by_vllm and distributed.is_main():
         say("answers are written by vLLM: a life that continues writes others than the one that was cut off would have")
     stage.job.report.enter("loading rewards")
-    rewards = build_rewards(recipe, partial(load_reward_model, recipe=recipe, tokenizer=stage.tokenizer, settled=stage.settled))
+    rewards = build_rewards(recipe, partial(load_reward_model, tokenizer=stage.tokenizer))
     build = partial(
         build_trainer,
         recipe=recipe,
