@@ -7,6 +7,7 @@
     embedded:adapt-mining      questions over these that no other file has, for pairs from a model's own failures
     embedded:pairs-train       a right and a slightly wrong answer to questions over the first world; pairs-eval: to held-out ones
     embedded:answers-train     one answer of each pair, labelled good or bad; answers-eval: to held-out questions
+    embedded:look-up-train     questions whose answer is what a tool returns, call, result and answer; look-up-eval: held-out ones
 
 The tiny recipes and the quickstart use these; they need no network, no GPU and no data of anybody's.
 """
@@ -34,6 +35,7 @@ def resolve(name: str) -> str:
     makers = dict.fromkeys(("base-train", "base-eval", "adapt-train", "adapt-eval"), ("world", _make_world))
     makers["adapt-mining"] = ("mining", _make_mining)
     makers |= dict.fromkeys(("pairs-train", "pairs-eval", "answers-train", "answers-eval"), ("pairs", _make_pairs))
+    makers |= dict.fromkeys(("look-up-train", "look-up-eval"), ("look-ups", _make_look_ups))
     if wanted in makers:
         name_of_folder, make = makers[wanted]
         return str(_once(folder / name_of_folder, make) / f"{wanted}.jsonl")
@@ -46,7 +48,8 @@ def resolve(name: str) -> str:
 def _version() -> str:
     """A digest of the code that makes these things, so that an old cache is not taken for what today's code would make."""
     code = Path(__file__).parent / "quickstart"
-    return hashlib.sha256(b"".join((code / name).read_bytes() for name in ("world.py", "pairs.py", "tokenizer.py"))).hexdigest()[:12]
+    makers = ("world.py", "pairs.py", "tokenizer.py", "tools.py")
+    return hashlib.sha256(b"".join((code / name).read_bytes() for name in makers)).hexdigest()[:12]
 
 
 def _once(folder: Path, make) -> Path:
@@ -83,6 +86,12 @@ def _make_mining(folder: Path) -> None:
 
     with open(resolve("embedded:adapt-train"), encoding="utf-8") as rows:
         write_mining(folder, WORLD_SEED, {json.loads(row)["messages"][0]["content"] for row in rows})
+
+
+def _make_look_ups(folder: Path) -> None:
+    from harness.quickstart.tools import write_look_ups
+
+    write_look_ups(folder, WORLD_SEED)
 
 
 def _make_model(folder: Path, world: Path, width: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import LaunchError, RecipeError
+from harness.plugins import check_plugin
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend, backend_of_json, load_backend
 from harness.recipe.rules import check_backend_rules
@@ -76,6 +77,7 @@ def plan_launch(recipe: Recipe, machines: Machines, arguments: list[str], python
     if recipe.task == "generate":
         raise LaunchError("task = generate; it trains nothing; use `harness generate RECIPE`")
     backend = load_backend(recipe.backend)
+    check_named(recipe)
     check_world(recipe, backend, machines.world_size)
     script = [str(shipped("launch", "train.py")), *arguments]
     if backend.kind == "single":
@@ -88,11 +90,29 @@ def plan_launch(recipe: Recipe, machines: Machines, arguments: list[str], python
     return argv + script
 
 
+def check_named(recipe: Recipe) -> None:
+    """Raises RecipeError for Python, and for a file of a reward, that the recipe names and that is not here."""
+    named = [(f"rlhf.{key}", getattr(recipe.rlhf, key)) for key in ("tools", "environment")]
+    named += [(f"rlhf.rewards.{place}.function", part.function) for place, part in enumerate(recipe.rlhf.rewards)]
+    for key, name in named:
+        if name:
+            check_plugin(key, name)
+    for place, part in enumerate(recipe.rlhf.rewards):
+        if part.json_schema and not Path(part.json_schema).expanduser().is_file():
+            raise RecipeError(f"rlhf.rewards.{place}.json_schema = {part.json_schema}; no such file; give a file that holds a JSON Schema")
+
+
 def check_world(recipe: Recipe, backend: Backend, world_size: int) -> None:
     """Raises LaunchError when so many ranks cannot run this recipe."""
     if backend.kind == "single" and world_size > 1:
         raise LaunchError(f"backend = {backend.name} is one process, but {world_size} were asked for; use backend=ddp, zero2 or zero3")
-    accumulation_steps(recipe, world_size)
+    answers = recipe.train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
+    if recipe.task == "rlhf" and answers % recipe.rlhf.num_generations:
+        raise LaunchError(
+            f"rlhf.num_generations = {recipe.rlhf.num_generations}; a step takes {answers} answers ({world_size} ranks x "
+            f"per_device_train_batch_size = {recipe.train.per_device_train_batch_size} x {accumulation_steps(recipe, world_size)}), which "
+            "are no whole groups; set train.global_batch_size to a multiple of it"
+        )
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:

@@ -475,7 +475,7 @@ def fields(of: type[BaseModel] = Recipe) -> dict[str, tuple[dict, bool]]:
                 found[prefix + name] = spec, required
             elif spec.get("type") == "array":
                 found[prefix + name] = spec, required
-                if name == "train":
+                if name in ("train", "rewards"):
                     walk(schema["$defs"][inner], f"{prefix}{name}[].")
             else:
                 walk(schema["$defs"][inner], f"{prefix}{name}.")
@@ -501,7 +501,8 @@ def takes(spec: dict) -> str:
     if "const" in spec or "enum" in spec:
         return ", ".join(f"`{value_of(value)}`" for value in spec.get("enum", [spec.get("const")]))
     if spec.get("type") == "array":
-        return "sources" if "$ref" in spec.get("items", {}) else f"list of {takes(spec['items'])}"
+        listed = {"Source": "sources", "RewardPart": "rewards"}
+        return listed[section_in(spec)] if "$ref" in spec.get("items", {}) else f"list of {takes(spec['items'])}"
     words = {
         "integer": "whole number",
         "number": "number",
@@ -519,6 +520,13 @@ def value_of(value) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+TITLES = {
+    "": "Top level",
+    "data.train[]": "`data.train[]`, `data.eval[]`: a source",
+    "rlhf.rewards[]": "`rlhf.rewards[]`: a reward",
+}
+
+
 def render_fields(of: type[BaseModel]) -> str:
     """The tables of every key with what it takes, its default and its meaning, section by section."""
     by_section: dict[str, list[str]] = {}
@@ -529,7 +537,7 @@ def render_fields(of: type[BaseModel]) -> str:
         by_section.setdefault(section, []).append(f"| `{leaf}` | {takes(spec)} | {default} | {meaning} |")
     parts = []
     for section, rows in by_section.items():
-        title = {"": "Top level", "data.train[]": "`data.train[]`, `data.eval[]`: a source"}.get(section, f"`{section}`")
+        title = TITLES.get(section, f"`{section}`")
         parts.append("\n".join([f"### {title}", "", "| key | takes | default | meaning |", "|---|---|---|---|", *rows]))
     return "\n\n".join(parts)
 

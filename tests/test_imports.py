@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "harness"
 # From left to right: a module imports only from layers before its own. Names are those of files and folders in harness/.
 LAYERS = [
     {"__init__", "errors"},
-    {"resources", "overrides", "logs", "units"},
+    {"resources", "overrides", "logs", "units", "plugins"},
     {"recipe"},
     {"run", "tools", "planner", "distributed", "losses"},
     {"launcher", "failures", "watchdog", "share", "attention", "operators", "guard", "quickstart"},
@@ -56,6 +56,7 @@ LIGHT = {
     "overrides",
     "logs",
     "units",
+    "plugins",
     "recipe",
     "run",
     "tools",

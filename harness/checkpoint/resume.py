@@ -127,9 +127,10 @@ def keep_global_batch(manifest: dict, recipe: Recipe, world_size: int, allowed: 
     if asked == kept:
         return recipe, _new_accumulation(manifest, recipe, world_size)
     if GLOBAL_BATCH in allowed:
-        if manifest["data"]["cursor"] % asked:
+        rows = asked // recipe.rlhf.num_generations if recipe.task == "rlhf" else asked
+        if manifest["data"]["cursor"] % rows:
             raise LaunchError(
-                f"checkpoint-{manifest['step']} stands {manifest['data']['cursor']} rows into its epoch, where no step of {asked} "
+                f"checkpoint-{manifest['step']} stands {manifest['data']['cursor']} rows into its epoch, where no step of {rows} "
                 "rows begins; choose a global batch that divides it"
             )
         return recipe, None

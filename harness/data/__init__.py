@@ -21,9 +21,10 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     from harness.data.sources import content_digest, held_together, load_rows, mix
 
     data, kind = recipe.data, KIND_OF_ROWS.get(recipe.task, "samples")
-    loaded = [load_rows(source, data.on_error, kind=kind) for source in data.train]
+    asks = recipe.task == "rlhf"
+    loaded = [load_rows(source, data.on_error, kind=kind, asks=asks) for source in data.train]
     mixture = mix(data.train, loaded, eval_fraction=data.eval_fraction, eval_rows=data.eval_rows, seed=data.seed)
-    held_out = [load_rows(source, data.on_error, kind=kind) for source in data.eval]
+    held_out = [load_rows(source, data.on_error, kind=kind, asks=asks) for source in data.eval]
     for warning in warnings_about(sum((part.counts for part in (*loaded, *held_out)), Counter())):
         say(warning)
     trained = {content_digest(row.row) for row in mixture.train} if held_out else set()
@@ -40,13 +41,19 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     skipped = Dropped()
     for part in (*loaded, *held_out):
         skipped.add(len(part.skipped), [f"{row.location}: {row.reason}" for row in part.skipped])
+    cache_dir, kept = cache_root(data.cache_dir) / "data", mixture.held_out or mix(data.eval, held_out, seed=data.seed).train
+    if asks:
+        from harness.data.questions import prepare_questions
+
+        prepared = prepare_questions(recipe, mixture.train, kept, tokenizer, cache_dir=cache_dir, skipped=skipped)
+        return _said(prepared, skipped, (*loaded, *held_out), say)
     prepared = prepare(
         mixture.train,
         tokenizer,
-        cache_dir=cache_root(data.cache_dir) / "data",
+        cache_dir=cache_dir,
         max_length=data.max_length,
         kind=kind,
-        eval=mixture.held_out or mix(data.eval, held_out, seed=data.seed).train,
+        eval=kept,
         too_long=data.too_long,
         train_on=data.train_on,
         on_error=data.on_error,
@@ -58,8 +65,12 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     )
     for warning in warn_of_lengths(prepared.report):
         say(warning)
+    return _said(prepared, skipped, (*loaded, *held_out), say)
+
+
+def _said(prepared, skipped, parts, say):
     if skipped.rows:
-        say(f"warning: {skipped.rows:,} rows were skipped; each with its reason: {list_skipped((*loaded, *held_out), prepared.folder)}")
+        say(f"warning: {skipped.rows:,} rows were skipped; each with its reason: {list_skipped(parts, prepared.folder)}")
     return prepared
 
 

@@ -3,6 +3,7 @@
 A canonical row is a JSON-serialisable dict in one of three shapes. What a row does not have is absent, never null, and nothing is invented.
 
     {"messages": [Message…], "tools": [Tool…]?, "train_from": int?}   assistant turns are trained, from message `train_from` (absent: 0) on
+        and "json_schema": OBJECT?, what an answer must be, for the reward of that name
     {"prompt": str, "completion": str}                                the completion is trained
     {"text": str}                                                     everything is trained
 
@@ -18,7 +19,7 @@ breaks its tool's *schema* passes (12-19 % of the gold calls of public sets do);
 
 from __future__ import annotations
 
-from harness.data.conversation import check_conversation
+from harness.data.conversation import check_conversation, object_of
 from harness.data.layouts.apibench import APIBENCH, APIBENCH_API, is_python
 from harness.data.layouts.base import Layout, LeftOut, Reading, Settings
 from harness.data.layouts.benchmarks import BFCL, WHEN2CALL
@@ -98,6 +99,8 @@ def to_canonical(row: dict, layout: str = "auto", *, asks: bool = False, reading
     canonical = known.read(row, reading)
     known.lose_other_keys(row, reading)
     if "messages" in canonical:
+        if row.get("json_schema") is not None:
+            canonical["json_schema"] = object_of(row["json_schema"], "json_schema")
         check_conversation(canonical, asks=asks)
     elif asks:
         raise DataError(f"a row of {' and '.join(canonical)} has no turn that could be answered; must be messages")

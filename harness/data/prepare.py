@@ -141,7 +141,7 @@ def _tokenise(folder: Path, splits: dict[str, Sequence[SourceRow]], renderer: Re
             _check_rows_left(split, getattr(report, split))
             if rules.kind == "labelled":
                 check_labels(split, getattr(report, split))
-            getattr(report, split).length_percentiles = _percentiles(_lengths([Dataset.from_file(str(path)) for path in files[split]]))
+            getattr(report, split).length_percentiles = percentiles(_lengths([Dataset.from_file(str(path)) for path in files[split]]))
         save_manifest(scratch, report, files)
 
 
@@ -256,7 +256,7 @@ def _lengths(datasets: list[Dataset]) -> list[int]:
     return concatenate_datasets(datasets).with_format("numpy")["length"][:].tolist()
 
 
-def _percentiles(lengths: list[int]) -> dict[str, int]:
+def percentiles(lengths: list[int]) -> dict[str, int]:
     """Nearest rank: lengths that rows really have."""
     at = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
     values = np.percentile(lengths, list(at.values()), method="inverted_cdf")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from harness.errors import RecipeError
 from harness.recipe.backend import Backend, load_backend
+from harness.recipe.rlhf_rules import rlhf_backend_rules, rlhf_rules
 from harness.recipe.schema import Checkpoint, Recipe
 from harness.recipe.task_rules import (
     compute_type_rules,
@@ -38,7 +39,8 @@ SCHEDULER_KEYS = {
     "warmup_stable_decay": {"num_decay_steps", "num_stable_steps", "min_lr_ratio", "num_cycles"},
     "polynomial": {"power", "lr_end"},
 }
-TASK_RULES = {"distill": (teacher_rules,)} | dict.fromkeys(("dpo", "kto", "reward"), (no_teacher_rules, preference_rules))
+TASK_RULES = {"distill": (teacher_rules,), "rlhf": (no_teacher_rules, rlhf_rules)}
+TASK_RULES |= dict.fromkeys(("dpo", "kto", "reward"), (no_teacher_rules, preference_rules))
 _NO_EVAL_DATA = "there is nothing to evaluate on; give data.eval, data.eval_fraction or data.eval_rows"
 
 
@@ -72,7 +74,7 @@ def check_rules(recipe: Recipe) -> list[str]:
 
 def check_backend_rules(recipe: Recipe, backend: Backend) -> list[str]:
     """Every rule that the recipe breaks under this backend, which a launcher's own config may have put in place of the recipe's."""
-    return [problem for rule in (_sharded_4bit_rules, _zero3_rules, _optimizer_rules, _engine_rules) for problem in rule(recipe, backend)]
+    return [problem for rule in BACKEND_RULES for problem in rule(recipe, backend)]
 
 
 def _model_rules(recipe: Recipe) -> Iterator[str]:
@@ -245,7 +247,7 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[str]:
         yield "train.early_stopping_threshold: has no effect without early_stopping_patience; add it or remove this"
     if train.greater_is_better is not None and not train.metric_for_best_model:
         yield "train.greater_is_better: has no effect without metric_for_best_model; add it or remove this"
-    metrics = METRICS[recipe.task] + (CALL_METRICS if recipe.task not in ("reward", "rlhf") else ())
+    metrics = METRICS[recipe.task] + (CALL_METRICS if recipe.task != "reward" else ())
     if train.metric_for_best_model in CALL_METRICS and not train.eval_tool_calls:
         yield f"train.metric_for_best_model = {train.metric_for_best_model}; nothing measures it; say on how many rows: eval_tool_calls: 99"
     if train.metric_for_best_model and train.metric_for_best_model not in metrics:
@@ -335,3 +337,6 @@ def _engine_rules(recipe: Recipe, backend: Backend) -> Iterator[str]:
             f"distill.on_policy: under backend {backend.name} all weights would be gathered anew for every token that is written; use ddp "
             "or zero2, or zero3, which gathers them once a step"
         )
+
+
+BACKEND_RULES = (_sharded_4bit_rules, _zero3_rules, _optimizer_rules, _engine_rules, rlhf_backend_rules)

@@ -6,6 +6,7 @@ Every section is frozen and refuses unknown keys; a field's docstring says its m
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -236,11 +237,95 @@ class Reward(Section):
     """Adds this times the squared sum of a pair's two scores, so that scores stay around 0 (0.01 is usual). Left out: not added."""
 
 
-class Rlhf(Section):
-    """Reinforcement learning of `task: rlhf`."""
+class RewardPart(Section):
+    """One reward among those that an answer is paid. What stands below `weight` belongs to one type each, and is refused with another."""
 
-    algorithm: Literal["rloo", "grpo"] = "rloo"
-    """Each answer is compared with the others to its prompt: by leave-one-out (RLOO), or by their mean and deviation (GRPO)."""
+    type: Literal["tool_calls", "json_schema", "length", "reward_model", "function"]
+    """`tool_calls`: the scorer of harness against the row's gold calls. `json_schema`: 1 where the answer is JSON that the row's
+    `json_schema` allows, else 0. `length`: 0, and less for answers that are too long. `reward_model`: what `task: reward` has trained.
+    `function`: any Python function."""
+    weight: float = 1.0
+    """The rewards are added up, each times its weight."""
+    exact: float = 1.0
+    """Of `tool_calls`: the gold calls, none more and none fewer."""
+    abstention: float = 1.0
+    """Of `tool_calls`: words and no call, where none is wanted."""
+    right_tool: float = 0.3
+    """Of `tool_calls`: valid calls of the right tools with other arguments."""
+    valid_schema: float = 0.1
+    """Of `tool_calls`: calls that their tools' schemas allow, of other tools or too many or too few."""
+    malformed: float = -0.5
+    """Of `tool_calls`: a call that cannot be read, and silence, which would otherwise be the safe way out. Words where a call is wanted,
+    a call where none is, and a call that breaks its schema are paid 0."""
+    json_schema: str | None = None
+    """Of `json_schema`: a file that holds the schema of every answer. Left out: each row's own; rows without one are not scored."""
+    target_tokens: PositiveInt | None = None
+    """Of `length`, required: up to so many tokens an answer costs nothing."""
+    limit_tokens: PositiveInt | None = None
+    """Of `length`: from the target to this the reward falls to -1. Left out: `rlhf.max_completion_length`."""
+    model: str | None = None
+    """Of `reward_model`, required: the folder of a sequence classifier with one label, whose tokenizer is the policy's."""
+    function: str | None = None
+    """Of `function`, required: `module:function`, installed or in the current directory. It is called as TRL calls one:
+    `(prompts, completions, completion_ids, **columns) -> list[float | None]`; None leaves an answer unscored."""
+
+
+def not_ppo(value):
+    """Whoever looks for PPO is told where it went."""
+    if value == "ppo":
+        raise PydanticCustomError(
+            "no_ppo", "rloo or grpo, of task: rlhf; PPO is not in TRL any more, and RLOO does what it did without a value model"
+        )
+    return value
+
+
+class Rlhf(Section):
+    """Reinforcement learning of `task: rlhf`: to each prompt the policy writes several answers, and learns from which of them are paid
+    more. Batch sizes count answers, as TRL's do. In every step all answers are new, so nothing is clipped."""
+
+    algorithm: Annotated[Literal["rloo", "grpo"], BeforeValidator(not_ppo)] = "rloo"
+    """Each answer is compared with the others to its prompt: by leave-one-out (RLOO), or by their mean and deviation (GRPO). TRL has no PPO
+    any more."""
+    rewards: Annotated[tuple[RewardPart, ...], Field(strict=False)] = ()
+    """What an answer is paid for; at least one, unless the environment has a `get_reward`."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """Answers to each prompt. `train.global_batch_size` divided by it is the number of prompts in a step."""
+    max_completion_length: PositiveInt = 256
+    """In tokens, of all turns and tool results together. Prompts have what it leaves of `data.max_length`; longer ones are dropped."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """At which answers are written and scored."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Drawn from the most probable tokens that hold this mass together. Below 1 the policy is not quite what writes."""
+    top_k: NonNegativeInt = 0
+    """Drawn from so many of the most probable tokens; 0: from all."""
+    beta: Annotated[float, Field(ge=0)] | None = None
+    """What moving away from the reference costs: of the KL divergence to it, in the reward (RLOO) or in the loss (GRPO). The reference
+    is the model that the run begins from: with an adapter the base without it, else a second model in memory. 0: none is held.
+    Left out: TRL's, 0.05 for RLOO and 0 for GRPO."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"] | None = None
+    """Of `grpo`: what sums are divided by. Left out: TRL's, `dapo` (all tokens of the step)."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """Of `grpo`: by whose deviation an advantage is divided. Left out: `group`."""
+    normalize_advantages: bool = False
+    """Of `rloo`: advantages are divided by their deviation over the step."""
+    mask_truncated_completions: bool = False
+    """Answers that did not come to their end are left out of the loss."""
+    tools: str | None = None
+    """Of `grpo`, `module:attribute`: a list of Python functions, which really run when the policy calls them. What they return comes
+    back to it as the next message, and is not trained."""
+    environment: str | None = None
+    """Of `grpo`, `module:factory`: makes an object with a `reset`, whose other public methods are the tools (TRL's environment_factory)."""
+    max_tool_calling_iterations: PositiveInt | None = None
+    """So often may tools be called in one answer. Left out: until `max_completion_length`."""
+    use_vllm: Literal["auto"] | bool = "auto"
+    """Write by vLLM. `auto`: where the package and a GPU are there, and all weights are trained; else by transformers. A run by vLLM
+    that is killed and continued is not bit for bit the same."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """`colocate`: on the GPUs that train. `server`: on GPUs of its own, behind `trl vllm-serve`."""
+    vllm_server_base_url: str | None = None
+    """Of a server: http://host:8000."""
+    vllm_gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of each GPU, of `colocate`."""
 
 
 class Generate(Section):
@@ -474,7 +559,7 @@ class Tracking(Section):
 
 
 class Recipe(Section):
-    task: Literal["sft", "distill", "dpo", "kto", "reward", "rlhf", "generate"] = "sft"
+    task: Annotated[Literal["sft", "distill", "dpo", "kto", "reward", "rlhf", "generate"], BeforeValidator(not_ppo)] = "sft"
     model: Model
     """What is trained: with `task: distill` the student. With `task: generate`, which trains nothing, who answers."""
     data: Data

@@ -176,7 +176,7 @@ def _train(job: Job, resumed: Selected | None) -> None:
         job.run.add_to_manifest(lineage=facts["lineage"])
 
     job.report.enter("building trainer")
-    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, plan.build)
+    trainer, tracking = build_trainer(job, recipe, settled, args, model, tokenizer, train_rows, eval_rows, facts, resumed, plan)
     trainer.calls = load_held_out_calls(recipe, tokenizer, args.per_device_eval_batch_size)
     if trainer.calls:
         trainer.calls.tell = lambda step, failing: tracking.log_table(step, "eval/failing_calls", FAILING_COLUMNS, failing)
@@ -243,6 +243,8 @@ class TaskPlan:
     """(train, eval), where they are other than the prepared ones: with what a reference says of them."""
     copies_adapter: bool = False
     """The policy is compared with the adapter that it continues, so it carries a frozen copy of it."""
+    build_order: Callable | None = None
+    """(rows, global batch, seed) -> EpochOrder, where a step does not take a row of the data for each of its global batch."""
 
 
 def plan_task(stage: Stage) -> TaskPlan:
@@ -279,8 +281,8 @@ def settle(recipe: Recipe, backend: Backend) -> Settled:
     dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
     computes = "float16" if recipe.train.fp16 else "bfloat16" if autocasts_bf16(recipe, bf16_hardware) else dtype
     asked = recipe.model.attn_implementation
-    # A student that writes reads prompts that are padded at the left, which kernels for packs do not; a score is read at a row's end.
-    pads = bool(recipe.distill.on_policy) or recipe.task == "reward"
+    # Whoever writes reads prompts that are padded at the left, which kernels for packs do not; a score is read at a row's end.
+    pads = bool(recipe.distill.on_policy) or recipe.task in ("reward", "rlhf")
     attention = choose_attention("sdpa" if pads and asked == "auto" else asked, computes, has_gpu)
     compares = recipe.task in ("dpo", "kto")
     # Answers that are compared are not packed, but laid one after the other where a kernel keeps them apart.
@@ -387,9 +389,19 @@ def load_model(recipe: Recipe, backend: Backend, settled: Settled, source: str, 
 
 
 def build_trainer(
-    job: Job, recipe: Recipe, settled: Settled, args, model, tokenizer, train_rows, eval_rows, facts: dict, resumed: Selected | None, build
+    job: Job,
+    recipe: Recipe,
+    settled: Settled,
+    args,
+    model,
+    tokenizer,
+    train_rows,
+    eval_rows,
+    facts: dict,
+    resumed: Selected | None,
+    plan: TaskPlan,
 ):
-    """(trainer, tracking), and a line that says what is about to be trained and how. build: of the task."""
+    """(trainer, tracking), and a line that says what is about to be trained and how."""
     from transformers import PrinterCallback
 
     from harness.data.order import EpochOrder
@@ -401,14 +413,17 @@ def build_trainer(
     if eval_rows is not None:
         eval_rows = pad_for_ranks(eval_rows, args.per_device_eval_batch_size * world_size)
     lengths = row_lengths(train_rows)
-    groups = not settled.flattens and padding_share(lengths, args.per_device_train_batch_size) > WORTH_GROUPING
-    order = EpochOrder(len(train_rows), facts["global_batch"], args.seed, lengths if groups else None)
+    groups = not settled.flattens and not plan.build_order and padding_share(lengths, args.per_device_train_batch_size) > WORTH_GROUPING
+    if plan.build_order:
+        order = plan.build_order(len(train_rows), facts["global_batch"], args.seed)
+    else:
+        order = EpochOrder(len(train_rows), facts["global_batch"], args.seed, lengths if groups else None)
     if order.missing:
         train_rows = with_filler(train_rows, 1)
     history = distributed.broadcast_object(read_ledger(job.run.ledger) if distributed.is_main() else None)
     callbacks, tracking, throughput = build_callbacks(job, model, history, resumed)
     with trained_as_they_are(model):
-        trainer = build(args, model, tokenizer, train_rows, eval_rows, callbacks)
+        trainer = plan.build(args, model, tokenizer, train_rows, eval_rows, callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.configure(throughput=throughput, isolates=settled.flattens)
     trainer.live(build_lives(job, recipe, model, order, facts, history, resumed, tracking))

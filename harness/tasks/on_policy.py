@@ -96,7 +96,7 @@ class Plain:
         with (
             without_checkpointing(trainer.model),
             unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
-            _as_writer(model, self._config),
+            as_writer(model, self._config),
         ):
             return [self._complete(model, rows) for rows in prompts]
 
@@ -116,7 +116,7 @@ def until_end(completion: Tokens, ends: list[int]) -> Tokens:
 
 
 @contextlib.contextmanager
-def _as_writer(model: "PreTrainedModel", config: GenerationConfig) -> Iterator[None]:
+def as_writer(model: "PreTrainedModel", config: GenerationConfig) -> Iterator[None]:
     """Without dropout, and without the model's own generation config, from which transformers takes what another leaves open: a penalty on
     repetitions would be of another distribution than the one that is scored."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model

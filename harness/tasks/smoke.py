@@ -15,6 +15,8 @@ STEPS = 2
 def smoke_test(recipe: Recipe, rows, world_size: int):
     """A few steps on the longest rows: if they fit, every batch of the run does."""
     needed = STEPS * recipe.train.per_device_train_batch_size * accumulation_steps(recipe, world_size) * world_size
+    if recipe.task == "rlhf":
+        needed //= recipe.rlhf.num_generations
     lengths, writes = _lengths(recipe, rows), recipe.distill.on_policy
     longest = sorted(range(len(rows)), key=lambda index: -lengths[index])[:needed]
     train = recipe.train.model_copy(
@@ -38,6 +40,8 @@ def _lengths(recipe: Recipe, rows) -> list[int]:
         sides = (rows.with_format("arrow")[:][f"{side}_input_ids"] for side in ("chosen", "rejected"))
         return [sum(lengths) for lengths in zip(*(list_value_length(side).to_pylist() for side in sides), strict=True)]
     lengths, writes = row_lengths(rows), recipe.distill.on_policy
+    if recipe.task == "rlhf":
+        return [length + recipe.rlhf.max_completion_length for length in lengths]
     if not writes:
         return lengths
     from harness.tasks.on_policy import prompt_lengths

@@ -42,8 +42,11 @@ class HarnessTrainer:
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         return super().get_batch_samples(self._throughput.watch(epoch_iterator), *args, **kwargs)
 
-    def training_step(self, model, inputs, *args, **kwargs):
+    def _count_micro_batch(self, inputs) -> None:
         self._throughput.count(inputs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self._count_micro_batch(inputs)
         if self._first_step:
             self._first_step = False
             if self._checks_isolation:

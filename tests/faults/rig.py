@@ -314,7 +314,7 @@ def import_everything() -> None:
 
 IMPORTS = """
     accelerate.commands.launch deepspeed harness.cli.run harness.data harness.data.prepare harness.rank harness.tasks.arguments
-    harness.tasks.export harness.tasks.job harness.tasks.sft harness.tasks.templates harness.tools harness.tools.match
+    harness.tasks.export harness.tasks.job harness.tasks.rlhf harness.tasks.sft harness.tasks.templates harness.tools harness.tools.match
     harness.tools.schema harness.tracking.callback harness.tracking.progress harness.tracking.throughput jsonschema numpy.ctypeslib
     peft.tuners.lora.bnb peft.utils.transformers_weight_conversion torch.distributed.algorithms.ddp_comm_hooks torch.profiler
     torch.utils.cpp_extension torch.utils.serialization.config transformers.models.llama.modeling_llama
@@ -614,6 +614,10 @@ def keep_samples() -> None:
         names = {}
 
         def stepping(trainer, model, inputs, *args, **kwargs):
+            if isinstance(inputs, list):
+                # Prompts, to which the answers are not yet written; what comes of them is in the steps' digests.
+                keep("samples", {"step": trainer.state.global_step + 1, "samples": [each["location"] for each in inputs]})
+                return training_step(trainer, model, inputs, *args, **kwargs)
             names.update({} if names else names_of(trainer))
             found = [name_of(tokens) for tokens in samples_in(inputs)]
             # A student's own words are in no data set.

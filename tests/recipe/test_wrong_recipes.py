@@ -11,7 +11,7 @@ from harness.cli import main
 from harness.errors import HarnessError, LaunchError, RecipeError
 from harness.launcher import Machines, accumulation_steps, plan_launch, rule_backend
 from harness.overrides import dashed_overrides
-from harness.recipe import backend, rules, task_rules
+from harness.recipe import backend, rlhf_rules, rules, task_rules
 from harness.recipe import load as load_recipe
 
 
@@ -263,7 +263,9 @@ def _messages(tmp_path: Path, base: Path) -> str:
     return "\n".join(told)
 
 
-@pytest.mark.parametrize("module", [rules, task_rules, inspect.getmodule(load_recipe), backend], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [rules, task_rules, rlhf_rules, inspect.getmodule(load_recipe), backend], ids=lambda module: module.__name__
+)
 def test_no_rule_is_left_without_a_recipe_that_breaks_it(module, tmp_path, base):
     told = _messages(tmp_path, base)
     untold = [

@@ -3,6 +3,8 @@
 `tests/recipe/test_wrong_recipes.py` sends each through `harness.recipe.load` and through the real command.
 """
 
+import json
+
 BASE = """
 model:
   name_or_path: some/model
@@ -20,6 +22,15 @@ S = f"{D} teacher.server.url=http://host:8000/v1"
 P = "task=dpo model.lora.r=8"
 # Scores for pairs over BASE.
 R = "task=reward model.lora.r=8"
+# A policy over BASE, and what one reward more is.
+RL = 'task=rlhf rlhf.rewards=[{"type":"tool_calls"}]'
+GRPO = f"{RL} rlhf.algorithm=grpo"
+
+
+def paid(**part) -> str:
+    return f"task=rlhf rlhf.rewards=[{json.dumps(part, separators=(',', ':'))}]"
+
+
 # A student that writes for a resident one.
 W = f"{D} teacher.source=resident distill.weight=1 distill.on_policy.fraction=1"
 
@@ -79,6 +90,8 @@ TYPOS = [
 FROM_ELSEWHERE = [
     ("TRL's teacher", "teacher_model_name_or_path=x", "teacher_model_name_or_path", "is `teacher.name_or_path` here"),
     ("axolotl's alpha", "distill.kd_ce_alpha=0.5", "distill.kd_ce_alpha", "is `distill.weight (of the divergence;"),
+    ("TRL's inner passes", f"{RL} rlhf.num_iterations=2", "rlhf.num_iterations", "every step writes anew"),
+    ("TRL's reward functions", f"{RL} rlhf.reward_funcs=[x]", "rlhf.reward_funcs", "is `rlhf.rewards` here"),
     ("GKD's share", f"{W} distill.lmbda=0.5", "distill.lmbda", "`lmbda` is `distill.on_policy.fraction` here"),
     ("TRL's length", f"{W} distill.max_completion_length=9", "distill.max_completion_length", "`distill.on_policy.max_new_tokens` here"),
     ("everybody's top k", f"{D} teacher.top_k=64", "teacher.top_k", "`teacher.cap`, or of a student that writes `distill.on_policy.top_k`"),
@@ -334,6 +347,61 @@ COMBINATIONS = [
     ("the score adapted", f"{R} model.lora.modules_to_save=[score]", "model.lora.modules_to_save", "always trained whole"),
     ("scores for dpo", f"{P} reward.center_rewards_coefficient=0.1", "reward.center_rewards_coefficient", "learns no scores"),
     ("rewards for dpo", f"{P} rlhf.algorithm=grpo", "rlhf.algorithm", "reinforces nothing"),
+    ("PPO", "task=ppo", "task", "PPO is not in TRL any more"),
+    ("PPO as an algorithm", f"{RL} rlhf.algorithm=ppo", "rlhf.algorithm", "PPO is not in TRL any more"),
+    ("nothing paid", "task=rlhf", "rlhf.rewards", "say what an answer is paid for"),
+    ("a reward's typo", paid(type="tool_calls", wieght=2), "rlhf.rewards.0.wieght", "did you mean `weight`?"),
+    ("another's setting", paid(type="tool_calls", model="x"), "rlhf.rewards.0.model", "a reward of type tool_calls does not read it"),
+    ("no function", paid(type="function"), "rlhf.rewards.0.function", "say which: module:function"),
+    ("no reward model", paid(type="reward_model"), "rlhf.rewards.0.model", "say which folder holds it"),
+    ("no target", paid(type="length"), "rlhf.rewards.0.target_tokens", "say how long"),
+    ("a target past the limit", paid(type="length", target_tokens=300), "rlhf.rewards.0.target_tokens", "must be below limit_tokens = 256"),
+    ("a weight of nothing", paid(type="tool_calls", weight=0), "rlhf.rewards.0.weight", "nothing would be paid"),
+    ("paid for noise", paid(type="tool_calls", malformed=1.0), "rlhf.rewards.0.malformed", "make it less than exact"),
+    ("tools for rloo", f"{RL} rlhf.tools=mine:TOOLS", "rlhf.tools", "TRL has it for grpo alone"),
+    ("rloo's for grpo", f"{GRPO} rlhf.normalize_advantages=true", "rlhf.normalize_advantages", "TRL has it for rloo alone"),
+    ("turns without tools", f"{GRPO} rlhf.max_tool_calling_iterations=2", "rlhf.max_tool_calling_iterations", "no tool is run"),
+    (
+        "one turn measured of several",
+        f"{GRPO} rlhf.tools=mine:TOOLS data.eval_rows=9 train.eval_tool_calls=9",
+        "train.eval_tool_calls",
+        "eval/reward is measured",
+    ),
+    ("a group cut", f"{RL} train.global_batch_size=20 train.per_device_train_batch_size=4", "rlhf.num_generations", "4 left over"),
+    ("no room for a prompt", f"{RL} rlhf.max_completion_length=2048", "rlhf.max_completion_length", "for prompt and answer together"),
+    (
+        "a policy from nothing",
+        f"{RL} model.name_or_path=null model.init=config.json",
+        "model.init",
+        "begin from a model that was fine-tuned",
+    ),
+    ("a policy that drops out", f"{RL} model.lora.dropout=0.1", "model.lora.dropout", "task = rlhf needs 0"),
+    ("prompts that are not read", f"{RL} model.attn_implementation=varlen", "model.attn_implementation", "padded at the left"),
+    ("vLLM's without it", f"{RL} rlhf.use_vllm=false rlhf.vllm_mode=server", "rlhf.vllm_mode", "use_vllm is false"),
+    ("a server nowhere", f"{RL} rlhf.use_vllm=true rlhf.vllm_mode=server", "rlhf.vllm_mode", "say where it is asked"),
+    ("a server perhaps", f"{RL} rlhf.vllm_mode=server rlhf.vllm_server_base_url=http://h:1", "rlhf.vllm_mode", "set use_vllm: true"),
+    (
+        "a server and tools",
+        f"{GRPO} rlhf.use_vllm=true rlhf.vllm_mode=server rlhf.vllm_server_base_url=http://h:1 rlhf.tools=mine:TOOLS",
+        "rlhf.vllm_mode",
+        "use colocate",
+    ),
+    ("a url for none", f"{RL} rlhf.vllm_server_base_url=http://h:1", "rlhf.vllm_server_base_url", "set vllm_mode: server"),
+    (
+        "memory of a server",
+        f"{RL} rlhf.use_vllm=true rlhf.vllm_mode=server rlhf.vllm_server_base_url=http://h:1 rlhf.vllm_gpu_memory_utilization=0.5",
+        "rlhf.vllm_gpu_memory_utilization",
+        "was told when it was started",
+    ),
+    ("an adapter merged each step", f"{RL} rlhf.use_vllm=true model.lora.r=8", "rlhf.use_vllm", "rounds the base a little"),
+    ("packed prompts", f"{RL} data.packing=true", "data.packing", "to which the policy writes"),
+    ("prompts trained", f"{RL} data.train_on=all", "data.train_on", "trains what the policy writes"),
+    ("a loss for what is written", f"{RL} train.loss_type=dft", "train.loss_type", "stands in the section rlhf"),
+    ("noise on a policy", f"{RL} train.neftune_noise_alpha=5", "train.neftune_noise_alpha", "the one that writes"),
+    ("a spike of nothing", f"{RL} guard.spike_factor=3", "guard.spike_factor", "lies about 0"),
+    ("a policy under FSDP", f"{RL} backend=fsdp2", "task", "gathered anew for every token"),
+    ("tools under ZeRO-3", f"{GRPO} rlhf.tools=mine:TOOLS backend=zero3", "rlhf.tools", "wait for each other for ever"),
+    ("a metric of no policy", f"{RL} data.eval_rows=9 train.metric_for_best_model=eval/loss", "train.metric_for_best_model", "eval/reward"),
     ("packed pairs", f"{P} data.packing=true", "data.packing", "are not packed; use false or auto"),
     ("the prompt preferred", f"{P} data.train_on=all", "data.train_on", "compares what the assistant says"),
     ("two losses", f"{P} train.loss_type=dft", "train.loss_type", "stands in the section dpo"),

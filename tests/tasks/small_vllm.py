@@ -39,12 +39,15 @@ class LLM:
     def _answer(self, prompt: list[int], asked: SamplingParams):
         assert len(prompt) + asked.max_tokens <= self.longest
         said: list[int] = []
+        heard: list[dict] = []
         while len(said) < asked.max_tokens and not (said and said[-1] in asked.stop_token_ids and len(said) >= asked.min_tokens):
             logits = self.model(input_ids=torch.tensor([[*prompt, *said]])).logits[0, -1]
             for token, bias in (asked.logit_bias or {}).items():
                 logits[token] += bias
             said.append(int(logits.argmax()))
-        return SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(token_ids=tuple(said), logprobs=None)])
+            heard.append({said[-1]: SimpleNamespace(logprob=float(logits.log_softmax(-1)[said[-1]]), rank=1)})
+        told = None if asked.logprobs is None else heard
+        return SimpleNamespace(prompt_token_ids=prompt, outputs=[SimpleNamespace(token_ids=tuple(said), logprobs=told)])
 
 
 def install(monkeypatch) -> None:
