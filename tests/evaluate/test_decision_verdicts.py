@@ -27,10 +27,11 @@ from harness.evaluate.paired import holm, mcnemar_exact
 from harness.evaluate.statistics import wilson_interval
 
 PROMPTS = ("zero-shot", "instruction", "polite", "few-shot")
+DEFAULTS = Limits()
 ONLY_TRAINING = {"otherwise": GARBLED, "sft": RIGHT, "sft+retrieval": RIGHT}
 
 
-def verdict_on(table: dict, limits: Limits = Limits(), leave_out: tuple = (), faults: dict | None = None):
+def verdict_on(table: dict, limits: Limits = DEFAULTS, leave_out: tuple = (), faults: dict | None = None):
     arms = without(plant(planted=table), *leave_out)
     (verdict,), _, _ = decide({"planted": ids_of("planted", table.get("items", 32))}, faults or {}, arms, limits)
     return verdict

@@ -83,8 +83,8 @@ def check_apart(items: Sequence[Item], tuning: Sequence[Item]) -> None:
     shared = [(item.id, asked[question_digest(item)]) for item in tuning if question_digest(item) in asked]
     if shared:
         raise DataError(
-            f"tuning: {len(shared)} of {len(tuning)} rows ask what an item asks (such as {shared[0][0]} and {shared[0][1]}), so that examples "
-            "would hold the answers; take them out of one of the two"
+            f"tuning: {len(shared)} of {len(tuning)} rows ask what an item asks (such as {shared[0][0]} and {shared[0][1]}), so that "
+            "examples would hold the answers; take them out of one of the two"
         )
 
 

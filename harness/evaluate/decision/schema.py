@@ -50,7 +50,8 @@ class FewShot(Section):
     k: PositiveInt = 3
     """Examples before each question."""
     draws: PositiveInt = 2
-    """Ways of choosing that are tried beside the nearest rows (BM25): so many orders drawn by `seed`. The best on the tuning rows is taken."""
+    """Ways of choosing that are tried beside the nearest rows (BM25): so many orders drawn by `seed`. What does best on the tuning rows is
+    taken."""
     tuning_rows: PositiveInt = 64
     """So many tuning rows are asked to compare the ways, each without itself among its examples."""
 
@@ -75,8 +76,8 @@ class Rules(Section):
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Of the intervals; 1 minus it is the level of the tests, over all of them together (Holm)."""
     fails_in: PositiveInt | None = None
-    """An item fails consistently when it fails in at least so many of the prompts: zero-shot, instruction, each of `prompts`, few-shot. Left
-    out: in all of them."""
+    """An item fails consistently when it fails in at least so many of the prompts: zero-shot, instruction, each of `prompts`, few-shot.
+    Left out: in all of them."""
 
 
 class Generate(Section):
@@ -154,6 +155,10 @@ def check_rules(decision: Decision) -> list[str]:
         problems.append("items = []; must name at least one file of conversations whose last turn is the gold")
     if decision.few_shot and not decision.tuning:
         problems.append("few_shot is set, and there is nothing to choose examples from; set tuning to rows that are not among the items")
+    for key in ("items", "tuning", "guards"):
+        for at, source in enumerate(getattr(decision, key)):
+            if source.weight != 1:
+                problems.append(f"{key}.{at}.weight = {source.weight}; a row is asked once; leave weight out (max_rows takes fewer)")
     names = [*decision.prompts, *decision.tuned]
     for section, name in [*(("prompts", name) for name in decision.prompts), *(("tuned", name) for name in decision.tuned)]:
         if not re.fullmatch(r"[\w.-]+", name):

@@ -3,8 +3,9 @@
 The order is that of what a remedy costs to try and to undo, with two exceptions: gold that is wrong is found first, because no arm can be
 judged by it, and nothing is said where nothing is shown.
 
-1. **fix the schema or the data**: of the behaviour's items more than `1 - target` have gold that breaks its own tool's schema or contradicts
-   itself. That is all that the target leaves, so no model that is honest could reach it. Below that share the faulty items are left out.
+1. **fix the schema or the data**: of the behaviour's items more than `1 - target` have gold that breaks its own tool's schema or
+   contradicts itself. That is all that the target leaves, so no model that keeps to its schema could reach it. Below that share the faulty
+   items are left out.
 2. **not enough evidence**: so few items that not even all of them right would show the target.
 3. **keep prompting**: the base reaches the target, as the row asks or with the cheapest prompt or examples that do. Words are tried before
    weights because they cost nothing to change.
@@ -15,15 +16,16 @@ judged by it, and nothing is said where nothing is shown.
    when the share of such items lies above `1 - target` by its whole interval, and does not when all of it lies at or below; between the two
    there is not enough evidence.
 7. **fine-tune**, with the method of the cheapest trained model that reaches the target, where one does. Else by the failures:
-   *with DPO* where most items that fail consistently either fail by a wrong choice between answers of a right form (a needless call, another
-   tool than the right one, or no call by a model that forms calls here at all), or are answered rightly under some prompt: the right answer
-   is within the model's reach and has to become the likelier one. Also where a model that was fine-tuned with SFT still fails in this way.
+   *with DPO* where most items that fail consistently either fail by a wrong choice between answers of a right form (a needless call,
+   another tool than the right one, or no call by a model that forms calls here at all), or are answered rightly under some prompt: the
+   right answer is within the model's reach and has to become the likelier one. Also where a model that was fine-tuned with SFT still fails
+   in this way.
    *with SFT* otherwise: what is not in the model, the form of a call or the tool itself, has to be shown to it first.
 
-An arm *reaches* the target when the whole Wilson interval of its rate lies at or above it, *misses* it when all of it lies below, and is *open*
-otherwise. It is better or worse than zero-shot when McNemar's exact test on the same items says so below `1 - confidence`, after Holm's
-correction over all arms and behaviours, guards included. A remedy needs both: to reach the target, and to be better, unless zero-shot is open
-itself. What is significantly worse than zero-shot is a regression, whichever arm and behaviour.
+An arm *reaches* the target when the whole Wilson interval of its rate lies at or above it, *misses* it when all of it lies below, and is
+*open* otherwise. It is better or worse than zero-shot when McNemar's exact test on the same items says so below `1 - confidence`, after
+Holm's correction over all arms and behaviours, guards included. A remedy needs both: to reach the target, and to be better, unless
+zero-shot is open itself. What is significantly worse than zero-shot is a regression, whichever arm and behaviour.
 """
 
 from __future__ import annotations
@@ -325,8 +327,8 @@ def _judge_training(verdict: Verdict, arms: Sequence[Measured], limits: Limits, 
         return
     choices, within, total = _kinds_of_failure(verdict, [arm for arm in arms if arm.name in verdict.prompts])
     kinds = (
-        f"of the {total} items that fail consistently {choices} fail by a choice between answers of a right form, and {within} are answered "
-        "rightly under some prompt"
+        f"of the {total} items that fail consistently {choices} fail by a choice between answers of a right form, and {within} are "
+        "answered rightly under some prompt"
     )
     sft = [row for row in trained if row.kind == "tuned" and method[row.arm] not in PREFERENCE_METHODS]
     if trained:

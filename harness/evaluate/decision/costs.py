@@ -1,0 +1,56 @@
+"""What a trained model is and what it took: the task that made it, and the hours, as its run folder says. Nothing is estimated here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from harness.embedded import resolve
+from harness.errors import EvaluationError
+
+PAUSE_FACTOR = 20
+"""A gap in metrics.jsonl that is so many times the median gap is a pause (a kill, a queue), and no training."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """`hours` is None where nothing measured them, and `basis` says from where they are, or why there are none."""
+
+    task: str | None
+    hours: float | None
+    basis: str
+
+
+def find_model(name: str, key: str) -> Path:
+    """The folder to load, of a run its export; a hub id stays as it is. Raises EvaluationError for a run without an export."""
+    path = Path(resolve(name)).expanduser()
+    if (path / "final").is_dir():
+        return path / "final"
+    if (path / "run.json").is_file() or (path / "recipe.yaml").is_file():
+        raise EvaluationError(f"{key} = {name}: the run there has no final/ yet; train it to its end (`harness run`), or name another")
+    if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~", "runs/"))):
+        raise EvaluationError(f"{key} = {name}: there is no such folder; must be a model's or a run's folder, or a hub id")
+    return path
+
+
+def read_training(model: Path) -> Training:
+    """Of the run that a model was exported by: the export says its task, and the folder above it has its metrics."""
+    run, manifest = model.parent, model / "harness.json"
+    task = json.loads(manifest.read_text(encoding="utf-8")).get("task") if manifest.is_file() else None
+    if not (run / "metrics.jsonl").is_file():
+        return Training(task, None, f"{model} lies in no run folder, so what its training took is not known")
+    try:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return Training(task, None, f"{run / 'metrics.jsonl'} cannot be read, so what its training took is not known")
+    times = sorted(line["time"] for line in lines if "time" in line)
+    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    if not gaps:
+        return Training(task, None, f"{run / 'metrics.jsonl'} has fewer than two points in time")
+    usual = median(gaps)
+    trained = [gap for gap in gaps if gap <= PAUSE_FACTOR * usual]
+    # Up to the first line there was as much as between any two.
+    seconds = sum(trained) + usual
+    return Training(task, seconds / 3600, f"measured: between the lines of {run / 'metrics.jsonl'}, pauses left out")
