@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.evaluate.decision.plots import fall_plot, interval_plot, token_bar
 from harness.evaluate.decision.report import evidence_cells, said_of_training
-from harness.evaluate.decision.verdicts import DPO, FIX, KEEP, RETRIEVE, SFT, UNKNOWN
+from harness.evaluate.decision.verdicts import DPO, FIX, KEEP, RETRIEVE, SFT, UNKNOWN, shown_p
 
 STYLE = Path(__file__).with_name("page.css")
 CLASS_OF_VERDICT = {KEEP: "keep", RETRIEVE: "retrieve", SFT: "sft", DPO: "dpo", FIX: "fix", UNKNOWN: "unknown"}
@@ -60,14 +60,19 @@ def _cards(report: dict) -> str:
         pairs = "".join(
             f"<span>{escape(row['arm'])}</span>{_interval(row, report, chosen=row['arm'] == one['arm'])}<b>{_rate(row)}</b>" for row in rows
         )
-        by = f" by {escape(one['arm'])}" if one["arm"] and one["arm"] != "zero-shot" else ""
+        plots = f'<div class="pair">{pairs}</div>' if rows[0]["n"] else ""
         harm = f'<p class="why harm">{_harm(one)}</p>' if one["harms"] else ""
         cards.append(
             f'<li class="card {CLASS_OF_VERDICT[one["verdict"]]}"><a href="#behaviour-{at}"><h3>{escape(one["name"])}</h3>'
-            f'<span class="verdict">{escape(one["verdict"])}{by}</span></a><div class="pair">{pairs}</div>'
+            f'<span class="verdict">{_verdict(one)}</span></a>{plots}'
             f'<p class="why">{escape(one["reasons"][0])}</p>{harm}</li>'
         )
     return f'<ul class="cards">{"".join(cards)}</ul>'
+
+
+def _verdict(one: dict) -> str:
+    """With the arm that does it, where that says more than the verdict."""
+    return escape(one["verdict"] + (f": {one['arm']}" if one["arm"] not in (None, "zero-shot", "retrieval") else ""))
 
 
 def _row_of(behaviour: dict, arm: str) -> dict:
@@ -110,10 +115,10 @@ def _matrix(report: dict) -> str:
 
 
 def _matrix_row(name: str, rows: list[dict], chosen: str | None) -> str:
-    cells = []
-    for row in rows:
+    cells = [] if rows[0]["n"] else [f'<td class="soft" colspan="{len(rows)}">its gold is faulty: no arm can be judged by it</td>']
+    for row in rows if rows[0]["n"] else ():
         said = f"<b>{_rate(row)}</b>" if row["arm"] == chosen else _rate(row)
-        much = 0 if row["rate"] is None else 34 if row["state"] != "open" else 22
+        much = 34 if row["state"] != "open" else 22
         cells.append(f'<td class="rate {row["state"]}"><span style="--much: {much}%">{said}</span></td>')
     return f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>"
 
@@ -122,9 +127,9 @@ def _matrix_row(name: str, rows: list[dict], chosen: str | None) -> str:
 
 
 def _worse(report: dict) -> str:
-    guards = f"{len(report['guards'])} guarded behaviours and the items'" if report["guards"] else "The items' behaviours"
-    against = "each arm against zero-shot on the same items, Holm-corrected with all other comparisons"
-    intro = f"<h2>What got worse</h2>\n<p>{guards}, {against}.</p>"
+    guards = ", guarded ones included" if report["guards"] else ""
+    against = "every arm against zero-shot on the same items, corrected with all other comparisons"
+    intro = f"<h2>What got worse</h2>\n<p>On all behaviours{guards}: {against}.</p>"
     if not report["regressions"]:
         return f"{intro}\n<p>Nothing, significantly. That does not show that nothing did: the intervals say what could still hide.</p>"
     rows = []
@@ -134,7 +139,7 @@ def _worse(report: dict) -> str:
             f"<tr><td>{escape(one['behaviour'])}{kind}</td><td>{escape(one['arm'])}</td>"
             f'<td class="wide">{fall_plot(one["before"], one["after"])}</td>'
             f'<td class="number">{one["before"]:.0%} → {one["after"]:.0%}</td>'
-            f'<td class="number">{one["lost"]} lost, {one["gained"]} won</td><td class="number">{one["p_holm"]:.1g}</td></tr>'
+            f'<td class="number">{one["lost"]} lost, {one["gained"]} won</td><td class="number">{shown_p(one["p_holm"])}</td></tr>'
         )
     return (
         f'{intro}\n<div class="sheet scroll"><table><tr><th>behaviour</th><th>with</th><th></th><th class="number">rate</th>'
@@ -151,9 +156,12 @@ def _costs(report: dict) -> str:
     for arm in report["arms"]:
         total = arm["prompt_tokens"] + arm["answer_tokens"]
         cut = f"{arm['cut_off']} of {arm['asked']}" if arm["cut_off"] else "–"
+        right = f"{arm['right'] / arm['judged']:.0%}" if arm["judged"] else "–"
         rows.append(
-            f'<tr><td>{escape(arm["name"])}</td><td class="wide">{token_bar(arm["prompt_tokens"], arm["answer_tokens"], longest)}</td>'
-            f'<td class="number">{total:,.0f}</td><td class="number">{arm["answer_tokens"]:,.0f}</td><td class="number">{cut}</td></tr>'
+            f'<tr><td class="arm">{escape(arm["name"])}</td>'
+            f'<td class="wide">{token_bar(arm["prompt_tokens"], arm["answer_tokens"], longest)}</td>'
+            f'<td class="number">{total:,.0f}</td><td class="number">{arm["answer_tokens"]:,.0f}</td><td class="number">{cut}</td>'
+            f'<td class="number">{right}</td></tr>'
         )
     left_out = "".join(f'<p class="note"><b>{escape(name)}</b> is left out: {escape(why)}</p>' for name, why in report["left_out"].items())
     models = "".join(
@@ -164,7 +172,7 @@ def _costs(report: dict) -> str:
     return (
         "<h2>What it costs</h2>\n<p>Tokens of one answer, prompt and all, as the mean over all items and guards; blue is the prompt.</p>\n"
         '<div class="sheet scroll"><table><tr><th>arm</th><th></th><th class="number">tokens</th><th class="number">of them answer</th>'
-        f'<th class="number">cut off</th></tr>{"".join(rows)}</table></div>\n{left_out}'
+        f'<th class="number">cut off</th><th class="number">items right</th></tr>{"".join(rows)}</table></div>\n{left_out}'
         '<div class="sheet scroll"><table><tr><th>model</th><th class="number">parameters</th><th class="number">size</th>'
         f"<th>training</th></tr>{models}</table></div>"
     )
@@ -197,10 +205,9 @@ def _behaviour(one: dict, report: dict) -> str:
         reasons.append(f"{consistent['items']} of {one['evidence'][0]['n']} {fails}")
     listed = "".join(f"<li>{reason}</li>" for reason in reasons)
     harm = f'<li class="harm">{_harm(one)}</li>' if one["harms"] else ""
-    by = f" by {escape(one['arm'])}" if one["arm"] else ""
     return (
         f'<section class="behaviour {CLASS_OF_VERDICT[one["verdict"]]}" id="behaviour-{at}"><header><h3>{escape(one["name"])}</h3>'
-        f'<span class="verdict">{escape(one["verdict"])}{by}</span></header><ul>{listed}{harm}</ul>'
+        f'<span class="verdict">{_verdict(one)}</span></header><ul>{listed}{harm}</ul>'
         f"{_evidence(one, report)}{_faults(one)}{_examples(one)}</section>"
     )
 
@@ -213,7 +220,8 @@ def _evidence(one: dict, report: dict) -> str:
         arm, right, _, compared, p, failures = evidence_cells(row)
         chosen = row["arm"] == one["arm"]
         rows.append(
-            f'<tr{" class=chosen" if chosen else ""}><td>{escape(arm)}</td><td class="wide">{_interval(row, report, chosen)}</td>'
+            f'<tr{" class=chosen" if chosen else ""}><td class="arm">{escape(arm)}</td>'
+            f'<td class="wide">{_interval(row, report, chosen)}</td>'
             f'<td class="number">{_rate(row)}</td><td class="number">{right}</td><td class="number">{compared}</td>'
             f'<td class="number">{p}</td><td class="fails">{escape(failures)}</td></tr>'
         )
@@ -235,8 +243,7 @@ def _examples(one: dict) -> str:
     shown = []
     for example in one["examples"]:
         said = "".join(
-            f"<dt>{escape(answer['arm'])}</dt><dd><span class='words'>{escape(answer['text'] or '(nothing)')}</span> "
-            f"<span class='soft'>{'right' if answer['correct'] else escape((answer['failure'] or '').replace('_', ' '))}</span></dd>"
+            f"<dt>{escape(answer['arm'])}</dt><dd><span class='words'>{escape(answer['text'] or '(nothing)')}</span> {_mark(answer)}</dd>"
             for answer in example["said"]
         )
         fault = f"<dt>fault</dt><dd>{escape(example['fault'])}</dd>" if example["fault"] else ""
@@ -245,6 +252,12 @@ def _examples(one: dict) -> str:
             f"<dt>gold</dt><dd class='words'>{escape(example['gold'])}</dd>{fault}{said}</dl></div>"
         )
     return f"<details open><summary>{len(shown)} of its items</summary>{''.join(shown)}</details>"
+
+
+def _mark(answer: dict) -> str:
+    if answer["correct"]:
+        return '<span class="is-right">✓ right</span>'
+    return f'<span class="is-wrong">✗ {escape(answer["failure"].replace("_", " "))}</span>'
 
 
 # ---- how it was judged

@@ -8,13 +8,14 @@ docs/decide.md says what the keys mean.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 
 from harness import __version__
 from harness.evaluate.decision.questions import asked_words
 from harness.evaluate.decision.run import Asked, measured
 from harness.evaluate.decision.schema import Decision
-from harness.evaluate.decision.verdicts import Limits, Regression, Row, Verdict, decide
+from harness.evaluate.decision.verdicts import Limits, Regression, Row, Verdict, decide, shown_p
 from harness.evaluate.items import Item
 
 EXAMPLES = 3
@@ -37,7 +38,7 @@ def build_report(decision: Decision, asked: Asked, title: str) -> dict:
         "rules": {**decision.rules.model_dump(), "fails_in": verdicts[0].fails_in, "prompts": verdicts[0].prompts},
         "items": len(asked.items),
         "repeated": asked.repeated,
-        "arms": _arms(decision, asked),
+        "arms": _arms(decision, asked, verdicts),
         "models": _models(asked),
         "ways": asked.ways,
         "behaviours": [_behaviour(verdict, asked, regressions) for verdict in verdicts],
@@ -54,11 +55,11 @@ def _by_behaviour(items: list[Item]) -> dict[str, list[str]]:
     return found
 
 
-def _arms(decision: Decision, asked: Asked) -> list[dict]:
+def _arms(decision: Decision, asked: Asked, verdicts: list[Verdict]) -> list[dict]:
     texts = {"instruction": decision.instruction, **decision.prompts}
     found = []
     for answers in asked.answers:
-        results = list(answers.results.values())
+        results, rows = list(answers.results.values()), [verdict.row(answers.arm.name) for verdict in verdicts]
         found.append(
             {
                 "name": answers.arm.name,
@@ -70,6 +71,9 @@ def _arms(decision: Decision, asked: Asked) -> list[dict]:
                 "answer_tokens": sum(result.answer_tokens for result in results) / len(results),
                 "cut_off": answers.facts["cut_off"],
                 "asked": len(results),
+                # Of the items whose gold is sound, over all behaviours.
+                "right": sum(row.right for row in rows),
+                "judged": sum(row.n for row in rows),
             }
         )
     return found
@@ -144,8 +148,6 @@ def _best(verdict: Verdict) -> list[str]:
 
 
 def _gold(item: Item) -> str:
-    import json
-
     calls = [f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})" for call in item.gold["calls"]]
     return "; ".join(calls) or f"no call: {item.gold['turn'].get('content', '')}"
 
@@ -176,20 +178,16 @@ def render_markdown(report: dict) -> str:
         lines += ["| behaviour | arm | zero-shot | now | won, lost | p (Holm) |", "|---|---|---:|---:|---:|---:|"]
         for one in report["regressions"]:
             counts = f"{one['gained']}, {one['lost']}"
-            lines.append(_line(one["behaviour"], one["arm"], f"{one['before']:.0%}", f"{one['after']:.0%}", counts, f"{one['p_holm']:.2g}"))
+            lines.append(_line(one["behaviour"], one["arm"], f"{one['before']:.0%}", f"{one['after']:.0%}", counts, shown_p(one["p_holm"])))
     else:
         lines.append("Nothing, significantly. That does not show that nothing did: see the intervals.")
-    lines += ["", "## What the arms cost", "", "| arm | model | prompt tokens | answer tokens | cut off |", "|---|---|---:|---:|---:|"]
+    lines += ["", "## What the arms cost", "", "| arm | model | prompt tokens | answer tokens | cut off | items right |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
     for arm in report["arms"]:
-        cells = (
-            arm["name"],
-            arm["model"],
-            f"{arm['prompt_tokens']:.0f}",
-            f"{arm['answer_tokens']:.0f}",
-            f"{arm['cut_off']} of {arm['asked']}",
-        )
-        lines.append(_line(*cells))
-    lines += [_line(name, "left out", reason, "", "") for name, reason in report["left_out"].items()]
+        tokens = f"{arm['prompt_tokens']:.0f}", f"{arm['answer_tokens']:.0f}"
+        counts = f"{arm['cut_off']} of {arm['asked']}", f"{arm['right']} of {arm['judged']}"
+        lines.append(_line(arm["name"], arm["model"], *tokens, *counts))
+    lines += [_line(name, "left out", reason, "", "", "") for name, reason in report["left_out"].items()]
     lines += ["", "| model | parameters | bytes | training |", "|---|---:|---:|---|"]
     for model in report["models"]:
         lines.append(_line(model["name"], f"{model['parameters']:,}", f"{model['bytes']:,}", said_of_training(model)))
@@ -213,7 +211,7 @@ def evidence_cells(row: dict) -> tuple[str, ...]:
         return row["arm"], "–", "–", "–", "–", "no item with sound gold"
     low, high = row["interval"]
     compared = f"{row['gained']}, {row['lost']}" if row["p"] is not None else "–"
-    p = f"{row['p_holm']:.2g}" if row["p"] is not None else "–"
+    p = shown_p(row["p_holm"]) if row["p"] is not None else "–"
     failures = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in row["failures"].items())
     return row["arm"], f"{row['right']} of {row['n']}", f"{low:.0%} to {high:.0%}", compared, p, failures
 
@@ -221,7 +219,7 @@ def evidence_cells(row: dict) -> tuple[str, ...]:
 def said_of_training(model: dict) -> str:
     training = model["training"]
     if training is None:
-        return "none here"
+        return "not trained here"
     task = training["task"] or "task not known"
     if training["hours"] is None:
         return f"{task}; {training['basis']}"

@@ -385,13 +385,17 @@ def shown(row: Row) -> str:
     return f"{row.rate:.0%} ({low:.0%} to {high:.0%})"
 
 
+def shown_p(p: float, equals: str = "") -> str:
+    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}" if p < 0.1 else f"{equals}{p:.2f}"
+
+
 def _say(verdict: Verdict, said: str, arm: str | None, *reasons: str) -> None:
     verdict.verdict, verdict.arm = said, arm
     verdict.reasons.extend(reasons)
 
 
 def _about_test(row: Row) -> str:
-    return f"against zero-shot {row.gained} items won and {row.lost} lost, p = {row.p_holm:.2g} after Holm's correction"
+    return f"against zero-shot {row.gained} items won and {row.lost} lost, p {shown_p(row.p_holm, '= ')} after Holm's correction"
 
 
 def _say_of_best_prompt(verdict: Verdict, prompted: Sequence[Row]) -> None:
