@@ -50,7 +50,7 @@ def resolve(name: str) -> str:
         planted = _once(folder / "planted", _make_planted)
         files = [planted / f"{name}.jsonl" for name in PLANTED[:2]]
         return str(_once(folder / wanted, lambda target: _make_model(target, files, MODELS["tiny-llama"])))
-    known = ", ".join(PREFIX + one for one in (*MODELS, PLANTED_MODEL, *makers))
+    known = ", ".join(PREFIX + one for one in (*MODELS, *makers, PLANTED_MODEL))
     raise RecipeError(f"{name}: nothing of that name is embedded; there are {known}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,7 @@ def find_model(name: str, key: str) -> Path:
         return path / "final"
     if (path / "run.json").is_file() or (path / "recipe.yaml").is_file():
         raise EvaluationError(f"{key} = {name}: the run there has no final/ yet; train it to its end (`harness run`), or name another")
-    if not path.is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~", "runs/"))):
+    if not path.is_dir() and (name.startswith("runs/") or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)):
         raise EvaluationError(f"{key} = {name}: there is no such folder; must be a model's or a run's folder, or a hub id")
     return path
 

@@ -119,8 +119,8 @@ class Decision(Section):
     generate: Generate = Generate()
     seed: Seed = 0
     """Of the draws of examples."""
-    output_dir: str
-    """Where the report and the answers are written."""
+    output_dir: str | None = None
+    """Where the report and the answers are written. Left out: runs/decide-<name of the file>."""
 
 
 def load_decision(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Decision:

@@ -406,9 +406,9 @@ def _say_of_best_prompt(verdict: Verdict, prompted: Sequence[Row]) -> None:
 def _about_faults(verdict: Verdict, limits: Limits) -> list[str]:
     kinds = Counter(reason.partition(":")[0].partition(", which")[0] for reason in verdict.faulty.values())
     counted = Counter("gold breaks its tool's schema" if "schema" in kind else "gold contradicts itself" for kind in kinds.elements())
-    said = ", ".join(f"{kind} in {count}" for kind, count in counted.items())
+    said = ", ".join(f"{kind} in {count} of {verdict.items} items" for kind, count in counted.items())
     first = next(iter(verdict.faulty.items()))
     return [
-        f"of {verdict.items} items {said}; the target leaves {1 - limits.target:.0%}, so no model that keeps to its schema can reach it",
+        f"{said}; the target leaves {1 - limits.target:.0%}, so no model that keeps to its schema can reach it",
         f"for example {first[0]}: {first[1]}",
     ]
