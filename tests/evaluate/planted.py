@@ -17,8 +17,9 @@ KINDS = {
     "retrieval": "retrieval",
     "sft": "tuned",
     "sft+retrieval": "tuned+retrieval",
+    "distilled": "distilled",
 }
-TOKENS = {"zero-shot": 100, "instruction": 160, "polite": 110, "few-shot": 400, "retrieval": 150, "sft": 100, "sft+retrieval": 150}
+TOKENS = dict.fromkeys(KINDS, 100) | {"instruction": 160, "polite": 110, "few-shot": 400, "retrieval": 150, "sft+retrieval": 150}
 
 
 def ids_of(behaviour: str, count: int = 32) -> list[str]:

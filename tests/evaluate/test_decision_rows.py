@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from conftest import XLAM, needs_shared
 
 from harness.errors import DataError, RecipeError
 from harness.evaluate.decision.arms import plan_arms, plan_ways
-from harness.evaluate.decision.questions import check_apart, find_faults, load_items
+from harness.evaluate.decision.questions import check_apart, find_faults, load_items, pool_rare
 from harness.evaluate.decision.retrieve import Index, load_documents, words_of
 from harness.evaluate.decision.schema import Decision, load_decision
 from harness.recipe.load import render_yaml
@@ -120,6 +121,26 @@ def test_gold_that_breaks_its_schema_or_contradicts_itself_is_found_and_nothing_
         "rows.jsonl:4": "gold contradicts rows.jsonl",
     }
     assert "weather.city: is 3 (a number); must be string" in faults["rows.jsonl:2"]
+
+
+def test_tools_with_few_items_are_pooled_unless_their_rows_name_a_behaviour(tmp_path):
+    def of(tool, question, **keys):
+        made = row(question, {"city": "Oslo"}, tools=[{**WEATHER, "name": tool}], **keys)
+        made["messages"][-1]["tool_calls"][0]["function"]["name"] = tool
+        return made
+
+    rows = [of("a", "1"), of("a", "2"), of("b", "3"), of("c", "4"), row("5"), of("d", "6", behaviour="d")]
+    items, _ = items_of(tmp_path, *rows)
+    assert [item.category for item in pool_rare(items, 2)] == ["a", "a", *["2 tools with few items"] * 2, "calls nothing", "d"]
+    assert [item.category for item in pool_rare(items[:3], 2)] == ["a", "a", "b"]  # one alone is not renamed
+
+
+@needs_shared
+def test_of_a_real_set_every_call_that_breaks_its_schema_is_found_and_its_294_tools_are_one_behaviour():
+    items, _ = load_items([Source(path=str(XLAM))], 0, "items")
+    # As an audit of the set with jsonschema alone has counted them.
+    assert (len(items), len(find_faults(items))) == (294, 55)
+    assert {item.category for item in pool_rare(items, 16)} == {"294 tools with few items"}
 
 
 def test_an_example_that_would_be_an_answer_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,6 +181,8 @@ def test_an_arm_that_the_model_cannot_be_asked_is_left_out_with_the_reason_and_t
     assert decide("few_shot.k=3").exit_code == 0
     assert "than the 150 of the model" in report_in(tmp_path)["left_out"]["few-shot"]
     assert "few-shot</b> is left out" in (tmp_path / "out" / "index.html").read_text()
+    with pytest.raises(EvaluationError, match=r"rules.fails_in = 4, but only 3 prompts could be asked, .*few-shot \(its longest prompt"):
+        decide("few_shot.k=3", "rules.fails_in=4")
     with pytest.raises(EvaluationError, match="zero-shot: its longest prompt has .* generate.max_new_tokens = 600"):
         decide("generate.max_new_tokens=600")
 
@@ -191,7 +194,23 @@ def test_a_model_that_is_not_there_or_not_trained_to_its_end_is_named(tmp_path):
     with pytest.raises(EvaluationError, match="has no final/ yet"):
         find_model(str(tmp_path), "model")
     assert str(find_model("Qwen/Qwen2.5-7B-Instruct", "model")) == "Qwen/Qwen2.5-7B-Instruct"
-    assert read_training(tmp_path / "final").hours is None
+    assert read_training(tmp_path / "final", tmp_path).hours is None
+
+
+def test_a_model_that_was_trained_from_another_base_says_so(tmp_path):
+    from harness.evaluate.decision.report import said_of_training
+    from harness.model.export import digest_base
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    export = tmp_path / "run" / "final"
+    export.mkdir(parents=True)
+    for digest, other in ((digest_base(str(tmp_path / "base")), None), ("0" * 64, "runs/earlier")):
+        (export / "harness.json").write_text(json.dumps({"task": "sft", "base": "runs/earlier", "base_digest": digest}))
+        training = read_training(export, tmp_path / "base")
+        assert training.other_base == other
+        said = said_of_training({"training": asdict(training)})
+        assert ("from another base (runs/earlier)" in said) == (other is not None)
 
 
 def test_items_among_the_tuning_rows_end_the_command_before_a_model_is_loaded(decide, tables, world):

@@ -80,10 +80,18 @@ def test_a_model_that_reaches_it_after_preference_training_says_dpo():
     assert (verdict.verdict, verdict.arm) == (DPO, "sft")
 
 
+def test_a_fact_that_training_alone_does_not_bring_may_need_both_and_a_small_model_may_be_the_one_that_has_learnt_it():
+    # The documents alone do not do it, and the trained model only with them.
+    both = verdict_on({"otherwise": GARBLED, "sft+retrieval": RIGHT})
+    assert (both.verdict, both.arm) == (SFT, "sft+retrieval")
+    small = verdict_on({"otherwise": GARBLED, "distilled": 31})
+    assert (small.verdict, small.arm) == (SFT, "distilled")
+
+
 # ---- training, when no trained model has shown it
 
 
-UNTRAINED = ("sft", "sft+retrieval")
+UNTRAINED = ("sft", "sft+retrieval", "distilled")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,7 @@ def test_a_gain_that_chance_could_have_made_is_no_remedy():
     assert verdict.row("zero-shot").state == MISSES and verdict.row("instruction").state == REACHES
     assert verdict.row("instruction").p == 1 / 64 and verdict.row("instruction").p_holm > 0.05
     assert verdict.verdict == UNKNOWN and "by chance" in verdict.reasons[0] and verdict.needs > 16
-    assert verdict_on(table, leave_out=("polite", "few-shot", "retrieval", "sft", "sft+retrieval")).verdict == KEEP
+    assert verdict_on(table, leave_out=("polite", "few-shot", "retrieval", *UNTRAINED)).verdict == KEEP
 
 
 def test_models_that_are_coins_get_no_verdict_that_asks_for_work():

@@ -20,8 +20,6 @@ from harness.evaluate.decision.schema import Decision
 from harness.evaluate.items import Item
 
 BASE, DISTILLED = "base", "distilled"
-PROMPTS = ("zero-shot", "prompt", "few-shot")
-TRAINED = ("tuned", "tuned+retrieval", "distilled")
 
 
 @dataclass(frozen=True)

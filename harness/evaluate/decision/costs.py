@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +22,8 @@ class Training:
     task: str | None
     hours: float | None
     basis: str
+    other_base: str | None = None
+    """What the model was trained from, where its export says so and that is not the decision's base."""
 
 
 def find_model(name: str, key: str) -> Path:
@@ -36,10 +38,22 @@ def find_model(name: str, key: str) -> Path:
     return path
 
 
-def read_training(model: Path) -> Training:
-    """Of the run that a model was exported by: the export says its task, and the folder above it has its metrics."""
-    run, manifest = model.parent, model / "harness.json"
-    task = json.loads(manifest.read_text(encoding="utf-8")).get("task") if manifest.is_file() else None
+def read_training(model: Path, base: Path | None) -> Training:
+    """Of the run that a model was exported by: the export says its task, and the folder above it has its metrics.
+
+    base: the one that it should have been trained from, None for any.
+    """
+    from harness.model.export import digest_base
+
+    file = model / "harness.json"
+    manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    trained_from, here = manifest.get("base_digest"), base and digest_base(str(base))
+    other = manifest.get("base") if trained_from and here and trained_from != here else None
+    return replace(_read_hours(model, manifest.get("task")), other_base=other)
+
+
+def _read_hours(model: Path, task: str | None) -> Training:
+    run = model.parent
     if not (run / "metrics.jsonl").is_file():
         return Training(task, None, f"{model} lies in no run folder, so what its training took is not known")
     try:

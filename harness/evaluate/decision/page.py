@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.evaluate.decision.plots import fall_plot, interval_plot, token_bar
 from harness.evaluate.decision.report import evidence_cells, said_of_training
-from harness.evaluate.decision.verdicts import DPO, FIX, KEEP, RETRIEVE, SFT, UNKNOWN, shown_p
+from harness.evaluate.decision.verdicts import DPO, FIX, KEEP, RETRIEVE, SFT, UNKNOWN, in_prompts, shown_p
 
 STYLE = Path(__file__).with_name("page.css")
 CLASS_OF_VERDICT = {KEEP: "keep", RETRIEVE: "retrieve", SFT: "sft", DPO: "dpo", FIX: "fix", UNKNOWN: "unknown"}
@@ -164,23 +164,23 @@ def _costs(report: dict) -> str:
             f'<td class="number">{right}</td></tr>'
         )
     left_out = "".join(f'<p class="note"><b>{escape(name)}</b> is left out: {escape(why)}</p>' for name, why in report["left_out"].items())
-    models = "".join(
-        f"<tr><td>{escape(model['name'])}</td><td class='number'>{_count(model)}</td><td class='number'>{_bytes(model['bytes'])}</td>"
-        f"<td>{escape(said_of_training(model))}</td></tr>"
-        for model in report["models"]
-    )
+    models = []
+    for model in report["models"]:
+        numbers = f"{model['parameters']:,}", _adapter(model), _bytes(model["bytes"])
+        cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
+        models.append(f'<tr><td>{escape(model["name"])}</td>{cells}<td class="training">{escape(said_of_training(model))}</td></tr>')
     return (
         "<h2>What it costs</h2>\n<p>Tokens of one answer, prompt and all, as the mean over all items and guards; blue is the prompt.</p>\n"
         '<div class="sheet scroll"><table><tr><th>arm</th><th></th><th class="number">tokens</th><th class="number">of them answer</th>'
         f'<th class="number">cut off</th><th class="number">items right</th></tr>{"".join(rows)}</table></div>\n{left_out}'
-        '<div class="sheet scroll"><table><tr><th>model</th><th class="number">parameters</th><th class="number">size</th>'
-        f"<th>training</th></tr>{models}</table></div>"
+        '<div class="sheet scroll"><table><tr><th>model</th><th class="number">parameters</th><th class="number">of them adapter</th>'
+        '<th class="number">size</th>'
+        f"<th class='training'>training</th></tr>{''.join(models)}</table></div>"
     )
 
 
-def _count(model: dict) -> str:
-    adapter = f", {model['adapter_parameters']:,} of them adapter" if model["adapter_parameters"] else ""
-    return f"{model['parameters']:,}{adapter}"
+def _adapter(model: dict) -> str:
+    return f"{model['adapter_parameters']:,}" if model["adapter_parameters"] else "–"
 
 
 def _bytes(count: float) -> str:
@@ -200,7 +200,7 @@ def _behaviour(one: dict, report: dict) -> str:
     reasons = [escape(reason) for reason in one["reasons"]]
     if one["faulty"] and one["verdict"] != FIX:
         reasons.append(f"{len(one['faulty'])} of {one['items']} items are left out: their gold is faulty")
-    fails = f"items fail in at least {consistent['fails_in']} of {consistent['prompts']} prompts"
+    fails = f"items fail {in_prompts(consistent['fails_in'], consistent['prompts'])}"
     if one["evidence"][0]["n"] and not any(fails in reason for reason in reasons):
         reasons.append(f"{consistent['items']} of {one['evidence'][0]['n']} {fails}")
     listed = "".join(f"<li>{reason}</li>" for reason in reasons)
@@ -271,9 +271,9 @@ def _method(report: dict) -> str:
         f"<b>{FIX}</b>: more than {1 - rules['target']:.0%} of the items have gold that breaks its own schema or contradicts itself.",
         f"<b>{KEEP}</b>: the base reaches {target} as it is asked, or with the cheapest prompt or examples that do.",
         f"<b>{RETRIEVE}</b>: no prompt reaches it, and the documents do.",
-        f"<b>{SFT}</b> or <b>{DPO}</b>: every prompt and retrieval miss it, and the same items fail in at least {rules['fails_in']} of "
-        f"{len(rules['prompts'])} prompts ({escape(prompts)}). By the trained model that reaches it; else DPO where most failures are a "
-        "wrong choice between answers of a right form, SFT where the form or the tool is not known.",
+        f"<b>{SFT}</b> or <b>{DPO}</b>: every prompt and retrieval miss it, and the same items fail "
+        f"{in_prompts(rules['fails_in'], len(rules['prompts']))} ({escape(prompts)}). By the trained model that reaches it; else DPO "
+        "where most failures are a wrong choice between answers of a right form, SFT where the form or the tool is not known.",
         f"<b>{UNKNOWN}</b>: whenever an interval that decides lies on both sides of {target}.",
     ]
     arms = "".join(f"<dt>{escape(arm['name'])}</dt><dd>{escape(arm['what'])}{_system(arm)}</dd>" for arm in report["arms"])

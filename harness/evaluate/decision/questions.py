@@ -1,7 +1,7 @@
 """Rows become items, each with the behaviour that it shows; and gold is judged before any model is.
 
-An item's gold is {"calls": [{"name", "arguments"}], "turn": the assistant's message}. Without a call it is right to call nothing and to say
-something; what is said is not compared.
+An item's gold is {"calls": [{"name", "arguments"}], "turn": the assistant's message, "named": whether the row names its behaviour}.
+Without a call it is right to call nothing and to say something; what is said is not compared.
 
 Promises: a question that occurs twice with the same gold is one item; nothing that is asked stands among the tuning rows.
 """
@@ -9,7 +9,9 @@ Promises: a question that occurs twice with the same gold is one item; nothing t
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from harness.data.formats import detect_format, to_canonical
@@ -60,8 +62,24 @@ def _short(location: str) -> str:
 def _item(row: SourceRow, id: str) -> Item:
     *asked, turn = row.row["messages"]
     calls = [{"name": call["function"]["name"], "arguments": call["function"]["arguments"]} for call in turn.get("tool_calls", ())]
-    behaviour = row.row.get("behaviour") or (PARALLEL if len(calls) > 1 else calls[0]["name"] if calls else CALLS_NOTHING)
-    return Item(id, behaviour, asked, row.row.get("tools", []), {"calls": calls, "turn": turn})
+    named = row.row.get("behaviour")
+    behaviour = named or (PARALLEL if len(calls) > 1 else calls[0]["name"] if calls else CALLS_NOTHING)
+    return Item(id, behaviour, asked, row.row.get("tools", []), {"calls": calls, "turn": turn, "named": named is not None})
+
+
+def pool_rare(items: Sequence[Item], least: int) -> list[Item]:
+    """The items, in their order; of behaviours that are tools' names for want of a better one, those with fewer than `least` items are one
+    together: public sets have a tool for every row, and nothing could be shown of any."""
+    counts = Counter(item.category for item in items)
+    rare = {
+        item.category
+        for item in items
+        if not item.gold["named"] and item.category not in (PARALLEL, CALLS_NOTHING) and counts[item.category] < least
+    }
+    if len(rare) < 2:
+        return list(items)
+    pool = f"{len(rare)} tools with few items"
+    return [replace(item, category=pool) if item.category in rare and not item.gold["named"] else item for item in items]
 
 
 def gold_calls(item: Item) -> list[ToolCall]:

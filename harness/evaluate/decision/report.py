@@ -12,10 +12,11 @@ import json
 import time
 
 from harness import __version__
+from harness.errors import EvaluationError
 from harness.evaluate.decision.questions import asked_words
 from harness.evaluate.decision.run import Asked, measured
 from harness.evaluate.decision.schema import Decision
-from harness.evaluate.decision.verdicts import Limits, Regression, Row, Verdict, decide, shown_p
+from harness.evaluate.decision.verdicts import PROMPTS, Limits, Regression, Row, Verdict, decide, shown_p
 from harness.evaluate.items import Item
 
 EXAMPLES = 3
@@ -29,6 +30,13 @@ def build_report(decision: Decision, asked: Asked, title: str) -> dict:
     items = [*asked.items, *asked.guards]
     methods = {name: training.task for name, training in asked.trainings.items()}
     arms = [measured(answers, items, methods.get(answers.arm.model)) for answers in asked.answers]
+    prompts = [arm.name for arm in arms if arm.kind in PROMPTS]
+    if (limits.fails_in or 0) > len(prompts):
+        gone = ", ".join(f"{name} ({why})" for name, why in asked.left_out.items())
+        raise EvaluationError(
+            f"rules.fails_in = {limits.fails_in}, but only {len(prompts)} prompts could be asked, because these are left out: {gone}; "
+            f"set rules.fails_in to at most {len(prompts)}"
+        )
     verdicts, guarded, regressions = decide(behaviours, asked.faults, arms, limits, guards)
     return {
         "title": title,
@@ -221,6 +229,8 @@ def said_of_training(model: dict) -> str:
     if training is None:
         return "not trained here"
     task = training["task"] or "task not known"
+    if training["other_base"]:
+        task = f"{task}, from another base ({training['other_base']}), so that it differs from zero-shot by more than its training"
     if training["hours"] is None:
         return f"{task}; {training['basis']}"
     hours = training["hours"]

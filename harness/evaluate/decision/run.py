@@ -10,21 +10,20 @@ The ways of choosing few-shot examples are arms over the tuning rows, in arms/tu
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from harness.errors import DataError, EvaluationError
 from harness.evaluate.decision.arms import BASE, DISTILLED, Arm, plan_arms, plan_ways
 from harness.evaluate.decision.costs import Training, find_model, read_training
-from harness.evaluate.decision.questions import check_apart, find_faults, gold_calls, load_items
+from harness.evaluate.decision.questions import check_apart, find_faults, gold_calls, load_items, pool_rare
 from harness.evaluate.decision.schema import Decision, Generate
-from harness.evaluate.decision.verdicts import Measured, Outcome
+from harness.evaluate.decision.verdicts import Limits, Measured, Outcome, least_items
 from harness.evaluate.items import Item, Result
 from harness.run import write_text_atomically
 from harness.tools import check_call, parse_calls, score
@@ -64,16 +63,20 @@ def run_arms(decision: Decision, say: Say) -> Asked:
     """Ask every arm all items and guards. Raises DataError for the rows, EvaluationError where a model cannot be asked at all."""
     items, repeated = load_items(decision.items, decision.seed, "items")
     guards, _ = load_items(decision.guards, decision.seed, "guards")
-    guards = [dataclasses.replace(item, id=f"guards/{item.id}") for item in guards]
+    guards = [replace(item, id=f"guards/{item.id}") for item in guards]
+    least = least_items(Limits(**decision.rules.model_dump()))
+    items, guards = pool_rare(items, least), pool_rare(guards, least)
     tuning, _ = load_items(decision.tuning, decision.seed, "tuning")
-    tuning = [dataclasses.replace(item, id=f"tuning/{item.id}") for item in tuning]
+    tuning = [replace(item, id=f"tuning/{item.id}") for item in tuning]
     check_apart([*items, *guards], tuning)
     arms = plan_arms(decision)
     models = {BASE: find_model(decision.model, "model")}
     models |= {name: find_model(path, f"tuned.{name}") for name, path in decision.tuned.items()}
     if decision.distilled:
         models[DISTILLED] = find_model(decision.distilled, "distilled")
-    trainings = {name: read_training(path) for name, path in models.items() if name != BASE}
+    # A distilled model has a base of its own, which is smaller.
+    bases = {name: None if name == DISTILLED else models[BASE] for name in models}
+    trainings = {name: read_training(path, bases[name]) for name, path in models.items() if name != BASE}
     asked = Asked(items, guards, find_faults([*items, *guards]), [], {}, models, trainings, repeated=repeated)
     output = Path(decision.output_dir)
     for name, path in models.items():
@@ -146,7 +149,7 @@ def _answers(arm: Arm, items: list[Item], model: _Model, file: Path) -> Answers:
         facts = {"digest": digest, "arm": arm.name, "model": str(model.path), **facts}
         results = {item.id: _judge(item, one) for item, one in zip(items, said, strict=True)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [facts, *map(dataclasses.asdict, results.values())]
+        lines = [facts, *map(asdict, results.values())]
         write_text_atomically(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return Answers(arm, results, facts, reused=False)
     facts, *said = rows

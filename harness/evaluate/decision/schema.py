@@ -96,7 +96,8 @@ class Decision(Section):
 
     items: Sources
     """Conversations whose last assistant turn is the gold, as in `data.eval` of a training recipe. A row's key `behaviour` says what it
-    shows; without it that is the name of the tool that is called, `parallel calls` or `calls nothing`."""
+    shows; without it that is the name of the tool that is called (tools with too few items are pooled), `parallel calls` or `calls
+    nothing`."""
     model: str
     """The base: a folder, a run folder, a hub id or embedded:NAME."""
     tuned: dict[str, str] = {}

@@ -43,6 +43,9 @@ FIX, UNKNOWN = "fix the schema or the data", "not enough evidence"
 VERDICTS = (KEEP, RETRIEVE, SFT, DPO, FIX, UNKNOWN)
 REACHES, MISSES, OPEN = "reaches", "misses", "open"
 
+PROMPTS = ("zero-shot", "prompt", "few-shot")
+TRAINED = ("tuned", "tuned+retrieval", "distilled")
+"""Kinds of arms."""
 CHOICES = ("unneeded_call", "no_call", "wrong_tool")
 """Failures that are a wrong choice between answers of a right form; the others are of form, or of values."""
 MOST_ITEMS = 100_000
@@ -170,7 +173,7 @@ def decide(
 
 def _measure(name: str, ids: Sequence[str], faults: Mapping[str, str], arms: Sequence[Measured], limits: Limits) -> Verdict:
     sound = [id for id in ids if id not in faults]
-    prompts = [arm for arm in arms if arm.kind in ("zero-shot", "prompt", "few-shot")]
+    prompts = [arm for arm in arms if arm.kind in PROMPTS]
     fails_in = limits.fails_in or len(prompts)
     consistent = [id for id in sound if sum(not arm.outcomes[id].right for arm in prompts) >= fails_in]
     return Verdict(
@@ -290,7 +293,7 @@ def _say_what_is_open(verdict: Verdict, row: Row, limits: Limits) -> None:
 
 def _judge_inconsistent(verdict: Verdict, prompted: Sequence[Row], limits: Limits) -> None:
     """Every prompt misses, and it is not shown that the same items fail under all of them."""
-    share = f"{len(verdict.consistent)} of {prompted[0].n} items fail in at least {verdict.fails_in} of {len(verdict.prompts)} prompts"
+    share = f"{len(verdict.consistent)} of {prompted[0].n} items fail {in_prompts(verdict.fails_in, len(verdict.prompts))}"
     if verdict.consistent_interval[1] <= 1 - limits.target:
         found = "each prompt fails on others, so the right one is not found yet"
         _say(verdict, KEEP, None, f"no prompt reaches {limits.target:.0%}, but only {share}: {found}")
@@ -310,18 +313,18 @@ def _judge_training(verdict: Verdict, arms: Sequence[Measured], limits: Limits, 
     """Every prompt misses, and the same items fail under all of them."""
     n, low = verdict.rows[0].n, verdict.consistent_interval[0]
     failing = (
-        f"{len(verdict.consistent)} of {n} items fail in at least {verdict.fails_in} of {len(verdict.prompts)} prompts "
+        f"{len(verdict.consistent)} of {n} items fail {in_prompts(verdict.fails_in, len(verdict.prompts))} "
         f"(at least {low:.0%} of such items do)"
     )
-    trained = [row for row in verdict.rows if row.kind in ("tuned", "tuned+retrieval", "distilled")]
+    trained = [row for row in verdict.rows if row.kind in TRAINED]
     method = {arm.name: arm.method for arm in arms}
     if found := best(trained):
         _say(
             verdict,
             _method_verdict(method[found.arm]),
             found.arm,
+            f"trained, {found.arm} does it: {shown(found)}, zero-shot {shown(verdict.rows[0])}",
             failing,
-            f"trained, {found.arm} does it: {shown(found)}",
             _about_test(found),
         )
         return
@@ -333,8 +336,7 @@ def _judge_training(verdict: Verdict, arms: Sequence[Measured], limits: Limits, 
     sft = [row for row in trained if row.kind == "tuned" and method[row.arm] not in PREFERENCE_METHODS]
     if trained:
         last = max(sft or trained, key=lambda row: row.rate)
-        remaining = sum(last.failures.get(name, 0) for name in CHOICES)
-        wrong = last.n - last.right
+        remaining, wrong = _remaining_choices(verdict, next(arm for arm in arms if arm.name == last.arm)), last.n - last.right
         so_far = f"trained, {last.arm} does not reach it yet: {shown(last)}{', though it is better' if better(last) else ''}"
         if sft and remaining * 2 > wrong:
             _say(verdict, DPO, None, failing, so_far, f"{remaining} of its {wrong} failures are choices between answers of a right form")
@@ -377,7 +379,17 @@ def _kinds_of_failure(verdict: Verdict, prompts: Sequence[Measured]) -> tuple[in
     return choices, within, len(ids)
 
 
+def _remaining_choices(verdict: Verdict, arm: Measured) -> int:
+    """Of the items that fail consistently; the model was trained on calls, so that calling nothing is a choice of it."""
+    outcomes = [arm.outcomes[id] for id in verdict.consistent]
+    return sum(outcome.failure in CHOICES and outcome.formed for outcome in outcomes)
+
+
 # ---- words
+
+
+def in_prompts(fails_in: int, prompts: int) -> str:
+    return f"in all {prompts} prompts" if fails_in == prompts else f"in at least {fails_in} of {prompts} prompts"
 
 
 def shown(row: Row) -> str:
