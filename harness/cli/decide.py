@@ -46,4 +46,6 @@ def show(report: dict, folder: Path) -> None:
         print_table(("got worse", "with", "rate"), worse)
     else:
         click.echo("nothing got significantly worse")
+    for note in report["notes"]:
+        click.secho(f"\n{note}", fg="yellow")
     click.echo(f"\nthe page: {folder / 'index.html'} (the same as report.md and report.json beside it; every answer in arms/)")

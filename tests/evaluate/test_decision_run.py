@@ -71,7 +71,7 @@ class Table:
 
         return [("weight", torch.zeros(7)), *([("lora_A", torch.zeros(2))] if self.adapted else [])]
 
-    def generate(self, input_ids, **_):
+    def generate(self, input_ids, max_new_tokens, **_):
         import torch
 
         prompts = self.tokenizer.batch_decode(input_ids)
@@ -79,7 +79,7 @@ class Table:
         said = [self.tokenizer(self.say(prompt), add_special_tokens=False)["input_ids"] for prompt in prompts]
         width = max(map(len, said)) + 1
         ends = [ids + [self.tokenizer.eos_token_id] * (width - len(ids)) for ids in said]
-        return torch.cat([input_ids, torch.tensor(ends)], dim=1)
+        return torch.cat([input_ids, torch.tensor(ends)[:, :max_new_tokens]], dim=1)
 
     def say(self, prompt: str) -> str:
         question = re.findall(r"<\|user\|>(.*?)<\|end\|>", prompt)[-1]
@@ -181,6 +181,10 @@ def test_an_arm_that_the_model_cannot_be_asked_is_left_out_with_the_reason_and_t
     assert decide("few_shot.k=3").exit_code == 0
     assert "than the 150 of the model" in report_in(tmp_path)["left_out"]["few-shot"]
     assert "few-shot</b> is left out" in (tmp_path / "out" / "index.html").read_text()
+    # Its answers are cut off: the setting is at fault and not the model.
+    cut = decide("few_shot.k=1", "generate.max_new_tokens=8")
+    assert "zero-shot: " in cut.output and "answers were cut off at generate.max_new_tokens = 8" in cut.output
+    assert "answers were cut off at" in (tmp_path / "out" / "index.html").read_text()
     with pytest.raises(EvaluationError, match=r"rules.fails_in = 4, but only 3 prompts could be asked, .*few-shot \(its longest prompt"):
         decide("few_shot.k=3", "rules.fails_in=4")
     with pytest.raises(EvaluationError, match="zero-shot: its longest prompt has .* generate.max_new_tokens = 600"):

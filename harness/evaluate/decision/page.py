@@ -45,7 +45,8 @@ def _head(report: dict) -> str:
         f"{report['items']} items, {len(report['behaviours'])} behaviours, {len(report['arms'])} arms on the same items. Target "
         f"{rules['target']:.0%}, intervals and tests at {rules['confidence']:.0%}. harness {report['harness']}, {report['created']}."
     )
-    return f"<h1>{escape(report['title'])}: prompt, retrieve or fine-tune</h1>\n<p class='soft'>{escape(facts)}</p>"
+    notes = "".join(f'\n<p class="warning">{escape(note)}.</p>' for note in report["notes"])
+    return f"<h1>{escape(report['title'])}: prompt, retrieve or fine-tune</h1>\n<p class='soft'>{escape(facts)}</p>{notes}"
 
 
 # ---- what to do

@@ -22,6 +22,8 @@ from harness.evaluate.items import Item
 EXAMPLES = 3
 """Items of each behaviour that are shown with what was said to them."""
 SHOWN_CHARACTERS = 400
+CUT_OFF_SHARE = 0.1
+"""So many cut answers are no longer the model's rambling alone."""
 
 
 def build_report(decision: Decision, asked: Asked, title: str) -> dict:
@@ -45,7 +47,6 @@ def build_report(decision: Decision, asked: Asked, title: str) -> dict:
         "recipe": decision.model_dump(mode="json"),
         "rules": {**decision.rules.model_dump(), "fails_in": verdicts[0].fails_in, "prompts": verdicts[0].prompts},
         "items": len(asked.items),
-        "repeated": asked.repeated,
         "arms": _arms(decision, asked, verdicts),
         "models": _models(asked),
         "ways": asked.ways,
@@ -53,7 +54,23 @@ def build_report(decision: Decision, asked: Asked, title: str) -> dict:
         "guards": [{"behaviour": name, "evidence": _rows(rows)} for name, rows in zip(guards, guarded, strict=True)],
         "regressions": [dataclasses.asdict(one) for one in regressions],
         "left_out": asked.left_out,
+        "notes": _notes(decision, asked),
     }
+
+
+def _notes(decision: Decision, asked: Asked) -> list[str]:
+    """What a reader has to know before a verdict is believed."""
+    notes = []
+    for answers in asked.answers:
+        cut, count = answers.facts["cut_off"], len(answers.results)
+        if cut > CUT_OFF_SHARE * count:
+            notes.append(
+                f"{answers.arm.name}: {cut} of {count} answers were cut off at generate.max_new_tokens = "
+                f"{decision.generate.max_new_tokens}, and a cut answer is wrong; raise it before a verdict on them is believed"
+            )
+    if asked.repeated:
+        notes.append(f"{asked.repeated} rows of the items ask again what another asks, with the same gold; each question counts once")
+    return notes
 
 
 def _by_behaviour(items: list[Item]) -> dict[str, list[str]]:
@@ -176,6 +193,7 @@ def render_markdown(report: dict) -> str:
         f"{report['items']} items, {len(report['arms'])} arms, target {target}, intervals at {report['rules']['confidence']:.0%}; "
         f"harness {report['harness']}, {report['created']}.",
         "",
+        *(line for note in report["notes"] for line in (f"**{note}.**", "")),
         "| behaviour | items | verdict | by | why |",
         "|---|---:|---|---|---|",
     ]
