@@ -50,6 +50,7 @@ def decision(tmp_path, **settings) -> Decision:
         ({"few_shot": {"n_shot": 3}, "tuning": "t.jsonl"}, "`n_shot` is `few_shot.k` here"),
         ({"rules": {"target": 1.0}}, "rules.target = 1.0; must be < 1"),
         ({"rules": {"target": "80 %"}}, "rules.target"),
+        ({"plan": {"recipe": "tiny/sft-lora"}}, "plan: has neither of tokens_per_s and measured"),
         ({"items": []}, "items = \\[\\]; must name at least one file"),
         ({"few_shot": {"k": 2}}, "few_shot is set, and there is nothing to choose examples from; set tuning"),
         ({"prompts": {"few-shot": "x"}}, 'prompts: the name "few-shot" is another arm\'s already'),

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from harness.cli import group
-from harness.errors import DataError, EvaluationError
-from harness.evaluate.decision.costs import find_model, read_training
-from harness.evaluate.decision.schema import load_decision
+from harness.errors import DataError, EvaluationError, RecipeError
+from harness.evaluate.decision.costs import find_model, plan_training, read_training
+from harness.evaluate.decision.schema import Planned, load_decision
 from harness.quickstart.planted import BEHAVIOURS, CALM, INSTRUCTION, NAMES, write_planted
 
 WANTED = {
@@ -125,7 +125,7 @@ def decide(tables, tmp_path, world):
     models = [f"model={tmp_path / 'base'}", f"tuned.adapter={tmp_path / 'adapter'}", "--output", str(tmp_path / "out")]
 
     def command(*overrides: str):
-        given = ["decide", "decide/tiny", f"retrieval.documents={world}/decide-documents.jsonl", *files, *models, *overrides]
+        given = ["decide", "decide/tiny", "plan=null", f"retrieval.documents={world}/decide-documents.jsonl", *files, *models, *overrides]
         return CliRunner().invoke(group, given, catch_exceptions=False)
 
     return command
@@ -215,6 +215,17 @@ def test_a_model_that_was_trained_from_another_base_says_so(tmp_path):
         assert training.other_base == other
         said = said_of_training({"training": asdict(training)})
         assert ("from another base (runs/earlier)" in said) == (other is not None)
+
+
+def test_the_training_to_come_is_planned_from_a_stated_speed_and_refused_where_nothing_is_known():
+    # 20 steps of 16 rows of 256 tokens at most, on two ranks.
+    planned = plan_training(Planned(recipe="tiny/sft-lora", tokens=1000, tokens_per_s=10.0, processes=2))
+    assert planned["hours"] == pytest.approx(20 * 16 * 256 / 10 / 3600) and planned["gpu_hours"] == pytest.approx(2 * planned["hours"])
+    assert "stated" in planned["basis"]
+    with pytest.raises(RecipeError, match="metrics.jsonl cannot be read"):
+        plan_training(Planned(recipe="tiny/sft-lora", measured="runs/nothing"))
+    with pytest.raises(RecipeError, match="set plan.tokens, or max_steps"):
+        plan_training(Planned(recipe="sft/llama3-8b-tools-qlora", tokens_per_s=10.0))
 
 
 def test_items_among_the_tuning_rows_end_the_command_before_a_model_is_loaded(decide, tables, world):

@@ -1,6 +1,5 @@
-"""Verdicts on planted behaviours, each with the one remedy that its table leaves; and the statistics below them by a second derivation."""
+"""Verdicts on planted behaviours, each with the one remedy that its table leaves."""
 
-import itertools
 import random
 
 import pytest
@@ -23,7 +22,6 @@ from harness.evaluate.decision.verdicts import (
     least_items,
     state_of,
 )
-from harness.evaluate.paired import holm, mcnemar_exact
 from harness.evaluate.statistics import wilson_interval
 
 PROMPTS = ("zero-shot", "instruction", "polite", "few-shot")
@@ -211,46 +209,6 @@ def test_a_prompt_that_breaks_another_behaviour_is_a_regression_too():
 
 
 # ---- numbers, by a second derivation
-
-
-def test_mcnemar_is_the_share_of_all_coin_tosses_that_are_as_uneven():
-    for b, c in itertools.product(range(7), repeat=2):
-        tosses = list(itertools.product((0, 1), repeat=b + c))
-        as_uneven = sum(abs(2 * sum(toss) - (b + c)) >= abs(b - c) for toss in tosses)
-        assert mcnemar_exact(b, c) == pytest.approx(as_uneven / len(tosses), abs=1e-12)
-    with pytest.raises(ValueError, match="not negative"):
-        mcnemar_exact(-1, 2)
-
-
-def test_holm_is_the_least_level_at_which_the_step_down_procedure_rejects():
-    rng = random.Random(0)
-    for _ in range(50):
-        p = [round(rng.random() ** 3, 3) for _ in range(rng.randint(1, 7))]
-        for index, value in enumerate(holm(p)):
-            assert value == pytest.approx(least_level(p, index), abs=1e-6)
-    assert holm([]) == []
-    with pytest.raises(ValueError, match="1.5"):
-        holm([1.5])
-
-
-def least_level(p: list[float], index: int) -> float:
-    """By bisection over the level, of Holm's own words: go up from the smallest while p(k) <= alpha / (m - k)."""
-
-    def rejects(alpha: float) -> bool:
-        for rank, at in enumerate(sorted(range(len(p)), key=lambda at: p[at])):
-            if p[at] * (len(p) - rank) > alpha:
-                return False
-            if at == index:
-                return True
-        raise AssertionError
-
-    low, high = 0.0, 1.0
-    if not rejects(high):
-        return 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if rejects(middle) else (middle, high)
-    return high
 
 
 def test_the_number_of_items_that_is_asked_for_is_the_least_that_shows_it():

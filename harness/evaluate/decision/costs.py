@@ -1,4 +1,5 @@
-"""What a trained model is and what it took: the task that made it, and the hours, as its run folder says. Nothing is estimated here."""
+"""What a trained model is and what it took: the task that made it, and the hours, as its run folder says; and what the next would take, as
+the planner says. Nothing is estimated here."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from pathlib import Path
 from statistics import median
 
 from harness.embedded import resolve
-from harness.errors import EvaluationError
+from harness.errors import EvaluationError, RecipeError
+from harness.evaluate.decision.schema import Planned
+from harness.planner import Place, plan_recipe
+from harness.recipe import load
 
 PAUSE_FACTOR = 20
 """A gap in metrics.jsonl that is so many times the median gap is a pause (a kill, a queue), and no training."""
@@ -24,6 +28,18 @@ class Training:
     basis: str
     other_base: str | None = None
     """What the model was trained from, where its export says so and that is not the decision's base."""
+
+
+def plan_training(planned: Planned) -> dict:
+    """{"recipe", "hours", "gpu_hours", "basis"} of the training that would come. Raises RecipeError where nothing can be said."""
+    recipe = load(planned.recipe)
+    speed = Path(planned.measured) if planned.measured else None
+    place = Place(planned.processes, planned.nodes)
+    plan = plan_recipe(recipe, place, tokens_per_epoch=planned.tokens, tokens_per_s=planned.tokens_per_s, measured=speed)
+    if plan.hours is None:
+        raise RecipeError(f"plan: {planned.recipe} does not say how many tokens it trains; set plan.tokens, or max_steps in the recipe")
+    basis = f"{plan.work.tokens:,.0f} tokens ({plan.work.basis}) at {plan.hours.tokens_per_s:,.0f} a second ({plan.hours.basis})"
+    return {"recipe": planned.recipe, "hours": plan.hours.hours, "gpu_hours": plan.hours.gpu_hours, "basis": basis}
 
 
 def find_model(name: str, key: str) -> Path:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from harness.evaluate.decision.plots import fall_plot, interval_plot, token_bar
-from harness.evaluate.decision.report import evidence_cells, said_of_training
+from harness.evaluate.decision.report import evidence_cells, said_of_plan, said_of_training
 from harness.evaluate.decision.verdicts import DPO, FIX, KEEP, RETRIEVE, SFT, UNKNOWN, in_prompts, shown_p
 
 STYLE = Path(__file__).with_name("page.css")
@@ -165,6 +165,7 @@ def _costs(report: dict) -> str:
             f'<td class="number">{right}</td></tr>'
         )
     left_out = "".join(f'<p class="note"><b>{escape(name)}</b> is left out: {escape(why)}</p>' for name, why in report["left_out"].items())
+    planned = f'\n<p class="note">{escape(said_of_plan(report["planned"]))}</p>' if report["planned"] else ""
     models = []
     for model in report["models"]:
         numbers = f"{model['parameters']:,}", _adapter(model), _bytes(model["bytes"])
@@ -176,7 +177,7 @@ def _costs(report: dict) -> str:
         f'<th class="number">cut off</th><th class="number">items right</th></tr>{"".join(rows)}</table></div>\n{left_out}'
         '<div class="sheet scroll"><table><tr><th>model</th><th class="number">parameters</th><th class="number">of them adapter</th>'
         '<th class="number">size</th>'
-        f"<th class='training'>training</th></tr>{''.join(models)}</table></div>"
+        f"<th class='training'>training</th></tr>{''.join(models)}</table></div>{planned}"
     )
 
 

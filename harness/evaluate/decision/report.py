@@ -49,6 +49,7 @@ def build_report(decision: Decision, asked: Asked, title: str) -> dict:
         "items": len(asked.items),
         "arms": _arms(decision, asked, verdicts),
         "models": _models(asked),
+        "planned": asked.planned,
         "ways": asked.ways,
         "behaviours": [_behaviour(verdict, asked, regressions) for verdict in verdicts],
         "guards": [{"behaviour": name, "evidence": _rows(rows)} for name, rows in zip(guards, guarded, strict=True)],
@@ -217,6 +218,8 @@ def render_markdown(report: dict) -> str:
     lines += ["", "| model | parameters | bytes | training |", "|---|---:|---:|---|"]
     for model in report["models"]:
         lines.append(_line(model["name"], f"{model['parameters']:,}", f"{model['bytes']:,}", said_of_training(model)))
+    if report["planned"]:
+        lines += ["", said_of_plan(report["planned"])]
     for one in report["behaviours"]:
         lines += ["", f"## {one['name']}: {one['verdict']}", "", *(f"- {reason}" for reason in one["reasons"])]
         if one["faulty"] and not one["verdict"].startswith("fix"):
@@ -251,6 +254,13 @@ def said_of_training(model: dict) -> str:
         task = f"{task}, from another base ({training['other_base']}), so that it differs from zero-shot by more than its training"
     if training["hours"] is None:
         return f"{task}; {training['basis']}"
-    hours = training["hours"]
-    took = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
-    return f"{task}, {took} ({training['basis']})"
+    return f"{task}, {_duration(training['hours'])} ({training['basis']})"
+
+
+def said_of_plan(planned: dict) -> str:
+    gpus = f", {_duration(planned['gpu_hours'])} of one GPU" if planned["gpu_hours"] != planned["hours"] else ""
+    return f"A training by {planned['recipe']} would take {_duration(planned['hours'])}{gpus}: {planned['basis']}."
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from harness.errors import DataError, EvaluationError
 from harness.evaluate.decision.arms import BASE, DISTILLED, Arm, plan_arms, plan_ways
-from harness.evaluate.decision.costs import Training, find_model, read_training
+from harness.evaluate.decision.costs import Training, find_model, plan_training, read_training
 from harness.evaluate.decision.questions import check_apart, find_faults, gold_calls, load_items, pool_rare
 from harness.evaluate.decision.schema import Decision, Generate
 from harness.evaluate.decision.verdicts import Limits, Measured, Outcome, least_items
@@ -53,6 +53,8 @@ class Asked:
     """Arm -> why it could not be asked."""
     models: dict[str, Path]
     trainings: dict[str, Training]
+    planned: dict | None = None
+    """Of the training that would come: costs.plan_training."""
     ways: dict[str, float] = field(default_factory=dict)
     """Way of choosing few-shot examples -> rate on the tuning rows."""
     repeated: int = 0
@@ -61,6 +63,8 @@ class Asked:
 
 def run_arms(decision: Decision, say: Say) -> Asked:
     """Ask every arm all items and guards. Raises DataError for the rows, EvaluationError where a model cannot be asked at all."""
+    # What can be refused is, before a model is loaded.
+    planned = plan_training(decision.plan) if decision.plan else None
     items, repeated = load_items(decision.items, decision.seed, "items")
     guards, _ = load_items(decision.guards, decision.seed, "guards")
     guards = [replace(item, id=f"guards/{item.id}") for item in guards]
@@ -77,7 +81,7 @@ def run_arms(decision: Decision, say: Say) -> Asked:
     # A distilled model has a base of its own, which is smaller.
     bases = {name: None if name == DISTILLED else models[BASE] for name in models}
     trainings = {name: read_training(path, bases[name]) for name, path in models.items() if name != BASE}
-    asked = Asked(items, guards, find_faults([*items, *guards]), [], {}, models, trainings, repeated=repeated)
+    asked = Asked(items, guards, find_faults([*items, *guards]), [], {}, models, trainings, planned, repeated=repeated)
     output = Path(decision.output_dir)
     for name, path in models.items():
         model = _Model(path, decision.generate)

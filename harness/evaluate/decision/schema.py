@@ -91,6 +91,23 @@ class Generate(Section):
     """Type in which weights are loaded; `auto` is what their files have."""
 
 
+class Planned(Section):
+    """The training that a verdict to fine-tune would mean, for its hours: as `harness plan` has it."""
+
+    recipe: str
+    """A training recipe: a file, or the name of a shipped one."""
+    processes: PositiveInt = 1
+    """GPUs of each node."""
+    nodes: PositiveInt = 1
+    """Nodes."""
+    tokens: Annotated[float, Field(gt=0)] | None = None
+    """Of one epoch of its data; without it a recipe with `max_steps` alone can be planned."""
+    tokens_per_s: Annotated[float, Field(gt=0)] | None = None
+    """A throughput of all GPUs, stated. Exactly one of this and `measured` is given: nothing is said about time without a measurement."""
+    measured: str | None = None
+    """A run folder whose throughput is taken."""
+
+
 class Decision(Section):
     """One decision: the same items under every arm."""
 
@@ -116,6 +133,8 @@ class Decision(Section):
     """Left out: no arm retrieves."""
     guards: Sources = ()
     """More rows, of behaviours that are to stay as they are: they get no verdict, but a fall is reported."""
+    plan: Planned | None = None
+    """Left out: the report has the hours of the models that are there, and none that are to come."""
     rules: Rules = Rules()
     generate: Generate = Generate()
     seed: Seed = 0
@@ -166,6 +185,9 @@ def check_rules(decision: Decision) -> list[str]:
             problems.append(f'{section}: the name "{name}" is not one for a file; must be letters, digits, "-", "_" and "."')
         elif name in RESERVED or names.count(name) > 1:
             problems.append(f'{section}: the name "{name}" is another arm\'s already; choose another one')
+    if decision.plan and (decision.plan.tokens_per_s is None) == (decision.plan.measured is None):
+        both = "neither" if decision.plan.measured is None else "both"
+        problems.append(f"plan: has {both} of tokens_per_s and measured; must have one, from which hours can be said")
     known = prompt_arms(decision)
     if decision.rules.fails_in and decision.rules.fails_in > len(known):
         problems.append(

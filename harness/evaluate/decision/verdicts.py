@@ -35,8 +35,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from harness.evaluate.paired import holm, mcnemar_exact
-from harness.evaluate.statistics import wilson_interval
+from harness.evaluate.statistics import holm, mcnemar_exact, wilson_interval
 
 KEEP, RETRIEVE, SFT, DPO = "keep prompting", "retrieve", "fine-tune with SFT", "fine-tune with DPO"
 FIX, UNKNOWN = "fix the schema or the data", "not enough evidence"
