@@ -42,7 +42,7 @@ def render_page(report: dict) -> str:
 def _head(report: dict) -> str:
     rules = report["rules"]
     facts = (
-        f"{report['items']} items, {len(report['behaviours'])} behaviours, {len(report['arms'])} arms on the same items. Target "
+        f"{report['items']} items, behaviours: {len(report['behaviours'])}, arms on the same items: {len(report['arms'])}. Target "
         f"{rules['target']:.0%}, intervals and tests at {rules['confidence']:.0%}. harness {report['harness']}, {report['created']}."
     )
     notes = "".join(f'\n<p class="warning">{escape(note)}.</p>' for note in report["notes"])
