@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from harness.evaluate.decision.questions import asked_words
 from harness.evaluate.decision.retrieve import Index, load_documents
-from harness.evaluate.decision.schema import Decision
+from harness.evaluate.decision.schema import Decision, FewShot
 from harness.evaluate.items import Item
 
 BASE, DISTILLED = "base", "distilled"
@@ -109,8 +109,6 @@ def plan_arms(decision: Decision) -> list[Arm]:
 
 def plan_ways(decision: Decision, tuning: Sequence[Item]) -> list[Arm]:
     """The few-shot arm in every way of choosing that is tried: the one that does best on the tuning rows is run on the items."""
-    from harness.evaluate.decision.schema import FewShot
-
     asked = decision.few_shot or FewShot()
     index = Index([asked_words(item) for item in tuning])
     ways = ["nearest", *(f"draw {number}" for number in range(1, asked.draws + 1))]

@@ -22,7 +22,7 @@ from harness.errors import DataError, EvaluationError
 from harness.evaluate.decision.arms import BASE, DISTILLED, Arm, plan_arms, plan_ways
 from harness.evaluate.decision.costs import Training, find_model, plan_training, read_training
 from harness.evaluate.decision.questions import check_apart, find_faults, gold_calls, load_items, pool_rare
-from harness.evaluate.decision.schema import Decision, Generate
+from harness.evaluate.decision.schema import Decision, FewShot, Generate
 from harness.evaluate.decision.verdicts import Limits, Measured, Outcome, least_items
 from harness.evaluate.items import Item, Result
 from harness.run import write_text_atomically
@@ -101,8 +101,6 @@ def _place_of_few_shot(arms: Sequence[Arm]) -> int:
 
 def _choose_examples(decision: Decision, tuning: list[Item], model: _Model, output: Path, asked: Asked, say: Say) -> Arm:
     """The few-shot arm in the way that does best on the tuning rows; the first of equals."""
-    from harness.evaluate.decision.schema import FewShot
-
     wanted = tuning[: (decision.few_shot or FewShot()).tuning_rows]
     ways = plan_ways(decision, tuning)
     for arm in ways:
