@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-slurm test-all faults lint bench clean
+.PHONY: install quickstart test test-slow test-slurm test-all faults lint bench decide clean
 
 install: $(INSTALLED)
 
@@ -19,6 +19,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 # Train, adapt and score a tiny tool-calling model; the results are written to runs/quickstart/.
 quickstart: install
 	$(BIN)/harness quickstart
+
+# Prompt, retrieve or fine-tune: a tiny model with a planted behaviour for each remedy; the page is runs/decide-tiny/report/index.html.
+decide: install
+	$(BIN)/harness run quickstart/decide-base --fresh
+	$(BIN)/harness run quickstart/decide-adapt --fresh
+	$(BIN)/harness decide decide/tiny
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -7,6 +7,7 @@ what is special about it:
     <!-- slow -->                         run by `make test-slow`
     <!-- slurm -->                        run there too, with a real Slurm of three nodes (tests/slurm/rig.py)
     <!-- cluster -->                      YAML that is a cluster file, or a part of one
+    <!-- decision -->                     YAML that is a file of `harness decide`
     <!-- exits with 2 -->                 how its last command ends (0 without this)
     <!-- file: mine.yaml -->              is saved under this name for the page's commands; so is YAML that begins with `# mine.yaml`
     <!-- output -->                       what the commands before it print, line by line; … stands for anything
@@ -41,6 +42,7 @@ from harness.cli import VERBS, group
 from harness.cli.arguments import load_recipe
 from harness.cluster.pipeline import find_pipeline, load_pipeline
 from harness.cluster.schema import Cluster, load_cluster
+from harness.evaluate.decision.schema import Decision, load_decision
 from harness.launcher import Machines, plan_launch
 from harness.overrides import dashed_overrides
 from harness.recipe import Recipe, load
@@ -300,6 +302,9 @@ def check_harness_command(arguments: list[str], environment: dict[str, str]) -> 
     given = context.params
     if "recipe" not in given:
         return
+    if arguments[0] == "decide":
+        load_decision(given["recipe"], dashed_overrides(list(given["overrides"])))
+        return
     if arguments[0] in ("run", "submit") and (pipeline := find_pipeline(given["recipe"])):
         load_pipeline(pipeline, given["overrides"])
         return
@@ -347,6 +352,8 @@ def test_every_yaml_block_is_a_recipe_a_pipeline_a_backend_a_cluster_or_a_part_o
         load_backend(str(file))
     elif block.mark("cluster") is not None:
         load_cluster(str(file))
+    elif block.mark("decision") is not None:
+        load_decision(file)
     elif "stages" in settings:
         plan_stages(load_pipeline(file))
     elif settings.keys() >= {"model", "data"}:
@@ -432,7 +439,7 @@ def test_a_measured_figure_stands_in_the_results_and_no_other_is_quoted(page):
 
 
 FIELDS_BEGIN, FIELDS_END = "<!-- fields: written by `python tests/test_docs.py` -->", "<!-- end of fields -->"
-TABLES = {"recipe.md": Recipe, "slurm.md": Cluster}
+TABLES = {"recipe.md": Recipe, "slurm.md": Cluster, "decide.md": Decision}
 """The pages that have such tables, and of what."""
 FAMILIAR = {
     "partition": "As sbatch's `--partition`.",
@@ -500,6 +507,8 @@ def takes(spec: dict) -> str:
         return ", ".join(takes(option) for option in spec["anyOf"] if option.get("type") != "null")
     if "const" in spec or "enum" in spec:
         return ", ".join(f"`{value_of(value)}`" for value in spec.get("enum", [spec.get("const")]))
+    if spec.get("additionalProperties") == {"minLength": 1, "type": "string"}:
+        return "names and texts: `name: text`"
     if spec.get("type") == "array":
         listed = {"Source": "sources", "RewardPart": "rewards"}
         return listed[section_in(spec)] if "$ref" in spec.get("items", {}) else f"list of {takes(spec['items'])}"

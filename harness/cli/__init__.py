@@ -21,6 +21,7 @@ VERBS = {
     "generate": "Have a teacher answer a recipe's prompts, for a student's fine-tuning.",
     "run": "Train: start the ranks of a recipe on this machine.",
     "evaluate": "Ask a model or a server what suites ask, and judge its answers.",
+    "decide": "Say for each behaviour of a model: prompt, retrieve, fine-tune, or mend the data.",
     "score": "Score tool calls that came from anywhere against a suite's answers.",
     "submit": "Send a recipe to Slurm, or render the script that would be sent.",
     "status": "Say how runs stand: state, step, time left, restarts, last commit.",

@@ -18,10 +18,10 @@ from harness.planner.render import gib
 from harness.planner.setting import NOTHING
 from harness.planner.states import count_parameters
 from harness.recipe import load
+from harness.recipe.load import NO_RECIPES
 from harness.resources import shipped, shipped_names
 
 LINE = re.compile(r"# Plan for (?:(\d+) nodes of )?(\d+) x (\S+): .*")
-NO_RECIPES = ("backends/", "clusters/", "pipelines/")
 
 
 def recipes() -> list[str]:

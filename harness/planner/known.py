@@ -26,9 +26,9 @@ def _qwen3(hidden_size: int, intermediate_size: int, num_hidden_layers: int, num
 _LLAMA_8B, _LLAMA_70B = _llama(4096, 14336, 32, 32), _llama(8192, 28672, 80, 64)
 _QWEN25_7B = _llama(3584, 18944, 28, 28) | {"model_type": "qwen2", "num_key_value_heads": 4, "vocab_size": 152064}
 
-def _tiny(width: int) -> dict:
+def _tiny(width: int, vocab_size: int = 510) -> dict:
     shape = _llama(width, 2 * width, 2, 4, num_key_value_heads=4)
-    return shape | {"head_dim": width // 4, "vocab_size": 510, "tie_word_embeddings": True}
+    return shape | {"head_dim": width // 4, "vocab_size": vocab_size, "tie_word_embeddings": True}
 
 
 KNOWN = {
@@ -46,8 +46,11 @@ KNOWN = {
     "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64),
     "embedded:tiny-llama": _tiny(64),
     "embedded:tiny-student": _tiny(32),
+    "embedded:decide-llama": _tiny(64, 504),
     # What the quickstart's stages make.
     "runs/quickstart/base/final": _tiny(64),
     "runs/quickstart/adapt/merged": _tiny(64),
     "runs/quickstart/distill/final": _tiny(32),
+    # And those of `make decide`.
+    "runs/decide-tiny/base/final": _tiny(64, 504),
 }

@@ -20,7 +20,7 @@ from harness.recipe.rules import check_rules
 from harness.recipe.schema import Recipe, as_sources
 from harness.resources import find_config, shipped_names
 
-NO_RECIPES = ("backends/", "clusters/", "pipelines/")
+NO_RECIPES = ("backends/", "clusters/", "decide/", "pipelines/")
 """The folders of configs/ that hold other files."""
 
 

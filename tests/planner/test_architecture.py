@@ -68,7 +68,7 @@ def test_llama_3_3_70b_and_its_adapter_by_hand():
     assert counts.whole == whole - counts.in_4bit
 
 
-@pytest.mark.parametrize("name", ["embedded:tiny-llama", "embedded:tiny-student"])
+@pytest.mark.parametrize("name", ["embedded:tiny-llama", "embedded:tiny-student", "embedded:decide-llama"])
 def test_what_is_known_of_the_embedded_models_is_what_they_are(name):
     config = json.loads(Path(resolve(name), "config.json").read_text())
     assert {key: config[key] for key in KNOWN[name]} == KNOWN[name]
