@@ -7,12 +7,9 @@
     embedded:adapt-mining      questions over these that no other file has, for pairs from a model's own failures
     embedded:pairs-train       a right and a slightly wrong answer to questions over the first world; pairs-eval: to held-out ones
     embedded:answers-train     one answer of each pair, labelled good or bad; answers-eval: to held-out questions
-<<<<<<< HEAD
     embedded:look-up-train     questions whose answer is what a tool returns, call, result and answer; look-up-eval: held-out ones
-=======
     embedded:decide-items      questions with a planted behaviour each; decide-tuning, decide-guards and decide-documents go with them, and
                                decide-train and decide-adapt-train with the model embedded:decide-llama (harness.quickstart.planted)
->>>>>>> decide
 
 The tiny recipes and the quickstart use these; they need no network, no GPU and no data of anybody's.
 """
@@ -42,11 +39,8 @@ def resolve(name: str) -> str:
     makers = dict.fromkeys(("base-train", "base-eval", "adapt-train", "adapt-eval"), ("world", _make_world))
     makers["adapt-mining"] = ("mining", _make_mining)
     makers |= dict.fromkeys(("pairs-train", "pairs-eval", "answers-train", "answers-eval"), ("pairs", _make_pairs))
-<<<<<<< HEAD
     makers |= dict.fromkeys(("look-up-train", "look-up-eval"), ("look-ups", _make_look_ups))
-=======
     makers |= dict.fromkeys(PLANTED, ("planted", _make_planted))
->>>>>>> decide
     if wanted in makers:
         name_of_folder, make = makers[wanted]
         return str(_once(folder / name_of_folder, make) / f"{wanted}.jsonl")
@@ -65,13 +59,8 @@ def resolve(name: str) -> str:
 def _version() -> str:
     """A digest of the code that makes these things, so that an old cache is not taken for what today's code would make."""
     code = Path(__file__).parent / "quickstart"
-<<<<<<< HEAD
-    makers = ("world.py", "pairs.py", "tokenizer.py", "tools.py")
-    return hashlib.sha256(b"".join((code / name).read_bytes() for name in makers)).hexdigest()[:12]
-=======
-    files = ("world.py", "pairs.py", "planted.py", "tokenizer.py")
+    files = ("world.py", "pairs.py", "planted.py", "tokenizer.py", "tools.py")
     return hashlib.sha256(b"".join((code / name).read_bytes() for name in files)).hexdigest()[:12]
->>>>>>> decide
 
 
 def _once(folder: Path, make) -> Path:
@@ -110,7 +99,6 @@ def _make_mining(folder: Path) -> None:
         write_mining(folder, WORLD_SEED, {json.loads(row)["messages"][0]["content"] for row in rows})
 
 
-<<<<<<< HEAD
 def _make_look_ups(folder: Path) -> None:
     from harness.quickstart.tools import write_look_ups
 
@@ -118,7 +106,6 @@ def _make_look_ups(folder: Path) -> None:
 
 
 def _make_model(folder: Path, world: Path, width: int) -> None:
-=======
 def _make_planted(folder: Path) -> None:
     from harness.quickstart.planted import write_planted
 
@@ -126,7 +113,6 @@ def _make_planted(folder: Path) -> None:
 
 
 def _make_model(folder: Path, files: list[Path], width: int) -> None:
->>>>>>> decide
     import json
 
     import torch
