@@ -105,7 +105,6 @@ def _make_look_ups(folder: Path) -> None:
     write_look_ups(folder, WORLD_SEED)
 
 
-def _make_model(folder: Path, world: Path, width: int) -> None:
 def _make_planted(folder: Path) -> None:
     from harness.quickstart.planted import write_planted
 
