@@ -106,7 +106,8 @@ def prefer(output_dir: Path, questions: str, before: dict) -> dict:
     share of held-out ones whose chosen answer is the more probable one, and its scores on the questions, before and after DPO on them."""
     student = output_dir / "distill"
     shutil.rmtree(student / "pairs", ignore_errors=True)
-    by_hand("prefer", "pairs", str(student), "--data", "embedded:adapt-mining", "--exclude", questions)
+    drawn = ["generate.samples_per_prompt=2", "generate.temperature=0.7"]
+    by_hand("prefer", "pairs", str(student), "--data", "embedded:adapt-mining", "--exclude", questions, *drawn)
     pairs = student / "pairs" / "pairs.jsonl"
     run = output_dir / "prefer"
     train("prefer", load("quickstart/prefer", [f"output_dir={run}", f"model.name_or_path={student / 'final'}", f"data.train={pairs}"]))

@@ -54,7 +54,7 @@ def write_pairs(folder: str | Path, seed: int, *, train: int = 4000, held_out: i
     return files
 
 
-def write_mining(folder: str | Path, seed: int, known: set[str], *, size: int = 1500) -> Path:
+def write_mining(folder: str | Path, seed: int, known: set[str], *, size: int = 4000) -> Path:
     """Write adapt-mining.jsonl into `folder` and return its path. known: questions that are asked elsewhere."""
     path = Path(folder) / "adapt-mining.jsonl"
     rng = random.Random(f"{seed}/{path.stem}")
