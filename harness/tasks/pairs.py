@@ -76,7 +76,7 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
     check_tokenizer(tokenizer, training_template=training_template)
     scribe = Scribe(tokenizer, training_template)
 
-    trained, held_out = rows_of(trained_by, wanted.exclude)
+    trained, held_out = rows_of(trained_by)
     excluded = {path: load_excluded(path, say) for path in wanted.exclude}
     known = known_questions([*held_out, *(row for part in excluded.values() for row in part.rows)])
     mining = {path: load_rows(Source(path=path)) for path in wanted.data}
@@ -119,14 +119,10 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
     return Plan(folder, recipe, cases, left_out, facts, scribe)
 
 
-def rows_of(recipe: Recipe, exclude: Sequence[str]) -> tuple[list[SourceRow], list[SourceRow]]:
-    """(trained, held out) rows of a run. Raises RecipeError for one that writes no answers, or holds nothing out."""
+def rows_of(recipe: Recipe) -> tuple[list[SourceRow], list[SourceRow]]:
+    """(trained, held out) rows of a run. Raises RecipeError for one that writes no answers."""
     if recipe.task == "reward":
         raise RecipeError("task = reward; such a model scores answers and writes none; give the run whose answers are to be mined")
-    if recipe.task == "rlhf":
-        if not exclude:
-            raise RecipeError("task = rlhf; its rows are bare prompts, none of which is held out; say what you evaluate on with --exclude")
-        return [], []
     data, kind = recipe.data, KIND_OF_ROWS.get(recipe.task, "samples")
     loaded = [load_rows(source, data.on_error, kind=kind) for source in data.train]
     mixture = mix(data.train, loaded, seed=data.seed, eval_fraction=data.eval_fraction, eval_rows=data.eval_rows)
