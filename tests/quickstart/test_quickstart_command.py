@@ -25,6 +25,11 @@ def test_the_quickstart_learns_its_tools_and_adapts_to_new_ones_and_writes_what_
     assert taught["exact_match"] >= alone["exact_match"] - 0.05 and taught["exact_match"] > 0.5
     assert taught["valid_schema"] >= 0.95
     assert f"{taught['exact_match']:.1%}" in done.output and f"{alone['exact_match']:.1%}" in done.output
+    preferred = results["prefer"]
+    assert preferred["pairs"] > 100 and preferred["accuracy"]["after"] > preferred["accuracy"]["before"]
+    # A point or two more or less is another processor's rounding; it must not have unlearnt what it could.
+    assert preferred["before"] == taught and preferred["after"]["exact_match"] >= taught["exact_match"] - 0.02
+    assert preferred["after"]["valid_schema"] >= 0.95
     assert (tmp_path / "runs" / "losses.png").read_bytes().startswith(b"\x89PNG")
     # It promises eight minutes of two cores that nobody else uses, and these may be shared.
     assert 0 < results["seconds"] < 1000
