@@ -100,11 +100,10 @@ def ask(model: ResidentTeacher, inputs: dict) -> Tensor:
 
 
 def reference_recipe(stage: Stage) -> Recipe:
-    """The recipe with what the policy begins from as its model, in the type in which the policy computes."""
+    """The recipe with what the policy begins from as its model, as the policy is loaded."""
     recipe, settled = stage.recipe, stage.settled
-    computes = settled.computes if settled.dtype == "float32" else settled.dtype
     bare = {"lora": None, "adapter": None, "adapter_mode": "continue", "init": None}
-    update = bare | {"name_or_path": stage.source, "dtype": computes, "attn_implementation": settled.attention}
+    update = bare | {"name_or_path": stage.source, "dtype": settled.dtype, "attn_implementation": settled.attention}
     model = recipe.model.model_copy(update=update)
     return recipe.model_copy(update={"model": model})
 
@@ -134,11 +133,17 @@ def choose_reference(
     return cached_reference(stage, columns, answers_of, lay_out)
 
 
+def autocast_of(stage: Stage) -> torch.dtype | None:
+    """The policy's: with other products than its own a reference would differ from it before the first step."""
+    settled = stage.settled
+    return getattr(torch, settled.computes) if settled.computes != settled.dtype else None
+
+
 def load_reference(stage: Stage) -> ResidentTeacher:
     backend = stage.job.backend
     # Under FSDP transformers reads weights on one rank alone, and leaves the others to whoever shards the model; this one stays whole.
     with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
-        return load_frozen(reference_recipe(stage), None, backend if backend.zero_stage == 3 else None)
+        return load_frozen(reference_recipe(stage), None, backend if backend.zero_stage == 3 else None, autocast_of(stage))
 
 
 def _held(model: ResidentTeacher) -> str:
@@ -191,7 +196,17 @@ def _weights(stage: Stage) -> str:
 def _digest(stage: Stage, weights: str, split: str, rows: Dataset, columns: dict[str, str]) -> str:
     asked = reference_recipe(stage).model
     quantized = asked.quantization and asked.quantization.model_dump()
-    parts = [FORMAT, weights, asked.dtype, quantized, stage.prepared.digest, tokenizer_digest(stage.tokenizer), sorted(columns), split]
+    parts = [
+        FORMAT,
+        weights,
+        asked.dtype,
+        str(autocast_of(stage)),
+        quantized,
+        stage.prepared.digest,
+        tokenizer_digest(stage.tokenizer),
+        sorted(columns),
+        split,
+    ]
     # A smoke test has some of the rows.
     text = repr([*parts, len(rows), hashlib.sha256("".join(rows["sample"]).encode()).hexdigest()])
     return hashlib.sha256(text.encode()).hexdigest()[:32]

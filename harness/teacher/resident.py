@@ -77,14 +77,15 @@ class ResidentTeacher:
     device: torch.device
     """Where ids go in."""
     _asked: nn.Module
+    _autocast: torch.dtype | None = None
 
     @torch.no_grad()
     def ask(self, ids: Tensor, question: Callable[[Tensor, Head], Answer], **inputs) -> Answer:
         """question(hidden states [B, T, H], head) of rows of ids [B, T]. No mask: padding stands at the right, where a causal model's
         tokens do not see it. inputs: what tells apart the samples of a flattened batch (position_ids, cu_seq_lens_q and the like). Over
         several ranks of ZeRO-3 all must ask at the same time, each about its own rows."""
-        # In its own type, also within a student's autocast.
-        with torch.autocast(self.device.type, enabled=False):
+        # In its own type, also within a student's autocast; or in the autocast that it was loaded with.
+        with torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None):
             return self._asked(ids.to(self.device), question, inputs)
 
     @torch.no_grad()
@@ -130,8 +131,11 @@ def load_teacher(recipe: Recipe, tokenizer, longest: int, *, sharded_by: Backend
     return teacher
 
 
-def load_frozen(recipe: Recipe, device_map: str | None, sharded_by: Backend | None = None) -> ResidentTeacher:
-    """The recipe's model (of a teacher: teacher_recipe), to be asked and never trained. Raises ModelError."""
+def load_frozen(
+    recipe: Recipe, device_map: str | None, sharded_by: Backend | None = None, autocast: torch.dtype | None = None
+) -> ResidentTeacher:
+    """The recipe's model (of a teacher: teacher_recipe), to be asked and never trained; its products in `autocast`, where that is given.
+    Raises ModelError."""
     has_gpu, asked = torch.cuda.is_available(), recipe.model
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     dtype = asked.dtype
@@ -158,7 +162,7 @@ def load_frozen(recipe: Recipe, device_map: str | None, sharded_by: Backend | No
             )
     elif not asked.quantization:
         module.to(device)
-    return ResidentTeacher(model, dtype, weights_digest(_folder_of(source, asked.revision)), device, module)
+    return ResidentTeacher(model, dtype, weights_digest(_folder_of(source, asked.revision)), device, module, autocast)
 
 
 def check_head(teacher: ResidentTeacher, vocabulary: int, name: str) -> None:

@@ -279,3 +279,10 @@ def test_a_pass_that_was_killed_goes_on_with_the_parts_that_are_there(tmp_path, 
     assert list(life.codes.values()) == [0], life.output(0)
     assert [record["part"] for record in life.records("parts", 0)] == list(range(3, 9))
     assert len(tables(cache)) == 1
+
+
+@pytest.mark.parametrize("reference", ["cached", "resident"])
+def test_a_reference_of_weights_in_float32_computes_in_the_policys_autocast(tmp_path, reference):
+    """The two are one model before the first step, to the last bit: in bfloat16 wholly it would be off by a hundredth of a nat a token."""
+    run = train(tmp_path, f"dpo.reference={reference}", "train.bf16=true", "model.dtype=float32", "train.max_steps=1")
+    assert logged(run, "train/kl")[0] < 1e-9
