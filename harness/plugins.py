@@ -5,6 +5,7 @@
 
 import ast
 import importlib
+import importlib.util
 import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
@@ -48,12 +49,15 @@ def _parts(key: str, name: str) -> tuple[str, str]:
 
 def _find(module: str) -> ModuleSpec | None:
     """Without importing the packages that it lies in, as importlib.util.find_spec would."""
-    path, spec = [os.getcwd(), *sys.path], None
-    for at, _ in enumerate(parts := module.split(".")):
-        spec = PathFinder.find_spec(".".join(parts[: at + 1]), path)
+    top, *_ = parts = module.split(".")
+    spec = PathFinder.find_spec(top, [os.getcwd()])
+    if spec is None or spec.origin is None:
+        # Whatever finds installed packages, those that are editable among them; a mere folder of that name here comes after it.
+        spec = importlib.util.find_spec(top) or spec
+    for at in range(1, len(parts)):
         if spec is None:
             return None
-        path = spec.submodule_search_locations or []
+        spec = PathFinder.find_spec(".".join(parts[: at + 1]), spec.submodule_search_locations or [])
     return spec
 
 
