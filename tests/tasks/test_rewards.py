@@ -262,5 +262,5 @@ def test_an_installed_module_is_found_also_where_a_mere_folder_has_its_name(tmp_
     """An editable installation is found by a finder of its own, not on the path."""
     (tmp_path / "harness" / "quickstart").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if not (Path(entry or ".") / "harness").is_dir()])
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if not (Path(entry or ".") / "harness").is_dir()])
     check_plugin("rlhf.tools", "harness.quickstart.tools:TOOLS")
