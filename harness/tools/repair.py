@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from jsonschema.exceptions import ValidationError
 
 from harness.tools.calls import ToolCall
-from harness.tools.schema import UNUSABLE, Problem, check_call, schema_errors
+from harness.tools.schema import UNUSABLE, Problem, check_call, extra_names, schema_errors
 
 REPAIRABLE = ("wrong_type", "wrong_value", "null_argument", "extra_argument")
 _ROUNDS = 8  # a list that was text may hold texts in its turn
@@ -72,8 +72,8 @@ def _repair(tool: str, arguments: dict, error: ValidationError, parameters: dict
     if error.validator in ("additionalProperties", "unevaluatedProperties"):
         if "extra_argument" not in kinds:
             return []
-        holder, known = _at(arguments, path), error.schema.get("properties", {})
-        extra = [name for name in error.instance if name not in known and name in holder]
+        holder = _at(arguments, path)
+        extra = [name for name in extra_names(error) if name in holder]
         return [Repair("extra_argument", f"{where}.{name}", holder.pop(name), None, removed=True) for name in extra]
     if not path:
         return []

@@ -12,7 +12,7 @@ import ast
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +20,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError
 from referencing import Registry
 from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from harness.errors import DataError
 from harness.tools.calls import ToolCall
@@ -281,6 +282,7 @@ def check_tool(tool: dict) -> Problem | None:
         if parameters.get("type", "object") != "object":
             return Problem("unusable_schema", name, f"its parameters have type {json.dumps(parameters['type'])}; must be object")
         schema_errors({}, parameters)
+        check_references(parameters)
     except UNUSABLE as error:
         return _unusable(name, error)
     return None
@@ -296,23 +298,32 @@ def schema_errors(arguments: dict, parameters: dict) -> list[ValidationError]:
 UNUSABLE = (SchemaError, Unresolvable, re.error, OverflowError, RecursionError)
 
 
+_DATA = ("const", "enum", "default", "examples")
+"""Keys whose values are no schemas, whatever they look like."""
+
+
+def check_references(schema: object) -> None:
+    """Raises Unresolvable for a $ref that leads to no place in the schema; a value meets it only where it has what stands there."""
+    resolver = Registry().with_resource("", DRAFT202012.create_resource(schema)).resolver()
+    for reference in _references(schema):
+        resolver.lookup(reference)
+
+
+def _references(schema: object) -> Iterator[str]:
+    """Of a part with an `$id` of its own none: they are relative to that."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _references(part)
+    elif isinstance(schema, dict) and "$id" not in schema:
+        if isinstance(schema.get("$ref"), str):
+            yield schema["$ref"]
+        for key, part in schema.items():
+            yield from _references(part) if key not in _DATA else ()
+
+
 def _unusable(name: str, error: Exception) -> Problem:
     reason = error.message if isinstance(error, SchemaError) else str(error)
     return Problem("unusable_schema", name, f"the tool's parameters cannot be checked against ({reason})")
-
-
-def check_value(value: object, schema: dict) -> list[str]:
-    """What is wrong with a JSON value against a JSON Schema (Draft 2020-12, taken as it stands), one sentence each; empty if nothing is.
-
-    Raises DataError for a schema that is none.
-    """
-    try:
-        Draft202012Validator.check_schema(schema)
-        errors = sorted(Draft202012Validator(schema, registry=Registry()).iter_errors(value), key=lambda error: error.json_path)
-        return [f"{error.json_path}: {error.message[:200]}" for error in errors]
-    except (SchemaError, Unresolvable, re.error, OverflowError, RecursionError) as error:
-        reason = error.message if isinstance(error, SchemaError) else str(error)
-        raise DataError(f"no JSON Schema that can be checked against ({reason[:200]})") from None
 
 
 @lru_cache(maxsize=65536)
@@ -341,23 +352,80 @@ _PLAIN = {
 }
 
 
-def _closed(schema: object) -> object:
-    """A copy in which objects with declared properties take no others. `unevaluatedProperties` sees through $ref and allOf; their parts
-    stay open."""
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
+def _closed(schema: object, opened: frozenset[str] | None = None, *, is_part: bool = False) -> object:
+    """A copy in which objects with declared properties take no others, and OpenAPI's `nullable: true` lets null in.
+
+    `unevaluatedProperties` sees through $ref and its kind, so what is put together of several parts is closed as a whole, and its parts
+    stay open: each of them knows some of the properties. opened: `$ref`s that stand among such parts; their definitions stay open too.
+    """
+    if opened is None:
+        opened = frozenset(_references_of_parts(schema))
     if not isinstance(schema, dict):
         return schema
     closed = {key: value for key, value in schema.items() if key != "examples"}  # an annotation, in data often not the list it must be
-    for key in ("items", "prefixItems", "additionalProperties", "anyOf", "oneOf"):
+    parts_are_open = is_part or _is_composed(schema)
+    for key in ("items", "additionalProperties"):
         if key in closed:
-            closed[key] = _closed(closed[key])
+            closed[key] = _closed(closed[key], opened)
+    if isinstance(closed.get("prefixItems"), list):
+        closed["prefixItems"] = [_closed(part, opened) for part in closed["prefixItems"]]
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(closed.get(key), list):
+            closed[key] = [_closed(part, opened, is_part=parts_are_open) for part in closed[key]]
     for key in ("properties", "$defs", "definitions"):
         if isinstance(closed.get(key), dict):
-            closed[key] = {name: _closed(part) for name, part in closed[key].items()}
-    if "properties" in closed and not {"additionalProperties", "unevaluatedProperties", "patternProperties"} & set(closed):
+            is_open = {name: key != "properties" and f"#/{key}/{name}" in opened for name in closed[key]}
+            closed[key] = {name: _closed(part, opened, is_part=is_open[name]) for name, part in closed[key].items()}
+    says_itself = {"additionalProperties", "unevaluatedProperties", "patternProperties"} & closed.keys()
+    if not is_part and not says_itself and ("properties" in closed or _is_composed(schema) and _declares(schema)):
         closed["unevaluatedProperties"] = False
+    if closed.get("nullable") is True and isinstance(closed.get("type"), str):
+        closed["type"] = [closed["type"], "null"]
+        if isinstance(closed.get("enum"), list) and None not in closed["enum"]:
+            closed["enum"] = [*closed["enum"], None]
     return closed
+
+
+def _parts_of(schema: dict) -> list:
+    return [part for key in ("allOf", "anyOf", "oneOf") if isinstance(schema.get(key), list) for part in schema[key]]
+
+
+def _is_composed(schema: dict) -> bool:
+    """Of more than one place that may declare properties; the alternatives of one anyOf are one place."""
+    every = schema.get("allOf")
+    return ("properties" in schema) + ("$ref" in schema) + ("anyOf" in schema) + ("oneOf" in schema) + len(
+        every if isinstance(every, list) else ()
+    ) > 1
+
+
+def _declares(part: object) -> bool:
+    return isinstance(part, dict) and ("properties" in part or "$ref" in part or any(map(_declares, _parts_of(part))))
+
+
+def _references_of_parts(schema: object, *, is_part: bool = False) -> Iterator[str]:
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _references_of_parts(item)
+    if not isinstance(schema, dict):
+        return
+    is_part = is_part or _is_composed(schema)
+    if is_part and isinstance(schema.get("$ref"), str):
+        yield schema["$ref"]
+    for key, value in schema.items():
+        if key in ("allOf", "anyOf", "oneOf") and isinstance(value, list):
+            for part in value:
+                yield from _references_of_parts(part, is_part=is_part)
+        else:
+            yield from _references_of_parts(value)
+
+
+def extra_names(error: ValidationError) -> list[str]:
+    """The names that an error of additionalProperties or unevaluatedProperties is about, in the order of the instance. jsonschema tells
+    them in the message only; its schema alone does not say what $ref, allOf and patternProperties declare."""
+    said = re.sub(r" (do|does) not match any of the regexes: .*\Z", "", error.message, flags=re.DOTALL)
+    said = re.sub(r"\A[^(]*\((.*) (was|were) unexpected\)\Z", r"\1", said, flags=re.DOTALL)
+    names = set(ast.literal_eval(f"[{said}]"))
+    return [name for name in error.instance if name in names]
 
 
 def _problems(tool: str, error: ValidationError) -> list[Problem]:
@@ -368,8 +436,9 @@ def _problems(tool: str, error: ValidationError) -> list[Problem]:
         name = ast.literal_eval(error.message.removesuffix(" is a required property"))
         return [Problem("missing_argument", f"{where}.{name}", "is required and missing")]
     if error.validator in ("additionalProperties", "unevaluatedProperties"):
-        extra = [name for name in error.instance if name not in known]
-        return [Problem("extra_argument", f"{where}.{name}", f"is not a parameter{did_you_mean(name, known)}") for name in extra]
+        return [
+            Problem("extra_argument", f"{where}.{name}", f"is not a parameter{did_you_mean(name, known)}") for name in extra_names(error)
+        ]
     only_types = error.validator in ("anyOf", "oneOf") and error.context and all(part.validator == "type" for part in error.context)
     kind = "wrong_type" if error.validator == "type" or only_types else "wrong_value"
     if error.validator == "type":

@@ -230,7 +230,7 @@ def test_what_nemo_gym_gave_no_reward_for_stood_in_a_fence():
 
 def test_a_schema_that_is_none_is_refused_with_its_line(tmp_path):
     file = save(tmp_path, "bad.jsonl", [{"messages": [{"role": "user", "content": "?"}], "schema": {"type": "dict"}}])
-    with pytest.raises(DataError, match=r"bad\.jsonl:1: no JSON Schema"):
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: schema: is no JSON Schema"):
         structured.load([file])
 
 

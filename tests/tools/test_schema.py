@@ -5,7 +5,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from harness.errors import DataError
-from harness.tools import ToolCall, check_call, normalise_tool, normalise_tools, parse_type
+from harness.tools import ToolCall, check_call, check_tool, normalise_tool, normalise_tools, parse_type
 from harness.tools.schema import _closed, _is_plain_schema
 
 # The types that xLAM-60k's first hundred rows hold (research/tool-calling.md, section 2), API-Bank's, and what is near them.
@@ -234,3 +234,55 @@ def test_a_schema_that_is_seen_to_be_one_is_one_by_the_schema_of_schemas():
             Draft202012Validator.check_schema(schema)
     assert plain > 50
     assert _is_plain_schema(_closed(WIDE))
+
+
+# ---- schemas that are put together of parts
+
+TEXT = {"type": "string"}
+BASE = {"$defs": {"base": {"type": "object", "properties": {"y": TEXT}}}}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"x": TEXT}, "allOf": [{"$ref": "#/$defs/base"}], **BASE},
+        {"properties": {"x": TEXT}, "$ref": "#/$defs/base", **BASE},
+        {"allOf": [{"$ref": "#/$defs/base"}, {"properties": {"x": TEXT}}], **BASE},
+        {"properties": {"x": TEXT}, "anyOf": [{"properties": {"y": TEXT}, "required": ["y"]}, {"properties": {"z": TEXT}}]},
+        {"properties": {"x": TEXT}, "allOf": [{"anyOf": [{"$ref": "#/$defs/base"}, {"required": ["x"]}]}], **BASE},
+        {"allOf": [{"properties": {"x": TEXT, "y": TEXT}}]},
+        {"anyOf": [{"properties": {"x": TEXT, "y": TEXT}}, {"properties": {"z": TEXT}}]},
+    ],
+)
+def test_what_any_part_of_a_schema_declares_is_a_parameter_and_nothing_else_is(schema):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}]
+    assert check_call(ToolCall("f", {"x": "1", "y": "2"}), tools) == []
+    assert check_call(ToolCall("f", {"x": "1", "y": "2", "q": "3"}), tools)
+
+
+def test_an_extra_argument_is_named_alone_where_others_are_declared_elsewhere_than_under_properties():
+    def extra(schema: dict, arguments: dict) -> list[str]:
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}]
+        return [problem.where for problem in check_call(ToolCall("f", arguments), tools)]
+
+    assert extra({"properties": {"x": TEXT}, "allOf": [{"$ref": "#/$defs/base"}], **BASE}, {"x": "1", "y": "2", "q'(": 1}) == ["f.q'("]
+    patterned = {"properties": {"x": TEXT}, "patternProperties": {"^x-": TEXT}, "additionalProperties": False}
+    assert extra(patterned, {"x-a": "1", "z": 2, "b": 3}) == ["f.z", "f.b"]
+    assert extra({"properties": {"x": TEXT}, "additionalProperties": False}, {"x": "1", "z": 2}) == ["f.z"]
+
+
+def test_openapis_nullable_lets_null_in_and_nothing_else():
+    schema = {"type": "object", "properties": {"a": {"type": "string", "nullable": True, "enum": ["b"]}, "c": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    assert check_call(ToolCall("f", {"a": None}), tools) == [] == check_call(ToolCall("f", {"a": "b"}), tools)
+    assert [problem.kind for problem in check_call(ToolCall("f", {"a": "d", "c": None}), tools)] == ["wrong_value", "wrong_type"]
+
+
+def test_a_reference_that_leads_nowhere_is_the_tools_fault_also_where_no_call_meets_it():
+    def tool(schema: dict) -> dict:
+        return {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}}
+
+    assert "/$defs/b" in str(check_tool(tool({"$ref": "#/$defs/b"})))
+    assert "http://x/y" in str(check_tool(tool({"type": "array", "items": {"$ref": "http://x/y"}})))
+    assert check_tool(tool({"enum": [{"$ref": "#/$defs/b"}]})) is None
+    assert check_tool(tool({"$ref": "#"})) is None

@@ -24,6 +24,7 @@ from harness.evaluate.items import Item
 from harness.evaluate.suites import Loaded, Verdict, load_own
 from harness.tools import check_value, json_equal, normalise_tools, parse_calls
 from harness.tools.calls import spoken
+from harness.tools.documents import check_schema
 from harness.tools.schema import decode_json
 
 NEEDS = "answers"
@@ -37,8 +38,7 @@ def load(paths: Sequence[Path], *, underscore_names: bool = False) -> Loaded:
 def _item(raw: dict) -> Item | str:
     item = _of_nemo_gym(raw) if "responses_create_params" in raw else _of_own(raw)
     if isinstance(item, Item):
-        # Raises for a schema that is none.
-        check_value(None, item.gold["schema"])
+        check_schema(item.gold["schema"], "schema")
     return item
 
 
