@@ -77,3 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         # `harness preview | head`: the reader has what it wanted.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        # A disk that is full, a folder where a file should be, a name that may not be written: no fault of ours to be traced.
+        what = f"{error.filename}: cannot be read or written: {error.strerror}" if error.filename and error.strerror else error
+        click.echo(f"{type(error).__name__}: {what}", err=True)
+        sys.exit(1)

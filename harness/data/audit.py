@@ -265,7 +265,7 @@ def audit(
     pattern: re.Pattern = CONTROL_TOKENS,
     asks: bool = False,
 ) -> Audit:
-    """Raises DataError where a file cannot be read at all. asks: rows are questions, as in `to_canonical`."""
+    """Raises DataError where a file cannot be read at all, and where there is no row. asks: rows are questions, as in `to_canonical`."""
     report, seen, near = Audit(files, actions, pattern), {}, NearDuplicates()
     for number, (location, raw, layout) in enumerate(_read_all(files)):
         report.rows += 1
@@ -283,6 +283,8 @@ def audit(
             if suites and (found := suites.find(row)):
                 findings.append(Finding("contamination", "", found))
         _count(report, number, location, row, findings)
+    if not report.rows:
+        raise DataError(f"{', '.join(file.path for file in files)}: no row; nothing can be audited")
     for number, location, (twin, share) in near.found():
         message = f"shares about {share:.0%} of its runs of words with the row at {twin}"
         _count(report, number, location, None, [Finding("near_duplicate", "", message)])

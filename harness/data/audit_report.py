@@ -43,7 +43,8 @@ def _advice(report: Audit, kind: str) -> list[str]:
     ]
     if kind == "contamination":
         lines.append(
-            f"(a text of the row is the question, or runs of {WORDS} words that both hold cover more than {SHARE:.0%} of the shorter one)"
+            f"(a text of the row is the question, or runs of {WORDS} words that both hold cover more than {SHARE:.0%} of the shorter one; "
+            f"of fewer than {2 * WORDS} words all stand in both)"
         )
     if kind == "near_duplicate":
         lines.append(f"(rows that share {NEAR:.0%} of their runs of 3 words, by estimate)")

@@ -59,7 +59,7 @@ def check_template(renderer: Renderer, rows: Iterable[SourceRow]) -> Preflight:
         except (DataError, ModelError) as error:
             reason = str(error).removeprefix(f"{source.location}: ")
             report.refused.add(1, [f"{source.location}: {reason}"])
-            kind = re.sub(r"\\d+|'[^']*'|\"[^\"]*\"|\([^)]*\)", "…", reason)[:120]
+            kind = re.sub(r"\d+|'[^']*'|\"[^\"]*\"|\([^)]*\)", "…", reason)[:120]
             report.reasons[kind] = report.reasons.get(kind, 0) + 1
     return report
 

@@ -90,10 +90,12 @@ class Suites:
     """Questions that must not be trained. `unread`: rows of the suites that hold none that could be looked for."""
 
     def __init__(self, files: Iterable):
-        """files: paths, or what has path, name and split as a recipe's source has them."""
+        """files: paths, or what has path, name and split as a recipe's source has them. Raises DataError for a path that holds no question:
+        it would keep nothing out."""
         self._overlap, self._asked = Overlap(), 0
         self.unread: list[str] = []
         for file in files:
+            before = len(self)
             for location, raw in read_each(file) if isinstance(file, str) else read_each(file.path, file.name, file.split):
                 try:
                     if isinstance(raw, DataError):
@@ -101,6 +103,9 @@ class Suites:
                     self.add(location, to_canonical(raw, asks=_asks(raw)))
                 except DataError as error:
                     self.unread.append(f"{location}: {error}")
+            if isinstance(file, str) and len(self) == before:
+                why = f"; the first row that could not be read is {self.unread[0]}" if self.unread else ""
+                raise DataError(f"--against {file}: holds no question that could be looked for{why}")
 
     def __len__(self) -> int:
         return self._asked

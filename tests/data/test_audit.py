@@ -299,6 +299,24 @@ def test_a_question_is_found_in_a_result_and_in_a_text_and_japanese_has_words(tm
     assert suites.find({"messages": [{"role": "user", "content": "来週の東京"}, SAYS]}) is None
 
 
+@pytest.mark.parametrize(
+    ("asked", "hit"),
+    [
+        ("hey, say if it will rain in Oslo over 7 days, thanks", True),
+        ("Well now, say if it will rain in Oslo over 7 days.", True),
+        ("now say if it will rain in Oslo over 4 days, thanks", False),  # 9 of its 12 words stand in runs, and it asks something else
+        ("now say if it will rain in Rome over 7 days, thanks", False),
+    ],
+)
+def test_questions_of_one_phrasing_are_not_one_question(asked, hit, tmp_path):
+    suites = Suites([str(save(tmp_path / "s.jsonl", [{"messages": [ask("Say if it will rain in Oslo over 7 days"), SAYS]}]))])
+    assert bool(suites.find({"messages": [ask(asked), SAYS]})) == hit
+
+
+def ask(text):
+    return {"role": "user", "content": text}
+
+
 @needs_shared
 def test_rows_of_a_benchmark_are_found_in_data_that_took_them():
     suites = Suites([str(SHARED / "bfcl" / "BFCL_v4_multiple.json")])
@@ -316,6 +334,23 @@ def test_actions_that_make_no_sense_are_refused(run, tmp_path):
     assert "no class 'wrong_typ'" in run("d.jsonl", "--on", "wrong_typ=drop", code=2)
     assert "missing_argument takes fail, drop, keep" in run("d.jsonl", "--on", "missing_argument=repair", code=2)
     assert "unreadable takes fail, drop" in run("d.jsonl", "--on", "unreadable=keep", code=2)
+
+
+def test_nothing_to_audit_and_a_suite_that_keeps_nothing_out_are_no_clean_bill(run, tmp_path):
+    save(tmp_path / "d.jsonl", [GOOD])
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "torn.jsonl").write_bytes(b"\x00\xff\n{\n")
+    assert "empty.jsonl: no row; nothing can be audited" in run("empty.jsonl", code=2)
+    said = run("d.jsonl", "--against", "torn.jsonl", code=2)
+    assert "--against torn.jsonl: holds no question that could be looked for" in said and "torn.jsonl:1" in said
+
+
+def test_an_output_that_cannot_be_written_is_named_without_a_traceback(run, tmp_path):
+    save(tmp_path / "d.jsonl", [GOOD])
+    (tmp_path / "folder").mkdir()
+    assert "d.jsonl/x: cannot be read or written: Not a directory" in run("d.jsonl", "--output", "d.jsonl/x/out.jsonl", code=1)
+    assert "Is a directory" in run("d.jsonl", "--output", "folder", "--force", code=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "folder"]
 
 
 def test_what_is_clean_comes_out_as_it_was_and_nothing_is_overwritten(run, tmp_path):

@@ -220,6 +220,15 @@ def test_what_is_refused_is_counted_by_reason_and_named():
     )
 
 
+def test_one_reason_is_one_line_however_many_rows_have_it():
+    """They differ in numbers: which message it is that is dropped."""
+    drops = "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    system = {"role": "system", "content": "You are a very careful assistant."}
+    rows = [{"messages": [*TALK["messages"] * n, system, *TALK["messages"]]} for n in range(3)]
+    report = preflight(drops, *rows)
+    assert report.refused.rows == 3 and list(report.reasons.values()) == [3]
+
+
 def test_words_that_a_template_drops_are_refused():
     drops = "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
     drops += "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
