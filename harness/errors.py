@@ -56,3 +56,8 @@ class Stopped(HarnessError):
 
 class LaunchError(HarnessError):
     exit_code = 2
+
+
+def first_line(error: Exception) -> str:
+    """Of somebody else's message, which may be a page, or nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -119,7 +119,8 @@ def answer_questions(
     )
     answers = []
     for question, ids in zip(questions, continuations, strict=True):
-        said = tokenizer.decode(ids, skip_special_tokens=True)
+        # With special tokens: Llama and Mistral mark calls by them.
+        said = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         verdict = score(said, question.gold, question.tools)
         answers.append(Answer(question.location, question.asked, said, question.gold, verdict))
     return answers

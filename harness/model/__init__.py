@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.embedded import resolve
-from harness.errors import ModelError
+from harness.errors import ModelError, first_line
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
 from harness.recipe.schema import Quantization
@@ -66,7 +66,7 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
 
 def _first_line(error: BaseException) -> str:
     """The beginning of a library's message, with our remedy for the one whose own names a Python argument."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first = first_line(error)
     return f"{first}; set model.trust_remote_code: true if you have read and trust it" if "custom code" in first else first
 
 
@@ -260,6 +260,16 @@ def follow_tokenizer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBa
     stops = list(dict.fromkeys([*added, *stops]))
     model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     return list(dict.fromkeys(added))
+
+
+def settle_generation(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", end_of_turn_ids: set[int]) -> None:
+    """Let a model that is asked stop where the tokenizer's turns end, and draw as whoever asks it says: its own penalties and cuts would
+    count in silence."""
+    from transformers import GenerationConfig
+
+    follow_tokenizer(model, tokenizer, end_of_turn_ids)
+    stops = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
 
 
 # ---- adapter

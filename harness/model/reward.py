@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.embedded import resolve
-from harness.errors import ModelError
+from harness.errors import ModelError, first_line
 from harness.model import SCORE, four_bit_config, keep_4bit_weights_as_they_are
 from harness.model.export import MANIFEST, digest_base, verify_export
 from harness.recipe.schema import Quantization
@@ -140,7 +140,7 @@ def _load_classifier(source: str, dtype: str, **options):
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"reward model: {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"reward model: {source} cannot be loaded: {first_line(error)}") from error
     # An adapter has the score of its base's place.
     missing = set() if "num_labels" in options else loading["missing_keys"]
     if model.config.num_labels != 1 or missing:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.errors import DataError, EvaluationError, ModelError, RecipeError, TeacherError
+from harness.errors import DataError, EvaluationError, ModelError, RecipeError, TeacherError, first_line
 from harness.evaluate.items import Item
 from harness.run import RunDir
 from harness.teacher.client import Client, Refused
@@ -139,7 +139,7 @@ class Local:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{target}: no tokenizer there: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"{target}: no tokenizer there: {first_line(error)}") from None
         if self.tokenizer.chat_template is None:
             raise ModelError(
                 f"{target}: its tokenizer has no chat template, so nobody can be asked; put a chat_template.jinja into its folder"
@@ -172,20 +172,15 @@ class Local:
     def _load(self) -> None:
         if self._model is not None:
             return
-        from transformers import GenerationConfig
-
         from harness import model as models
         from harness.model.export import load_for_inference
 
         try:
             model, _ = load_for_inference(Path(self.source))
         except (OSError, ValueError) as error:
-            raise ModelError(f"{self.source}: cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise ModelError(f"{self.source}: cannot be loaded: {first_line(error)}") from None
         models.check_vocabulary(model, self.tokenizer)
-        models.follow_tokenizer(model, self.tokenizer, self._renderer.end_of_turn_ids())
-        # A model's own penalties and cuts would count in silence.
-        stops = model.generation_config.eos_token_id
-        model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=self.tokenizer.pad_token_id)
+        models.settle_generation(model, self.tokenizer, self._renderer.end_of_turn_ids())
         self._model = model
 
     @property

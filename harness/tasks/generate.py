@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from harness import model as models
 from harness.data.prepare import tokenizer_digest
@@ -182,10 +181,7 @@ class _Work:
         model = load_frozen(self.recipe.model_copy(update={"model": asked}), self.recipe.generate.device_map).model
         models.check_vocabulary(model, self.tokenizer)
         models.check_positions(model, max(len(prompt.ids) for prompt in self.asked.prompts) + self.recipe.generate.max_new_tokens)
-        models.follow_tokenizer(model, self.tokenizer, end_of_turn_ids(self.tokenizer))
-        # How it samples is the recipe's to say; a model's own penalties and cuts would count in silence.
-        stops = model.generation_config.eos_token_id
-        model.generation_config = GenerationConfig(eos_token_id=stops, pad_token_id=self.tokenizer.pad_token_id)
+        models.settle_generation(model, self.tokenizer, end_of_turn_ids(self.tokenizer))
         return model
 
     def _do(self, unit: int, model) -> int:

@@ -176,6 +176,37 @@ def test_each_planted_behaviour_gets_its_verdict_from_answers_and_what_was_answe
     assert [table.asked for table in tables] == [ASKED] and "(answered earlier)" in done.output
 
 
+def test_answers_are_taken_again_when_the_file_of_the_items_has_another_name(decide, tables, tmp_path, world, monkeypatch):
+    """Also where one of them holds a line's end of Unicode."""
+    say = Table.say
+    monkeypatch.setattr(Table, "say", lambda self, prompt: say(self, prompt).replace("Sorry", "So\u2028rry") + "\u2028")
+    items = tmp_path / "first.jsonl"
+    items.write_text((world / "decide-items.jsonl").read_text())
+    assert decide(f"items.0.path={items}").exit_code == 0
+    before = report_in(tmp_path)["behaviours"]
+    tables.clear()
+    items = items.rename(tmp_path / "second.jsonl")
+    assert decide(f"items.0.path={items}").exit_code == 0
+    after = report_in(tmp_path)["behaviours"]
+    assert tables == [] and [one["evidence"] for one in after] == [one["evidence"] for one in before]
+    assert after[0]["examples"][0]["id"].startswith("second.jsonl:")
+
+
+def test_a_model_stops_where_its_tokenizers_turns_end_whatever_its_own_generation_config_says(decide, tables, tmp_path, monkeypatch):
+    """A base that was made to go on for ever, under an adapter that has learnt to end its turns: Qwen's bases are so."""
+    made = Table.__init__
+
+    def make(self, *arguments, **options):
+        made(self, *arguments, **options)
+        self.generation_config.eos_token_id = 0
+
+    monkeypatch.setattr(Table, "__init__", make)
+    assert decide().exit_code == 0
+    assert {one["name"]: one["verdict"] for one in report_in(tmp_path)["behaviours"]} == {name: one for name, (one, _) in WANTED.items()}
+    assert {arm["cut_off"] for arm in report_in(tmp_path)["arms"]} == {0}
+    assert tables[0].generation_config.repetition_penalty in (None, 1.0)
+
+
 def test_an_arm_that_the_model_cannot_be_asked_is_left_out_with_the_reason_and_the_plain_one_is_an_error(decide, tmp_path, monkeypatch):
     monkeypatch.setattr(Table, "context", 150)
     assert decide("few_shot.k=3").exit_code == 0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from harness.errors import DataError, EvaluationError
+from harness.errors import DataError, EvaluationError, first_line
 from harness.evaluate.decision.arms import BASE, DISTILLED, Arm, plan_arms, plan_ways
 from harness.evaluate.decision.costs import Training, find_model, plan_training, read_training
 from harness.evaluate.decision.questions import check_apart, find_faults, gold_calls, load_items, pool_rare
@@ -28,6 +28,8 @@ from harness.evaluate.items import Item, Result
 from harness.run import write_text_atomically
 from harness.tools import check_call, parse_calls, score
 
+FORMAT = 2
+"""Of how answers come about; those of the first did not stop where the tokenizer's turns end."""
 Say = Callable[[str], None]
 
 
@@ -145,7 +147,7 @@ class _CannotAskError(Exception):
 def _answers(arm: Arm, items: list[Item], model: _Model, file: Path) -> Answers:
     asked = [{"messages": arm.ask(item), **({"tools": item.tools} if item.tools else {})} for item in items]
     digest = _digest(asked, model)
-    rows = _read(file, digest)
+    rows = _read(file, digest, len(items))
     if rows is None:
         facts, said = _generate(arm, items, asked, model)
         facts = {"digest": digest, "arm": arm.name, "model": str(model.path), **facts}
@@ -155,23 +157,25 @@ def _answers(arm: Arm, items: list[Item], model: _Model, file: Path) -> Answers:
         write_text_atomically(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         return Answers(arm, results, facts, reused=False)
     facts, *said = rows
-    by_id = {row["id"]: row for row in said}
-    return Answers(arm, {item.id: _judge(item, by_id[item.id]) for item in items}, facts, reused=True)
+    # In the order in which they were asked: an id is a place in a file, which may have another name now.
+    return Answers(arm, {item.id: _judge(item, one) for item, one in zip(items, said, strict=True)}, facts, reused=True)
 
 
 def _digest(asked: list[dict], model: _Model) -> str:
-    settings = {"max_new_tokens": model.settings.max_new_tokens, "dtype": model.settings.dtype, "model": model.identity}
+    settings = {"format": FORMAT, "max_new_tokens": model.settings.max_new_tokens, "dtype": model.settings.dtype, "model": model.identity}
     text = json.dumps({**settings, "asked": asked}, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _read(file: Path, digest: str) -> list[dict] | None:
-    """The first line and the rows of an arm that was asked the very same; None where it was not."""
+def _read(file: Path, digest: str, count: int) -> list[dict] | None:
+    """The first line and the `count` rows of an arm that was asked the very same; None where it was not."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines, which parts at U+2028 and others that JSON leaves as they are.
+        with open(file, encoding="utf-8") as stream:
+            rows = [json.loads(line) for line in stream]
     except (OSError, ValueError):
         return None
-    return rows if rows and rows[0].get("digest") == digest else None
+    return rows if len(rows) == 1 + count and rows[0].get("digest") == digest else None
 
 
 def _generate(arm: Arm, items: list[Item], asked: list[dict], model: _Model) -> tuple[dict, list[dict]]:
@@ -196,7 +200,8 @@ def _generate(arm: Arm, items: list[Item], asked: list[dict], model: _Model) -> 
     facts = {**model.facts(), "generate_s": round(time.monotonic() - begun, 2), "cut_off": sum(not one.ended for one in said)}
     rows = [
         {
-            "said": tokenizer.decode(one.ids, skip_special_tokens=True),
+            # With special tokens: Llama and Mistral mark calls by them.
+            "said": tokenizer.decode(one.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
             "prompt_tokens": len(prompt),
             # With the one that stopped it.
             "answer_tokens": len(one.ids) + one.ended,
@@ -241,15 +246,16 @@ class _Model:
 
     def load(self):
         if self._loaded is None:
+            from harness.data.templates import end_of_turn_ids
             from harness.logs import quieten
+            from harness.model import settle_generation
             from harness.model.export import load_for_inference
 
             quieten()
             try:
                 model, tokenizer = load_for_inference(self.path, self.settings.dtype)
             except (OSError, ValueError) as error:
-                first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise EvaluationError(f"{self.path}: no model could be loaded from there: {first}") from error
+                raise EvaluationError(f"{self.path}: no model could be loaded from there: {first_line(error)}") from error
             if tokenizer.chat_template is None:
                 raise EvaluationError(
                     f"{self.path}: its tokenizer has no chat template, so it cannot be asked anything; use an instruct model"
@@ -257,6 +263,7 @@ class _Model:
             if tokenizer.pad_token_id is None:
                 # Masked wherever it stands.
                 tokenizer.pad_token = tokenizer.eos_token
+            settle_generation(model, tokenizer, end_of_turn_ids(tokenizer))
             self._loaded = model, tokenizer
         return self._loaded
 
