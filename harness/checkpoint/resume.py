@@ -11,10 +11,11 @@ from typing import Any
 from harness.checkpoint.ledger import read_ledger
 from harness.checkpoint.manifest import read_manifest
 from harness.checkpoint.selection import checkpoints, run_name
-from harness.errors import CheckpointError, LaunchError
+from harness.errors import CheckpointError, LaunchError, RecipeError
 from harness.launcher import accumulation_steps
 from harness.recipe import Recipe
 from harness.recipe.backend import Backend
+from harness.recipe.load import validate
 from harness.run import RunDir
 
 FREE = (
@@ -26,7 +27,7 @@ FREE = (
 ).split()
 """Fields that may change freely: they do not decide what the weights become (but for rounding), or something else is compared in their
 place: the prepared data, the engine, the global batch."""
-DATA, GLOBAL_BATCH, BASE, ADAPTER, TEACHER = "data", "global_batch", "base", "adapter", "teacher"
+DATA, GLOBAL_BATCH, BASE, ADAPTER, TEACHER, REFERENCE = OTHERS = "data", "global_batch", "base", "adapter", "teacher", "reference"
 """What `--allow-change` takes beside the names of recipe fields."""
 
 
@@ -55,14 +56,14 @@ def check_continuation(run: RunDir, recipe: Recipe, backend: Backend, allowed: t
 
 def check_recipe(manifest: dict, recipe: Recipe, allowed: tuple[str, ...]) -> None:
     """Raises LaunchError that lists every field in which `recipe` is not the one that the checkpoint was made with."""
-    now, then = flatten(recipe.model_dump(mode="json")), flatten(manifest["recipe"])
+    now, then = flatten(recipe.model_dump(mode="json")), flatten(_recipe_of(manifest))
     known = now.keys() | then.keys()
     for name in allowed:
         # It would allow nothing, in silence.
-        if name not in (DATA, GLOBAL_BATCH, BASE, ADAPTER, TEACHER) and not any(_is_under(key, name) for key in known):
+        if name not in OTHERS and not any(_is_under(key, name) for key in known):
             raise LaunchError(
                 f"--allow-change {name}: no such setting; give the dotted name of a recipe's field (train.learning_rate), "
-                f"or {DATA}, {GLOBAL_BATCH}, {BASE}, {ADAPTER}, {TEACHER}"
+                f"or {', '.join(OTHERS)}"
             )
     problems = [
         f"{key} = {now.get(key)}; the checkpoint was made with {then.get(key)}"
@@ -74,12 +75,21 @@ def check_recipe(manifest: dict, recipe: Recipe, allowed: tuple[str, ...]) -> No
 
 def changed_fields(manifest: dict, recipe: Recipe) -> list[str]:
     """The dotted names of what is otherwise in `recipe` than in the one that the checkpoint was made with."""
-    now, then = flatten(recipe.model_dump(mode="json")), flatten(manifest["recipe"])
+    now, then = flatten(recipe.model_dump(mode="json")), flatten(_recipe_of(manifest))
     return sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
 
 
+def _recipe_of(manifest: dict) -> dict:
+    """As this version reads it: a field that is newer than the checkpoint has its default, with which the run was made."""
+    try:
+        return validate(Recipe, manifest["recipe"], "the checkpoint").model_dump(mode="json")
+    except RecipeError:
+        # It has a field that is gone, which is a change, and named as one.
+        return manifest["recipe"]
+
+
 def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...]) -> None:
-    """Raises LaunchError when the data, the base, the earlier adapter or the teacher of `facts` is not the checkpoint's."""
+    """Raises LaunchError when the data, the base, the earlier adapter, the teacher or the reference of `facts` is not the checkpoint's."""
     problems = []
     if facts["data"]["digest"] != manifest["data"]["digest"] and DATA not in allowed:
         problems.append(
@@ -92,6 +102,10 @@ def check_facts(manifest: dict, facts: dict[str, Any], allowed: tuple[str, ...])
         problems.append(f"{ADAPTER}: the one in {(now or then)['folder']} is not that which the checkpoint's run began from")
     if facts["teacher"] != manifest.get("teacher") and TEACHER not in allowed:
         problems.append(f"{TEACHER}: its weights are not those that the checkpoint's run has learnt from")
+    now, then = (about.get("reference") for about in (facts, manifest))
+    # None is the policy itself without its adapter, whose base is compared above.
+    if now and then and now != then and REFERENCE not in allowed:
+        problems.append(f"{REFERENCE}: the weights that the policy is compared with are not those that the checkpoint was made with")
     _refuse(problems, manifest, _PUT_BACK)
 
 

@@ -35,6 +35,8 @@ from harness.teacher.probe import HALVES_NATS, ROUNDING_NATS, check_two_ways
 if TYPE_CHECKING:
     from trl import SFTConfig
 
+PROBED_ROWS = 2
+"""Of the training rows, by which a reference is known again when a run is continued."""
 FALLING_NATS = -0.1
 """Per token of the chosen answers: each has a tenth less of the probability that it began with."""
 SUM, COUNT = "sum of ", "count of "
@@ -85,6 +87,7 @@ class PreferenceTrainer(HarnessSFTTrainer):
             self._check_layout(model, inputs)
             if self.state.global_step == 0:
                 self._check_reference(model, inputs)
+            self._check_same_reference(model)
         return super().training_step(model, inputs, *args, **kwargs)
 
     @torch.no_grad()
@@ -125,6 +128,22 @@ class PreferenceTrainer(HarnessSFTTrainer):
                 f"{self._reference.name}: a token is {different:.3g} nats more or less probable to it than to the policy before its first "
                 "step; the two must be one model. Was the base changed since its log-probabilities were computed? Remove that folder"
             )
+
+    @torch.no_grad()
+    def _check_same_reference(self, model) -> None:
+        """Raises ModelError when a life that continues is compared with another reference than the run began with, whatever was loaded or
+        computed anew for it. What it says of the first rows stands in every manifest. Every rank calls it."""
+        rows = [self.train_dataset[row] for row in range(min(PROBED_ROWS, len(self.train_dataset)))]
+        says = float(self.reference_log_probs(model, self._prepare_inputs(self.data_collator(rows))).mean())
+        facts, resumed = self.lives.facts, self.lives.resumed and self.lives.resumed.manifest
+        before = resumed.get("reference_says") if resumed and resumed["data"]["digest"] == facts["data"]["digest"] else None
+        if before is not None and distributed.agree(not abs(says - before) <= self._rounding):
+            raise ModelError(
+                f"{self._reference.name}: gives a token of the first rows {says:.4g} nats, and {before:.4g} when the run began; a run is "
+                "compared with one reference from its first step to its last. Put back the weights that it began with (or remove what was "
+                "computed of others), or begin again with --fresh"
+            )
+        facts["reference_says"] = says if before is None else before
 
     @property
     def _rounding(self) -> float:

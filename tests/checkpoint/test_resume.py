@@ -81,6 +81,42 @@ def test_other_data_and_another_base_are_refused_unless_named():
     check_facts(manifest, facts, ("data", "base", "teacher"))
 
 
+def test_another_reference_is_refused_unless_named_and_the_policy_itself_is_none():
+    facts = {"data": {"digest": "d1"}, "base": {"name": "b", "digest": "w1"}, "teacher": None}
+    manifest = manifest_of(load(RECIPE), reference="r1")
+    assert "reference: the weights that the policy is compared with" in refused(check_facts, manifest, facts | {"reference": "r2"}, ())
+    for reference, allowed in (("r1", ()), (None, ()), ("r2", ("reference",))):
+        check_facts(manifest, facts | {"reference": reference}, allowed)
+    check_facts(manifest_of(load(RECIPE)), facts | {"reference": "r2"}, ())
+    check_recipe(manifest, load(RECIPE), ("reference",))
+
+
+def test_a_field_that_is_newer_than_the_checkpoint_counts_with_its_default():
+    recipe = load(
+        RECIPE,
+        [
+            "task=rlhf",
+            "model.lora.dropout=0",
+            "rlhf.rewards=[{type: tool_calls}]",
+            "model.init=null",
+            "model.name_or_path=m",
+            "data.max_length=512",
+        ],
+    )
+    manifest = manifest_of(recipe)
+    del manifest["recipe"]["train"]["weight_decay"], manifest["recipe"]["kto"], manifest["recipe"]["rlhf"]["rewards"][0]["weight"]
+    check_recipe(manifest, recipe, ())
+    changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"weight_decay": 0.25})})
+    assert "train.weight_decay = 0.25; the checkpoint was made with" in refused(check_recipe, manifest, changed, ())
+    # A section that was not asked for then is a change, though all in it are defaults.
+    without = manifest_of(load(RECIPE, ["model.lora=null"]))
+    assert "model.lora" in refused(check_recipe, without, load(RECIPE, ["model.lora={}"]), ())
+    # And what this version does not know any more.
+    gone = manifest_of(load(RECIPE))
+    gone["recipe"]["train"]["old_trick"] = 3
+    assert "train.old_trick = None; the checkpoint was made with 3" in refused(check_recipe, gone, load(RECIPE), ())
+
+
 def test_a_state_that_the_backend_cannot_read_is_refused_with_the_backend_that_can():
     manifest = manifest_of(load(RECIPE), engine="zero2", backend="zero2")
     text = refused(check_engine, manifest, load_backend("ddp"))

@@ -228,30 +228,45 @@ def test_a_reference_that_three_ranks_computed_is_read_by_two_and_is_what_one_co
             assert sum(said[f"{side}_reference"]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_cache_that_is_not_of_the_model_that_the_run_begins_from_is_found_out_before_the_first_step(tmp_path, apart):
-    """Planted: the values of a finished cache are changed on the disk."""
+def change_values(cache: Path, nats: float) -> Path:
+    """Of a finished cache, on the disk."""
     import pyarrow as pa
 
-    cache = apart("planted")
-    train(tmp_path / "first")
     file = next(cache.glob("references/*/reference.arrow"))
     table = pa.ipc.open_stream(file.read_bytes()).read_all()
     wrong = {
         name: pa.ListArray.from_arrays(
-            column.combine_chunks().offsets, pa.array(column.combine_chunks().values.to_numpy() - np.float32(0.5))
+            column.combine_chunks().offsets, pa.array(column.combine_chunks().values.to_numpy() + np.float32(nats))
         )
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
     changed = pa.table(wrong)
     with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_stream(stream, changed.schema) as writer:
         writer.write_table(changed)
-    job = tmp_path / "second"
-    job.mkdir()
-    (job / "job.yaml").write_text(RECIPE.format(lora="", pairs=PAIRS, beta=BETA, steps=STEPS, rate=RATE, run=job / "run"))
-    life = shared_rig().run(job / "job.yaml", world=1, backend="single")
-    said = life.output(0)
-    assert list(life.codes.values()) == [1]
+    return file
+
+
+def test_a_cache_that_is_not_of_the_model_that_the_run_begins_from_is_found_out_before_any_lifes_first_step(tmp_path, apart):
+    from rig import die_at_call
+
+    cache = apart("planted")
+    for name in ("cut", "second"):
+        (tmp_path / name).mkdir()
+        text = RECIPE.format(lora="", pairs=PAIRS, beta=BETA, steps=STEPS, rate=RATE, run=tmp_path / name / "run")
+        (tmp_path / name / "job.yaml").write_text(text.replace("{auto: false}", "{auto: false, every_steps: 1}"))
+
+    def live(name: str, inject: str = "", code: int = 1) -> str:
+        life = shared_rig().run(tmp_path / name / "job.yaml", world=1, backend="single", inject=inject)
+        assert list(life.codes.values()) == [code], life.output(0)
+        return life.output(0)
+
+    # Killed in its second step, of four micro-batches each.
+    live("cut", die_at_call(0, "harness.tasks.trainer:HarnessTrainer.training_step", 6), -9)
+    file = change_values(cache, -0.5)
+    said = live("second")
     assert "a token is 0.5 nats more or less probable to it than to the policy before its first step" in said and str(file.parent) in said
+    said = live("cut")
+    assert f"{file.parent}: gives a token of the first rows" in said and "when the run began" in said
 
 
 def test_a_pass_that_was_killed_goes_on_with_the_parts_that_are_there(tmp_path, apart):
