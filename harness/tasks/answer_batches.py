@@ -14,6 +14,7 @@ All three give the same log-probabilities; `shared` costs half of `apart` where 
 Answers stand in the order chosen 0, rejected 0, chosen 1, …; trained tokens too, in every layout, from left to right and top to bottom.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -141,10 +142,26 @@ def sum_by_answer(values: Tensor, owners: Tensor, answers: int) -> Tensor:
     return values.new_zeros(answers).index_add(0, owners, values)
 
 
+OF_ITS_OWN = (
+    "alibi attention_chunk_size attention_layers attn_config block_types conv_kernel hybrid_override_pattern layers_block_type "
+    "sliding_window_pattern state_size window_size"
+).split()
+"""What configs have whose layers know of distance or of the past by more than the mask and the positions: windows and chunks, biases by
+distance, convolutions and states."""
+
+
 def shares_prompts(model) -> bool:
-    """Whether the mask of shared rows says all that this model's attention is: SDPA, and no layer with a window or a memory of its own."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    # Where layer_types says nothing, a window is of all layers.
-    has_window = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
-    return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not has_window
+    """Whether the mask of shared rows, and their positions, say all that this model's attention is: SDPA, and no layer with a window or a
+    memory of its own. Where it cannot be told, rows of their own cost time and nothing else."""
+    config, base = model.config.get_text_config(), getattr(model, "base_model", model)
+    base = getattr(base, "model", base) if hasattr(model, "peft_config") else base
+    try:
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        # Where layer_types says nothing, a window is of all layers.
+        has_window = getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+        others = [name for name in OF_ITS_OWN if getattr(config, name, None)]
+    except Exception:
+        # transformers raises where layers differ in what is asked of all.
+        return False
+    reads_positions = "position_ids" in inspect.signature(base.forward).parameters
+    return config._attn_implementation == "sdpa" and kinds == {"full_attention"} and not has_window and not others and reads_positions

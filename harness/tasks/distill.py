@@ -165,6 +165,8 @@ class HarnessDistillTrainer(HarnessSFTTrainer):
         check_router_has_no_loss(self, "from a teacher")
         add_lessons(self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model)
         self._teacher, self._unchecked = teacher, True
+        # What a step's loss is divided by is `compute_loss`'s to say, whatever the model's own forward takes.
+        self.model_accepts_loss_kwargs = True
         self.whole_teacher = teacher.whole_model
         # TRL takes no other collator than its own for flattened batches.
         self.data_collator = teacher.collator(self.data_collator)

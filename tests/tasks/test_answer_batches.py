@@ -1,5 +1,8 @@
 """Answers in batches: three layouts, one log-probability for each token, against the model's own logits of one answer at a time."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import STORIES, needs_shared
@@ -156,15 +159,35 @@ def test_what_a_reference_said_before_stands_in_the_order_of_the_trained_tokens(
         assert by_answer == [reference for row in rows for reference in (row["chosen_reference"], row["rejected_reference"])]
 
 
-def test_prompts_are_not_shared_where_a_mask_does_not_say_all_of_the_attention(model):
-    assert shares_prompts(model)
-    for change in ({"sliding_window": 64}, {"layer_types": ["full_attention", "sliding_attention"]}, {"_attn_implementation": "eager"}):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 64},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"_attn_implementation": "eager"},
+        {"layers_block_type": ["mamba", "attention"]},
+        {"sliding_window_pattern": 6},
+        {"attention_chunk_size": 8192},
+        {"alibi": True},
+        {"forward": lambda input_ids, attention_mask: None},
+    ],
+)
+def test_prompts_are_not_shared_where_a_mask_does_not_say_all_of_the_attention(model, change):
+    def like(change: dict) -> SimpleNamespace:
         config = model.config.__class__.from_dict(model.config.to_dict())
         for name, value in {"_attn_implementation": "sdpa", **change}.items():
             setattr(config, name, value)
+        forward = change.get("forward", model.model.forward)
+        return SimpleNamespace(config=config, base_model=SimpleNamespace(forward=forward))
 
-        class Other:
-            pass
+    assert shares_prompts(model) and shares_prompts(like({})) and shares_prompts(like({"alibi": False}))
+    assert not shares_prompts(like(change))
 
-        Other.config = config
-        assert not shares_prompts(Other), change
+
+def test_prompts_are_shared_under_an_adapter_as_without_it(model):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert shares_prompts(adapted)
+    adapted.config.alibi = True
+    assert not shares_prompts(adapted)

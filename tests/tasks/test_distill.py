@@ -171,10 +171,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(build, cache_of, sou
 # ---- what is learnt, and what is said of it
 
 
-@pytest.mark.parametrize("source", ["cache", "resident"])
-def test_what_is_logged_is_per_trained_token_over_the_whole_step(build, cache_of, source):
+@pytest.mark.parametrize(("source", "accepts"), [("cache", True), ("resident", True), ("resident", False)])
+def test_what_is_logged_is_per_trained_token_over_the_whole_step(build, cache_of, source, accepts):
+    """accepts: whether the model's own forward takes the number of tokens of a step."""
     rows = rows_of([9, 40, 5, 33, 12, 21, 60, 8])
     student, teacher = quarter(), stories()
+    student.accepts_loss_kwargs = accepts
     divergence, nll = plain_losses(student, teacher, rows)
     # 255 of 512 entries, and the rest as one: a lower bound that is tight.
     trainer = build(
