@@ -7,7 +7,7 @@ A run is fullest in one of a few moments, and each has a sum of its own:
     loss        the first of its backward: all that was kept, and the loss's tile; gradients only where earlier micro-batches left some
     backward    one layer's recomputation at its begin, or all gradients and one layer at its end
     step        no activations; what the optimiser makes
-    writing     answers of the model: weights, and the cache of keys and values
+    writing     answers of the model: weights, the cache of keys and values, prompts as they are read
 
 Each component is low / expected / high. Weights, gradients and states are exact, so the three are one number; what depends on the data is
 lowest with short rows; what cannot be known without a measurement says in RUNTIME or SLACK what was assumed.
@@ -33,6 +33,7 @@ from harness.planner.states import (
     plan_states,
     trained_adapter,
 )
+from harness.recipe import Recipe
 
 TRL_TILE_TOKENS, TRL_TILE_VOCABULARY = 4096, 32768
 """trl.kernels.chunked_logprob: logits exist for so many tokens times so many entries."""
@@ -73,7 +74,7 @@ def plan_memory(setting: Setting) -> GpuMemory:
     recipe = setting.recipe
     states = plan_states(setting)
     if recipe.task == "generate":
-        moments = {"writing": states.always | {"generation cache": generation_cache(setting)}}
+        moments = {"writing": states.always | writing(setting)}
     else:
         moments = _training(setting, states)
     if loading := _loading(setting):
@@ -153,7 +154,7 @@ def _training(setting: Setting, states: States) -> dict[str, dict[str, Range]]:
     fullest = GpuMemory({"begin": begin, "end": end}).deciding if checkpoints else "end"
     moments["backward"] = {"begin": begin, "end": end}[fullest]
     if setting.writes:
-        moments["writing"] = common | {"generation cache": generation_cache(setting)}
+        moments["writing"] = common | writing(setting)
     return moments
 
 
@@ -233,21 +234,48 @@ def loss_tile(setting: Setting, types: Types) -> tuple[Range, Range]:
     return tile, tile + gradients
 
 
-def generation_cache(setting: Setting) -> Range:
-    """Keys and values of every token of every answer that is written at once; what vLLM takes where it writes."""
+def writing(setting: Setting) -> dict[str, Range]:
+    """What stands beside the weights while a model writes: keys and values of every token of every answer that is written at once; of one
+    layer what its prompts are in while they are read; logits of one token of each. What vLLM takes, where it writes."""
     recipe, shape = setting.recipe, setting.shape
-    if recipe.task == "generate":
-        rows, length = recipe.generate.batch_rows, recipe.data.max_length
-    else:
-        rows, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
-        if recipe.distill.on_policy:
-            if recipe.distill.on_policy.use_vllm is True and setting.gpu_bytes:
-                return Range.exact(VLLM_SHARE * setting.gpu_bytes)
-            length += recipe.distill.on_policy.max_new_tokens
+    if (share := _vllm_share(recipe)) is not None and (setting.gpu_bytes or not share):
+        return {"vLLM": Range.exact(share * (setting.gpu_bytes or 0))}
+    rows, prompt, answer = _writes_at_once(setting)
     width = 2 if setting.halves or setting.dtype != "float32" else 4
-    size = rows * length * shape.layers * 2 * shape.keys * width
-    # transformers' cache grows by concatenation: one layer's old and new stand at once.
-    return Range(size * SHORT_ROWS, size, size * (1 + 1 / shape.layers))
+    size = rows * (prompt + answer) * shape.layers * 2 * shape.keys * width
+    # What the MLP multiplies, its two factors, its input and what it is added to.
+    inner = 3 * shape.intermediate * (shape.experts_per_token or 1) + 2 * shape.hidden
+    read = rows * prompt * inner * width
+    return {
+        # transformers' cache grows by concatenation: one layer's old and new stand at once.
+        "generation cache": Range(size * SHORT_ROWS, size, size * (1 + 1 / shape.layers)),
+        "prompts as they are read": Range(read * SHORT_ROWS, read, read),
+        # As they come, at the temperature, their logarithms and probabilities, in float32.
+        "logits of one token": Range.exact(4 * 4 * rows * shape.vocabulary),
+    }
+
+
+def _writes_at_once(setting: Setting) -> tuple[int, int, int]:
+    """(answers, tokens of a prompt, of an answer) at the most. In reinforcement learning a rank writes all its answers of a step at once,
+    on-policy distillation those of a micro-batch."""
+    recipe, length = setting.recipe, setting.recipe.data.max_length
+    if recipe.task == "generate":
+        return recipe.generate.batch_rows, length - recipe.generate.max_new_tokens, recipe.generate.max_new_tokens
+    rows = recipe.train.per_device_train_batch_size
+    if recipe.distill.on_policy:
+        return rows, length, recipe.distill.on_policy.max_new_tokens
+    answer = recipe.rlhf.max_completion_length
+    return rows * setting.accumulation, length - answer, answer
+
+
+def _vllm_share(recipe: Recipe) -> float | None:
+    """Of the GPU; None where transformers writes, 0 where a server does."""
+    if recipe.task == "rlhf":
+        if recipe.rlhf.use_vllm is not True:
+            return None
+        return 0.0 if recipe.rlhf.vllm_mode == "server" else recipe.rlhf.vllm_gpu_memory_utilization
+    on_policy = recipe.distill.on_policy
+    return VLLM_SHARE if on_policy and on_policy.use_vllm is True else None
 
 
 def _loading(setting: Setting) -> dict[str, Range]:

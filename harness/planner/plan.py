@@ -11,6 +11,7 @@ from harness.planner.host import plan_disk, plan_host
 from harness.planner.hours import Hours, Work, plan_hours, plan_work
 from harness.planner.memory import GpuMemory, plan_memory
 from harness.planner.setting import Range, Setting
+from harness.planner.states import reward_model_bytes, reward_models
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 
@@ -51,6 +52,11 @@ class Plan:
         if peak.expected > holds:
             return "does not fit"
         return "fits" if peak.high <= holds else "tight"
+
+    @property
+    def not_counted(self) -> list[str]:
+        """Reward models that are not there yet, so that nothing says how large they are."""
+        return [name for name in reward_models(self.setting.recipe) if reward_model_bytes(name) is None]
 
     @property
     def fits(self) -> bool:

@@ -33,7 +33,7 @@ def render_plan(plan: Plan, changes: list[Fitting]) -> str:
     others = [f"{moment} {gib(memory.total(moment).expected)}" for moment in memory.moments if moment != memory.deciding]
     if others:
         lines.append(f"  other moments, expected: {', '.join(others)}")
-    lines += ["", *_verdict(plan), ""]
+    lines += ["", *_verdict(plan), *(f"not counted: the reward model {name}, which is not there (yet)" for name in plan.not_counted), ""]
     if setting.recipe.task != "generate" and changes:
         lines += ["the cheapest changes with which it fits (times by arithmetic, for an order):", *map(_change, changes), ""]
     lines += ["host memory of a node, in GiB", *_table([*plan.host.items(), ("together", _sum(plan.host))]), ""]
@@ -137,6 +137,7 @@ def to_json(plan: Plan, changes: list[Fitting], found: Fitting | None = None) ->
         "gpu": {"name": place.gpu.name, "bytes": place.gpu.bytes} if place.gpu else None,
         "verdict": plan.verdict,
         "fits": plan.fits if place.gpu else None,
+        "not_counted": plan.not_counted,
         "gpu_bytes": {
             "peak": _range(memory.peak),
             "deciding": memory.deciding,

@@ -6,11 +6,13 @@ real ZeRO ranks.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from harness.errors import RecipeError
 from harness.planner.activations import adapter_weights, is_adapted
-from harness.planner.architecture import Architecture, read_adapter
+from harness.planner.architecture import Architecture, load_architecture, read_adapter
 from harness.planner.setting import BYTES, NOTHING, Range, Setting
 from harness.recipe import Recipe
 from harness.recipe.schema import Lora, Quantization
@@ -98,6 +100,7 @@ def plan_states(setting: Setting) -> States:
         "4-bit constants": Range.exact(constant_bytes(counts, recipe.model.quantization)),
         "adapter": Range.exact(_adapter_bytes(setting, counts, trained_type) if trained_adapter(recipe) else 0),
         "adapter beneath": Range.exact(_stacked(setting) * trained_type),
+        "reference's adapter": Range.exact(_adapter_bytes(setting, counts, trained_type) if copies_adapter(recipe) else 0),
     }
     if recipe.task == "generate":
         return States(always, {}, NOTHING, NOTHING, NOTHING)
@@ -215,7 +218,7 @@ def _deepspeed(setting: Setting, counts: Parameters, width: int, moments: float,
 
 
 def others_beside(setting: Setting, loaded: int) -> dict[str, Range]:
-    """A teacher or a reference beside the model."""
+    """A teacher, a reference or reward models beside the model."""
     recipe, backend, others = setting.recipe, setting.backend, {}
     if setting.teacher is not None:
         asked, shape = recipe.teacher, setting.teacher
@@ -226,12 +229,55 @@ def others_beside(setting: Setting, loaded: int) -> dict[str, Range]:
         size = (counts.whole * BYTES[dtype] + in_4bit / 2) * share + constant_bytes(counts, asked.quantization)
         others["teacher"] = Range.exact(size)
     if has_resident_reference(recipe):
-        # TRL runs it as a whole copy under ZeRO-1 and 2; FSDP2 gathers all of it in its forward.
+        # It is a whole copy under ZeRO-1 and 2; FSDP2 gathers all of it in its forward.
         share = 1 / setting.world if backend.zero_stage == 3 else 1
         others["reference"] = Range.exact(setting.shape.parameters * loaded * share)
+    if recipe.task == "rlhf":
+        # Whole on every rank (harness.tasks.reward_models).
+        others["reward models"] = Range.exact(sum(reward_model_bytes(name) or 0 for name in reward_models(recipe)))
     return others
 
 
+BETA = {"rloo": 0.05, "grpo": 0.0}
+"""TRL's, where the recipe says none."""
+
+
+def beta_of(recipe: Recipe) -> float:
+    """What moving away from the reference costs in `task: rlhf`; without a cost there is none."""
+    return BETA[recipe.rlhf.algorithm] if recipe.rlhf.beta is None else recipe.rlhf.beta
+
+
 def has_resident_reference(recipe: Recipe) -> bool:
+    """A second model: asked for, or in reinforcement learning of all weights whatever is asked."""
+    if recipe.task == "rlhf":
+        return not recipe.model.trains_adapter and beta_of(recipe) > 0
     section = {"dpo": recipe.dpo, "kto": recipe.kto}.get(recipe.task)
     return section is not None and section.reference == "resident"
+
+
+def copies_adapter(recipe: Recipe) -> bool:
+    """The policy goes on from an adapter and is compared with it, so it carries a frozen copy (harness.model.adapters)."""
+    if not recipe.model.adapter or recipe.model.adapter_mode != "continue":
+        return False
+    return recipe.task in ("dpo", "kto") or (recipe.task == "rlhf" and beta_of(recipe) > 0)
+
+
+def reward_models(recipe: Recipe) -> list[str]:
+    return [part.model for part in recipe.rlhf.rewards if part.model]
+
+
+def reward_model_bytes(name: str) -> float | None:
+    """Weights as its files hold them, an adapter's with its base's; None for one that is not here (yet)."""
+    path = Path(name).expanduser()
+    folder = next((place for place in (path / "final", path) if any(place.glob("*.safetensors"))), None)
+    if folder is None:
+        return None
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not (folder / "adapter_config.json").is_file():
+        return size
+    base = load_architecture(str(folder))
+    manifest = json.loads((folder / "harness.json").read_text(encoding="utf-8")) if (folder / "harness.json").is_file() else {}
+    if not manifest.get("quantization"):
+        return size + base.parameters * BYTES.get(manifest.get("dtype"), 2)
+    in_4bit = base.layers * base.layer_linears
+    return size + in_4bit / 2 + (base.parameters - in_4bit) * BYTES.get(manifest.get("dtype"), 2)

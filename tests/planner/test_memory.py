@@ -12,7 +12,8 @@ from harness.planner.architecture import load_architecture
 from harness.planner.gpus import GIB, parse_gpu
 from harness.planner.hours import measured_speed, plan_hours, plan_work
 from harness.planner.memory import plan_memory
-from harness.planner.plan import Place, build_setting
+from harness.planner.plan import Place, build_setting, plan_recipe
+from harness.planner.render import render_plan, to_json
 from harness.planner.setting import Range, Setting
 from harness.planner.states import Parameters, constant_bytes, count_parameters, plan_states
 from harness.recipe import load
@@ -134,8 +135,61 @@ def test_pairs_are_two_rows_and_a_reward_model_has_no_head():
 
 def test_the_cache_of_generation_by_hand():
     of = setting("distill/llama3.3-70b-answers")
-    # 80 layers, keys and values, 8 heads of 128, 2 bytes, 32 rows of 3072 tokens.
-    assert plan_memory(of).moments["writing"]["generation cache"].expected == 80 * 2 * 8 * 128 * 2 * 32 * 3072
+    # 80 layers, keys and values, 8 heads of 128, 2 bytes, 16 rows of 3072 tokens, of which 512 are written.
+    writes = plan_memory(of).moments["writing"]
+    assert writes["generation cache"].expected == 80 * 2 * 8 * 128 * 2 * 16 * 3072
+    assert writes["prompts as they are read"].expected == 16 * 2560 * (3 * 28672 + 2 * 8192) * 2
+
+
+RLOO = "rlhf/qwen2.5-7b-tools-rloo"
+QWEN_7B = 7_615_616_512
+
+
+def test_all_answers_of_a_ranks_step_are_written_at_once_by_hand():
+    # 256 answers a step. 28 layers, keys and values of 4 heads of 128, MLPs 18944 wide of a stream of 3584, 152064 tokens; bfloat16.
+    for gpus, answers in ((8, 32), (1, 256)):
+        writes = plan_memory(setting(RLOO, gpus=gpus)).moments["writing"]
+        assert writes["generation cache"].expected == 28 * 2 * 4 * 128 * 2 * answers * 2304
+        assert writes["prompts as they are read"].expected == answers * (2304 - 256) * (3 * 18944 + 2 * 3584) * 2
+        assert writes["logits of one token"].expected == answers * 152064 * 4 * 4
+        assert "reference" not in writes
+    assert plan_memory(setting(RLOO, gpus=1)).deciding == "writing"
+
+
+def test_vllm_takes_its_share_in_the_place_of_the_cache_and_a_server_takes_nothing():
+    full = ["model.lora=null", "rlhf.use_vllm=true", "rlhf.vllm_gpu_memory_utilization=0.25"]
+    of = build_setting(load(RLOO, full), Place(8, 1, parse_gpu("80GiB")))
+    writes = plan_memory(of).moments["writing"]
+    assert writes["vLLM"].expected == 0.25 * 80 * GIB and "generation cache" not in writes
+    server = ["model.lora=null", "rlhf.use_vllm=true", "rlhf.vllm_mode=server", "rlhf.vllm_server_base_url=http://h:1"]
+    writes = plan_memory(build_setting(load(RLOO, server), Place(8, 1, parse_gpu("80GiB")))).moments["writing"]
+    assert "vLLM" not in writes and "generation cache" not in writes
+
+
+@pytest.mark.parametrize(("overrides", "has"), [((), True), (("rlhf.beta=0",), False), (("rlhf.algorithm=grpo", "rlhf.beta=null"), False)])
+def test_reinforcement_of_all_weights_has_a_reference_unless_moving_away_costs_nothing(overrides, has):
+    of = setting(RLOO, "model.lora=null", *overrides, gpus=8)
+    assert plan_states(of).always.get("reference", Range.exact(0)).expected == has * QWEN_7B * 2
+    zero3 = setting(RLOO, "model.lora=null", "backend=zero3", *overrides, gpus=8)
+    assert plan_states(zero3).always.get("reference", Range.exact(0)).expected == has * QWEN_7B * 2 / 8
+
+
+def test_an_adapter_that_goes_on_carries_a_copy_and_reward_models_stand_beside_by_their_files(tmp_path):
+    earlier, judge = tmp_path / "earlier", tmp_path / "judge"
+    (judge / "final").mkdir(parents=True)
+    earlier.mkdir()
+    (earlier / "adapter_config.json").write_text(json.dumps({"r": 16, "target_modules": ["q_proj", "v_proj"]}))
+    (judge / "final" / "model.safetensors").write_bytes(b"\0" * 1000)
+    goes_on = ["model.lora=null", f"model.adapter={earlier}"]
+    rewards = f"rlhf.rewards=[{{type: tool_calls}}, {{type: reward_model, model: {judge}}}, {{type: reward_model, model: runs/nothing}}]"
+    always = plan_states(setting(RLOO, *goes_on, rewards)).always
+    # 28 layers, r 16, float32: q is 3584 x 3584, v 3584 x 512.
+    assert always["reference's adapter"].expected == always["adapter"].expected == 28 * 16 * (2 * 3584 + 3584 + 512) * 4
+    assert always["reward models"].expected == 1000
+    assert plan_states(setting(RLOO, *goes_on, "rlhf.beta=0")).always["reference's adapter"].expected == 0
+    plan = plan_recipe(load(RLOO, [rewards]), Place(8))
+    assert plan.not_counted == ["runs/nothing"] == to_json(plan, [])["not_counted"]
+    assert "not counted: the reward model runs/nothing" in render_plan(plan, [])
 
 
 RECIPES = [("sft/llama3-8b-tools-qlora", 1), (FULL, 8), ("sft/llama3.1-8b-tools-full-fsdp2", 8), ("distill/qwen3-8b-to-1.7b-on-policy", 8)]
