@@ -180,6 +180,8 @@ def _parse_pythonic(body: str) -> ParsedCalls | None:
 def _pythonic_call(node: ast.expr) -> ToolCall | None:
     if not isinstance(node, ast.Call) or node.args or any(keyword.arg is None for keyword in node.keywords):
         return None
+    if len({keyword.arg for keyword in node.keywords}) < len(node.keywords):  # Python itself would not call it
+        return None
     try:
         name = ast.unparse(node.func)
         # Through JSON, so that tuples become lists and what JSON cannot hold (bytes, sets, complex, keys that are no strings) is refused.

@@ -77,6 +77,7 @@ def test_an_answer_is_no_attempt(text):
         "[TOOL_CALLS]",
         "[TOOL_CALLS]f",
         "[f(1)]",
+        "[f(a=1, a=1)]",
         "[f(a=b)]",
         "[f(a=true)]",
         "[f(**{'a': 1})]",
