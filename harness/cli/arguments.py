@@ -1,5 +1,7 @@
 """What the verbs that take a recipe share: `RECIPE [key=value ...] [--key.path value ...]`."""
 
+import math
+
 import click
 
 from harness.errors import RecipeError
@@ -9,6 +11,16 @@ from harness.recipe.load import leaf_keys
 from harness.recipe.names import advise_key
 
 RECIPE_CONTEXT = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+class Number(click.FloatRange):
+    """FloatRange lets nan through any range, and inf through one that is open."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no number that can be counted with.", param, ctx)
+        return number
 
 
 def recipe_argument(function):

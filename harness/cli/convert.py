@@ -3,6 +3,7 @@ from pathlib import Path
 
 import click
 
+from harness.cli.arguments import Number
 from harness.errors import RecipeError
 
 TARGETS = ("messages", "openai", "xlam")
@@ -17,7 +18,7 @@ TARGETS = ("messages", "openai", "xlam")
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--on-error", type=click.Choice(["fail", "skip"]), default="fail", show_default=True, help="A row that cannot be converted.")
 @click.option("--questions", is_flag=True, help="Rows that ask and have no answer are written too, for harness generate.")
-@click.option("--without-gold", type=click.FloatRange(0, 1), default=0.0, help="Share of retrieval rows without their gold passages.")
+@click.option("--without-gold", type=Number(0, 1), default=0.0, help="Share of retrieval rows without their gold passages.")
 @click.option("--distractors", type=click.IntRange(0), help="Other passages, or other tools, in a row.  [default: all passages; 4 tools]")
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the draws that the two before this make.")
 def command(file, layout, target, output, force, on_error, questions, without_gold, distractors, seed):

@@ -27,8 +27,9 @@ def write_report(decision: Decision, title: str) -> dict:
     from harness.evaluate.decision.run import run_arms
 
     folder = Path(decision.output_dir)
-    report = build_report(decision, run_arms(decision, click.echo), title)
+    # Before a model answers for hours.
     folder.mkdir(parents=True, exist_ok=True)
+    report = build_report(decision, run_arms(decision, click.echo), title)
     write_text_atomically(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_text_atomically(folder / "report.md", render_markdown(report))
     write_text_atomically(folder / "index.html", render_page(report))

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from harness.checkpoint.door import Signals
+from harness.cli.arguments import Number
 from harness.cli.run import visible_gpus
 from harness.cli.tables import print_table
 from harness.cli.workers import supervise
@@ -29,7 +30,7 @@ FAILING_IN_TABLE, FAILING_CHARACTERS = 200, 4000
 @click.option("--max-items", type=click.IntRange(1), help="At most so many of each category, chosen by their content.  [default: all]")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="That an answer may have.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Items at a time, which are one unit of work.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=Number(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn above temperature 0.")
 @click.option("--underscore-names", is_flag=True, help='Show a function "a.b" as "a_b", which OpenAI\'s rules for names demand.')
 @click.option("--processes", type=click.IntRange(1), help="On this machine, each with a whole model.  [default: one per GPU]")
@@ -38,7 +39,7 @@ FAILING_IN_TABLE, FAILING_CHARACTERS = 200, 4000
 @click.option("--model", help="What the server at a URL calls the model, where it serves several.")
 @click.option("--api-key-variable", help="The environment variable with the server's key.")
 @click.option(
-    "--timeout-s", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True, help="Of one question to a server."
+    "--timeout-s", type=Number(min=0, min_open=True), default=120.0, show_default=True, help="Of one question to a server."
 )
 @click.option("--concurrency", type=click.IntRange(1), default=16, show_default=True, help="Questions that a server has at once.")
 @click.option("--against", type=click.Path(path_type=Path), help="The output of another evaluation, to compare with on the same items.")

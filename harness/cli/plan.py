@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, recipe_argument
+from harness.cli.arguments import RECIPE_CONTEXT, Number, load_recipe, recipe_argument
 from harness.cluster.schema import load_cluster
 from harness.errors import RecipeError
 from harness.launcher import check_world
@@ -22,9 +22,9 @@ EXIT_DOES_NOT_FIT = 1
 @click.option("--gpu", help="A card (h100, a100-80g, ...) or its memory (24GiB).  [default: the cluster file's]")
 @click.option("--processes", type=click.IntRange(1), help="GPUs of each node.  [default: the cluster file's, else 1]")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes.")
-@click.option("--tokens", type=click.FloatRange(1), help="Tokens of one epoch of the data.")
-@click.option("--trained-share", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Share of them that is trained.")
-@click.option("--tokens-per-s", type=click.FloatRange(0, min_open=True), help="A throughput of all GPUs, stated, for hours.")
+@click.option("--tokens", type=Number(1), help="Tokens of one epoch of the data.")
+@click.option("--trained-share", type=Number(0, 1), default=1.0, show_default=True, help="Share of them that is trained.")
+@click.option("--tokens-per-s", type=Number(0, min_open=True), help="A throughput of all GPUs, stated, for hours.")
 @click.option("--measured", type=click.Path(path_type=Path), help="A run folder whose measured throughput is taken, for hours.")
 @click.option("--fit", "fits", is_flag=True, help="Search backend, batch, checkpointing and 4 bits for the fastest that fits.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")

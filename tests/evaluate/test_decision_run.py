@@ -265,6 +265,13 @@ def test_items_among_the_tuning_rows_end_the_command_before_a_model_is_loaded(de
     assert tables == []
 
 
+def test_a_report_that_cannot_be_written_ends_the_command_before_a_model_is_loaded(decide, tables, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OSError, match="out"):
+        decide()
+    assert tables == []
+
+
 def test_no_item_asks_what_a_training_row_asks(world):
     trained = {row["messages"][-2]["content"] for name in ("decide-train", "decide-adapt-train") for row in read_rows(world, name)}
     asked = [

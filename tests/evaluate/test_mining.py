@@ -352,6 +352,12 @@ def test_an_edit_fails_with_exactly_its_class_and_every_kind_is_made(tokenizer, 
     assert mined.pairs and not any(pair.edited for pair in mine_planted(tokenizer, tmp_path, planted)[0].pairs)
 
 
+def test_a_question_that_the_model_gets_wrong_once_keeps_its_own_failure_and_gets_no_edit(tokenizer, tmp_path):
+    rows = read_rows(tmp_path / "rows.jsonl", [row_of("both", [PARIS])])
+    mined, _ = mined_from(rows, {"both": [Said(hermes(PARIS), True), Said("It rains.", True)]}, tokenizer, edits=True)
+    assert [(pair.failure, pair.edited) for pair in mined.pairs] == [("no_call", False)] and mined.right == 1
+
+
 def test_edits_of_the_world_are_what_they_say_and_change_one_call():
     rows = load_rows(Source(path="embedded:base-train")).rows[:200]
     found = Counter()

@@ -215,3 +215,9 @@ def test_a_model_that_is_made_by_the_job_before_is_not_planned(tmp_path):
     check_can_fit(Submission(recipe, load_cluster("gpu", ["gpu_memory_gib=1"])))
     with pytest.raises(ModelError):
         load_architecture(str(tmp_path / "later"))
+
+
+@pytest.mark.parametrize("option", ["--tokens=nan", "--tokens=inf", "--tokens-per-s=inf", "--trained-share=nan"])
+def test_what_cannot_be_counted_with_is_refused(option):
+    code, said = plan("tiny/sft-lora", option)
+    assert code == 2 and "is no number that can be counted with" in said

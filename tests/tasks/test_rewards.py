@@ -179,6 +179,7 @@ def test_a_function_is_called_as_trl_calls_one(rewards, tmp_path):
         ("return [1.0]", "returned 1 values for 2 answers"),
         ("return 1.0", "returned float for 2 answers"),
         ("return [1.0, float('nan')]", "returned nan for the answer 'b'"),
+        ("return [1.0, float('inf')]", "returned inf for the answer 'b'"),
         ("return [1.0, 'good']", "returned 'good' for the answer 'b'"),
         ("raise KeyError('x')", "failed: KeyError: 'x'"),
     ],
