@@ -7,6 +7,7 @@
       last:  {recipe: tiny/sft-lora, model: {from: adapt}, needs: [sweep], nodes: 2, time: "1:00:00"}
       ask:   {do: capture, recipe: tiny/distill-offline, shards: 8, at_once: 4}
       learn: {recipe: tiny/distill-offline, needs: [ask]}
+      prefer: {recipe: tiny/dpo-lora, model: {from: base}, adapter: {from: adapt}, set: {model.lora: null}}
 
     load_pipeline(find_pipeline("pipelines/tiny"), ["adapt.train.max_steps=3"]) -> Pipeline; plan_stages(pipeline) -> [StagePlan]
 
@@ -37,6 +38,7 @@ from harness.cluster.array import Axis, build_elements, element_names
 from harness.cluster.schema import TimeLimit
 from harness.cluster.submission import is_finished
 from harness.errors import LaunchError, RecipeError
+from harness.model.adapters import digest_adapter
 from harness.model.export import MANIFEST
 from harness.recipe import Recipe, load
 from harness.recipe.load import read_value, read_yaml, render_value, render_yaml, validate
@@ -68,8 +70,12 @@ class Stage(Section):
     set: dict[str, Any] = {}
     """Overrides of the recipe: {train.max_steps: 10}."""
     model: ModelOf | None = None
+    adapter: ModelOf | None = None
+    """The adapter that another stage trains, as the recipe's `model.adapter`: gone on from, and not merged. The base is the recipe's, or
+    the stage's `model`, and has to be the one that the adapter was trained on."""
     needs: tuple[str, ...] = ()
-    """Stages that must have succeeded before this one begins; the one that its model is from is among them without being named."""
+    """Stages that must have succeeded before this one begins; those that its model and its adapter are from are among them without being
+    named."""
     array: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     """Settings and the values that each takes: a run for every combination."""
     at_once: PositiveInt | None = None
@@ -83,7 +89,12 @@ class Stage(Section):
 
     @property
     def all_needs(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*([self.model.stage] if self.model else []), *self.needs]))
+        return tuple(dict.fromkeys([*(part.stage for part in self.made_elsewhere.values()), *self.needs]))
+
+    @property
+    def made_elsewhere(self) -> dict[str, ModelOf]:
+        """Key -> what stands there, of what it begins from."""
+        return {key: part for key, part in (("model", self.model), ("adapter", self.adapter)) if part}
 
     @property
     def axes(self) -> list[Axis]:
@@ -200,10 +211,16 @@ def _stage_rules(pipeline: Pipeline, name: str, stage: Stage) -> Iterator[str]:
             close = difflib.get_close_matches(need, pipeline.stages, n=1)
             known = f"did you mean {close[0]}?" if close else f"there are {', '.join(pipeline.stages)}"
             yield f"{where} needs {need}, which is no stage; {known}"
-    if stage.model and stage.model.stage in pipeline.stages:
-        yield from _model_rules(where, stage.model, pipeline.stages[stage.model.stage])
-    if stage.model and "model.name_or_path" in stage.set:
-        yield f"{where}.set.model.name_or_path: the model is from {stage.model.stage}; remove one of the two"
+    for key, part in stage.made_elsewhere.items():
+        if part.stage in pipeline.stages:
+            yield from _model_rules(f"{where}.{key}", part, pipeline.stages[part.stage])
+        if (set_too := {"model": "model.name_or_path", "adapter": "model.adapter"}[key]) in stage.set:
+            yield f"{where}.set.{set_too}: the {key} is from {part.stage}; remove one of the two"
+    if stage.model and stage.adapter and stage.model.stage == stage.adapter.stage:
+        yield (
+            f"{where}.adapter.from = {stage.adapter.stage}; the model from there is its adapter merged into its base, on which it would "
+            "stand a second time; remove one of the two"
+        )
     if stage.at_once and not stage.array and stage.do == "train":
         yield f"{where}.at_once = {stage.at_once}; the stage has no array; remove it"
     yield from _share_rules(where, stage)
@@ -217,25 +234,25 @@ def _stage_rules(pipeline: Pipeline, name: str, stage: Stage) -> Iterator[str]:
 def _share_rules(where: str, stage: Stage) -> Iterator[str]:
     if stage.do == "train" and stage.shards:
         yield f"{where}.shards = {stage.shards}; a training is not shared out so; remove it, or say what the stage is to do: `do: capture`"
-    if stage.do != "train" and stage.model:
-        yield f"{where}.model: it makes no model, and asks the teacher that its recipe names; remove it, and set teacher.name_or_path"
+    for key in stage.made_elsewhere if stage.do != "train" else ():
+        yield f"{where}.{key}: it makes no model, and asks the teacher that its recipe names; remove it, and set teacher.name_or_path"
     if stage.do != "train" and stage.array:
         yield f"{where}.array: its units are shared out by `shards`; what differs between two caches makes two stages; remove it"
 
 
 def _model_rules(where: str, model: ModelOf, source: Stage) -> Iterator[str]:
     if source.do != "train":
-        yield f"{where}.model.from = {model.stage}; that stage makes no model (`do: {source.do}`); write `needs: [{model.stage}]`"
+        yield f"{where}.from = {model.stage}; that stage makes no model (`do: {source.do}`); write `needs: [{model.stage}]`"
         return
     runs = 1
     for axis in source.axes:
         runs *= len(axis.values)
     if source.array and model.element is None:
-        yield f"{where}.model.from = {model.stage}; that array makes {runs} models; say which: {{from: {model.stage}, element: 0}}"
+        yield f"{where}.from = {model.stage}; that array makes {runs} models; say which: {{from: {model.stage}, element: 0}}"
     elif source.array and model.element >= runs:
-        yield f"{where}.model.element = {model.element}; {model.stage} has the elements 0 to {runs - 1}"
+        yield f"{where}.element = {model.element}; {model.stage} has the elements 0 to {runs - 1}"
     elif not source.array and model.element is not None:
-        yield f"{where}.model.element = {model.element}; {model.stage} is no array; remove it"
+        yield f"{where}.element = {model.element}; {model.stage} is no array; remove it"
 
 
 def _cycle_rules(pipeline: Pipeline) -> Iterator[str]:
@@ -283,6 +300,8 @@ class StagePlan:
     """The folder that its model is from."""
     merged: frozenset[int] = frozenset()
     """The elements whose adapter is merged into its base, because other stages go on from them."""
+    adapter: Path | None = None
+    """The folder that its adapter is from."""
 
     @property
     def runs(self) -> tuple[RunDir, ...]:
@@ -299,7 +318,7 @@ class StagePlan:
 
     @property
     def awaited(self) -> tuple[str, ...]:
-        return (str(self.model),) if self.model else ()
+        return tuple(str(folder) for folder in (self.model, self.adapter) if folder)
 
     def is_done(self, index: int) -> bool:
         return is_finished(self.runs[index], self.recipes[index], index in self.merged)
@@ -317,13 +336,14 @@ def plan_stages(pipeline: Pipeline) -> list[StagePlan]:
     problems = []
     for name in pipeline.order:
         stage = pipeline.stages[name]
-        source = plans.get(stage.model.stage) if stage.model else None
-        if stage.model and not source:
+        if not all(part.stage in plans for part in stage.made_elsewhere.values()):
             # Its recipe is wrong, which is said already.
             continue
-        model = model_folder(source, stage.model.element or 0) if source else None
+        model = model_folder(plans[stage.model.stage], stage.model.element or 0) if stage.model else None
         try:
-            plans[name] = StagePlan(name, stage, tuple(_load_recipes(pipeline, name, stage, model)), model)
+            adapter = adapter_folder(plans[stage.adapter.stage], stage.adapter.element or 0) if stage.adapter else None
+            recipes = tuple(_load_recipes(pipeline, name, stage, model, adapter))
+            plans[name] = StagePlan(name, stage, recipes, model, adapter=adapter)
         except RecipeError as error:
             problems += [f"stages.{name}: {line}" for line in str(error).splitlines()]
     problems = problems or [problem for plan in plans.values() for problem in _cache_rules(plan, plans)]
@@ -338,12 +358,21 @@ def model_folder(source: StagePlan, element: int) -> Path:
     return run.merged if source.recipes[element].model.trains_adapter else run.final
 
 
-def _load_recipes(pipeline: Pipeline, name: str, stage: Stage, model: Path | None) -> list[Recipe]:
+def adapter_folder(source: StagePlan, element: int) -> Path:
+    """Where the adapter of a stage lies when it is done. Raises RecipeError for a stage that trains none."""
+    if not source.recipes[element].model.trains_adapter:
+        raise RecipeError(f"adapter.from = {source.name}; that stage trains all weights; write model: {{from: {source.name}}}")
+    return source.runs[element].final
+
+
+def _load_recipes(pipeline: Pipeline, name: str, stage: Stage, model: Path | None, adapter: Path | None) -> list[Recipe]:
     overrides = [f"{key}={render_value(value)}" for key, value in stage.set.items()]
     folder = pipeline.folder / name
     if model:
         replaced = [f"model.{key}=null" for key in ("init", "revision", "tokenizer")]
         overrides = [f"model.name_or_path={render_value(str(model))}", *replaced, *overrides]
+    if adapter:
+        overrides = [f"model.adapter={render_value(str(adapter))}", *overrides]
     if stage.array:
         return build_elements(stage.recipe, overrides, stage.axes, folder=folder, group=f"{pipeline.folder.name}-{name}")
     folders = [folder / element for element in stage.elements] or [folder]
@@ -409,11 +438,14 @@ def check_order(plans: list[StagePlan], done: set[str], live: set[str]) -> None:
                 raise LaunchError(
                     f"stage {plan.name}: a job of it lives, but {need}, which it needs, must begin first; `harness cancel {folder}` ends it"
                 )
-        if plan.model and plan.name in done and not all(is_made_from(run, plan.model) for run in plan.runs):
-            raise LaunchError(
-                f"stage {plan.name}: was made from another model than the one that lies in {plan.model} now; delete {folder} to have it "
-                "made again"
-            )
+        if plan.name not in done:
+            continue
+        for what, place, is_same in (("model", plan.model, is_made_from), ("adapter", plan.adapter, is_gone_on_from)):
+            if place and not all(is_same(run, place) for run in plan.runs):
+                raise LaunchError(
+                    f"stage {plan.name}: was made from another {what} than the one that lies in {place} now; delete {folder} to have it "
+                    "made again"
+                )
 
 
 def is_made_from(run: RunDir, model: Path) -> bool:
@@ -423,3 +455,9 @@ def is_made_from(run: RunDir, model: Path) -> bool:
     weights = "".join(f"{name} {digest}\n" for name, digest in sorted(files.items()) if name.endswith(".safetensors"))
     # As harness.model.export.digest_base has it.
     return exported["base_digest"] == hashlib.sha256(weights.encode()).hexdigest()
+
+
+def is_gone_on_from(run: RunDir, adapter: Path) -> bool:
+    """Whether the adapter in the folder is the one that the run's export began from."""
+    exported = json.loads((run.final / MANIFEST).read_text())
+    return exported["lineage"][-1].get("adapter_digest") == digest_adapter(adapter)

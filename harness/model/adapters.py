@@ -97,9 +97,13 @@ def load_earlier(recipe: Recipe, source: str) -> Earlier:
         raise ModelError(f"{folder / CONFIG}: is no JSON ({error}); copy the adapter again") from error
     _check_base(recipe, source, folder, settings, manifest)
     _check_kind(recipe, folder, settings)
-    about = {key: value for key, value in settings.items() if key != "base_model_name_or_path"}
-    digest = hashlib.sha256(f"{digest_file(folder / WEIGHTS)} {json.dumps(about, sort_keys=True)}".encode()).hexdigest()
-    return Earlier(folder, digest, manifest, (manifest or {}).get("base") or settings.get("base_model_name_or_path"))
+    return Earlier(folder, digest_adapter(folder), manifest, (manifest or {}).get("base") or settings.get("base_model_name_or_path"))
+
+
+def digest_adapter(folder: Path) -> str:
+    """Of its weights and its settings, wherever its base lies."""
+    about = {key: value for key, value in json.loads((folder / CONFIG).read_text()).items() if key != "base_model_name_or_path"}
+    return hashlib.sha256(f"{digest_file(folder / WEIGHTS)} {json.dumps(about, sort_keys=True)}".encode()).hexdigest()
 
 
 def _check_base(recipe: Recipe, source: str, folder: Path, settings: dict, manifest: dict | None) -> None:

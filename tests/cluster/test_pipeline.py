@@ -22,6 +22,7 @@ from harness.cluster.drawing import draw_pipeline
 from harness.cluster.pipeline import (
     Pipeline,
     find_pipeline,
+    is_gone_on_from,
     is_made_from,
     load_pipeline,
     plan_stages,
@@ -31,6 +32,7 @@ from harness.cluster.pipeline import (
 from harness.cluster.status import read_status
 from harness.cluster.submission import read_job
 from harness.errors import ClusterError, DataError, LaunchError, RecipeError
+from harness.model.adapters import digest_adapter
 from harness.model.export import digest_base, digest_file
 from harness.recipe import load
 from harness.recipe.load import leaf_keys
@@ -105,6 +107,35 @@ def test_the_model_of_another_stage_takes_the_place_of_all_that_says_which_model
     assert plans_of(chain({"base": CHAIN["base"], "more": own}))["more"].recipes[0].model.tokenizer == "another"
 
 
+PREFER = {"recipe": "tiny/dpo-lora", "model": {"from": "base"}, "adapter": {"from": "adapt"}, "set": {"model.lora": None}}
+
+
+def test_the_adapter_of_another_stage_is_gone_on_from_and_not_merged(chain, tmp_path):
+    plans = plans_of(chain(CHAIN | {"prefer": PREFER}))
+    folder, model = tmp_path / "runs" / "chain", plans["prefer"].recipes[0].model
+    assert (model.name_or_path, model.adapter, model.lora) == (f"{folder}/base/final", f"{folder}/adapt/final", None)
+    assert plans["prefer"].stage.all_needs == ("base", "adapt")
+    assert plans["prefer"].awaited == (f"{folder}/base/final", f"{folder}/adapt/final")
+    only = plans_of(chain({name: part for name, part in (CHAIN | {"prefer": PREFER}).items() if name != "last"}))
+    assert not only["adapt"].merged
+    one = PREFER | {"adapter": {"from": "rates", "element": 1}}
+    assert plans_of(chain(CHAIN | {"prefer": one}))["prefer"].recipes[0].model.adapter == f"{folder}/rates/01-learning_rate=0.01/final"
+
+
+def test_the_adapter_that_a_stage_began_from_is_known_again(tmp_path):
+    adapter, run = tmp_path / "final", RunDir(tmp_path / "run")
+    for place in (adapter, run.final):
+        place.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").write_text("weights")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 2, "base_model_name_or_path": "here"}))
+    (run.final / "harness.json").write_text(json.dumps({"lineage": [{}, {"adapter_digest": digest_adapter(adapter)}]}))
+    assert is_gone_on_from(run, adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 2, "base_model_name_or_path": "there"}))
+    assert is_gone_on_from(run, adapter)
+    (adapter / "adapter_model.safetensors").write_text("others")
+    assert not is_gone_on_from(run, adapter)
+
+
 def test_one_run_of_an_array_can_be_gone_on_from(chain, tmp_path):
     best = {"recipe": "tiny/sft-lora", "model": {"from": "rates", "element": 1}}
     plans = plans_of(chain(CHAIN | {"best": best}))
@@ -172,6 +203,20 @@ def changed(name: str, **changes) -> dict:
         (changed("last", model={"from": "rates"}), "that array makes 2 models; say which: {from: rates, element: 0}"),
         (changed("last", model={"from": "rates", "element": 2}), "element = 2; rates has the elements 0 to 1"),
         (changed("last", model={"from": "adapt", "element": 0}), "element = 0; adapt is no array"),
+        (
+            CHAIN | {"prefer": PREFER | {"adapter": {"from": "base"}, "model": None}},
+            "stages.prefer: adapter.from = base; that stage trains all",
+        ),
+        (
+            CHAIN | {"prefer": PREFER | {"model": {"from": "adapt"}}},
+            "stages.prefer.adapter.from = adapt; the model from there is its adapter",
+        ),
+        (CHAIN | {"prefer": PREFER | {"adapter": {"from": "rates"}}}, "stages.prefer.adapter.from = rates; that array makes 2 models"),
+        (
+            CHAIN | {"prefer": PREFER | {"set": {"model.adapter": "x"}}},
+            "set.model.adapter: the adapter is from adapt; remove one of the two",
+        ),
+        (CHAIN | {"ask": ASK | {"adapter": {"from": "adapt"}}}, "stages.ask.adapter: it makes no model, and asks the teacher"),
         (changed("adapt", at_once=2), "stages.adapt.at_once = 2; the stage has no array"),
         (changed("rates", array={"train.seed": []}), "stages.rates.array.train.seed = \\[\\]; must be a list of at least 1"),
         (changed("rates", set={"train.learning_rate": 1}), "array train.learning_rate: train.learning_rate is also set to one value"),
