@@ -175,6 +175,5 @@ def _shortened(row: dict) -> Iterator[dict]:
     if isinstance(row["prompt"], str):
         return
     ends = [[i + 1 for i, message in enumerate(row[name]) if message["role"] == "assistant"] for name in SIDES]
-    most = min(map(len, ends))
-    for turns in range(most if len(ends[0]) != len(ends[1]) else most - 1, 0, -1):
+    for turns in range(min(map(len, ends)), 0, -1):
         yield {**row, **{name: row[name][: own[turns - 1]] for name, own in zip(SIDES, ends, strict=True)}}

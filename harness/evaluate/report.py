@@ -93,11 +93,14 @@ class Results:
 
 
 def load_results(folder: Path) -> Results:
-    """Raises EvaluationError for a folder in which no evaluation has come to its end."""
+    """Raises EvaluationError for a folder in which no evaluation has come to its end, and for files that are not whole."""
     if not (folder / SUMMARY).is_file() or not (folder / ITEMS).is_file():
         raise EvaluationError(f"{folder}: holds no {SUMMARY} and {ITEMS}; give the --output of an evaluation that has come to its end")
-    with open(folder / ITEMS, encoding="utf-8") as stream:
-        return Results(folder, json.loads((folder / SUMMARY).read_text()), [json.loads(line) for line in stream])
+    try:
+        with open(folder / ITEMS, encoding="utf-8") as stream:
+            return Results(folder, json.loads((folder / SUMMARY).read_text(encoding="utf-8")), [json.loads(line) for line in stream])
+    except ValueError as error:
+        raise EvaluationError(f"{folder}: its {SUMMARY} or {ITEMS} is not whole ({error}); give its evaluation's command again") from None
 
 
 # ---- two on the same items

@@ -315,12 +315,11 @@ class Served:
             return Said(failure="refused", detail=str(refused))
         try:
             choice, usage = found["choices"][0], found.get("usage") or {}
-            text = _text_of(choice["message"])
-        except (KeyError, IndexError, TypeError):
+            text, ended = _text_of(choice["message"]), choice.get("finish_reason") != "length"
+            return Said(text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0), ended)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             where = f"{self._client.url}/chat/completions"
             raise EvaluationError(f"{where}: answers without choices[0].message; give the url of an OpenAI-compatible API") from None
-        ended = choice.get("finish_reason") != "length"
-        return Said(text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0), ended)
 
 
 def _asked(client: Client, path: str, body: dict | None = None) -> dict:

@@ -131,8 +131,19 @@ def test_choices_that_remain_after_sft_ask_for_dpo_and_other_failures_for_more_o
     assert verdict.verdict == DPO and "16 of its 16 failures are choices" in " ".join(verdict.reasons)
     verdict = verdict_on({"otherwise": GARBLED, "sft": 16, "sft+retrieval": 16})
     assert verdict.verdict == SFT and "needs more rows" in " ".join(verdict.reasons)
+    # Choices are half of what remains, and no more.
+    half = [RIGHT] * 16 + [NEEDLESS] * 8 + [WRONG_VALUE] * 8
+    assert verdict_on({"otherwise": GARBLED, "sft": half, "sft+retrieval": half}).verdict == SFT
     verdict = verdict_on({"otherwise": GARBLED})
     assert verdict.verdict == SFT and "read its rows before training again" in " ".join(verdict.reasons)
+
+
+def test_a_training_that_made_it_worse_is_not_said_to_be_better():
+    few = [RIGHT] * 10 + [GARBLED] * 22
+    verdict = verdict_on({"otherwise": few, "sft": GARBLED, "sft+retrieval": GARBLED, "distilled": GARBLED})
+    said = " ".join(verdict.reasons)
+    assert verdict.verdict == SFT and "this training did not teach it" in said and "though it is better" not in said
+    assert verdict.row("sft").p_holm < 0.05
 
 
 # ---- never on noise

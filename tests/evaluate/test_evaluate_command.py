@@ -23,9 +23,11 @@ from harness.data.sources import load_rows
 from harness.data.templates import Renderer
 from harness.embedded import resolve
 from harness.errors import EvaluationError, HarnessError, ModelError, RecipeError, Stopped
+from harness.evaluate.items import Item
 from harness.evaluate.report import load_results
 from harness.evaluate.suites import calls, when2call
 from harness.recipe.schema import Source
+from harness.tasks import answering
 from harness.tasks.answering import Connection, Settings
 from harness.tasks.evaluate import evaluate
 from harness.units import Worker
@@ -346,6 +348,14 @@ def test_what_a_server_refuses_is_counted_and_a_suite_of_which_it_takes_nothing_
         run(world, tmp_path / "none", target=server.url, wanted=suites(world)[:1])
     with ChatServer(dict.fromkeys(questions, 401)) as server, pytest.raises(EvaluationError, match=r"answers 401.*--api-key-variable"):
         run(world, tmp_path / "key", target=server.url, wanted=suites(world)[:1])
+
+
+@pytest.mark.parametrize("usage", ["many", {"prompt_tokens": "many"}, [1]])
+def test_a_server_that_speaks_otherwise_is_named(monkeypatch, usage):
+    monkeypatch.setattr(answering, "_asked", lambda *_: {"choices": [{"message": {"content": "x"}}], "usage": usage})
+    served = answering.Served("http://h:1/v1", Settings(), Connection(model="m"))
+    with pytest.raises(EvaluationError, match="http://h:1/v1/chat/completions: answers without .* OpenAI-compatible"):
+        served.answer("answers", [Item("1", "c", [{"role": "user", "content": "?"}], [], {})], 0)
 
 
 @pytest.mark.parametrize(("suite", "index"), [("when2call", 1), ("loss", 2)])

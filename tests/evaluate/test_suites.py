@@ -9,7 +9,7 @@ from conftest import SHARED, needs_shared
 
 from harness.errors import DataError, EvaluationError, RecipeError
 from harness.evaluate.items import Item, Result
-from harness.evaluate.report import Results, compare, summarise_category
+from harness.evaluate.report import Results, compare, load_results, summarise_category
 from harness.evaluate.suites import SUITES, apibench, bfcl, calls, find_suite, loss, structured, when2call
 from harness.tasks.evaluate import choose_items, key_of
 from harness.tools import read_gold, render_gold
@@ -345,3 +345,10 @@ def test_results_are_read_again_as_what_they_were():
     found = results("one", [row("1", True), row("2", False, "no_call"), row("3", None, suite="loss")])
     assert found.results("calls") == [Result("1", "c", True, None, "", 10, 5), Result("2", "c", False, "no_call", "", 10, 5)]
     assert found.results("loss") == []
+
+
+def test_results_that_are_not_whole_are_named_with_the_remedy(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "items.jsonl").write_text('{"id": "1"}\n{"id": ')
+    with pytest.raises(EvaluationError, match="its summary.json or items.jsonl is not whole .* give its evaluation's command again"):
+        load_results(tmp_path)

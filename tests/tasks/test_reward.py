@@ -377,6 +377,13 @@ def test_an_adapter_merges_into_its_base_and_the_merged_model_judges_alike(runs)
 def test_what_is_no_reward_model_or_not_what_was_exported_is_refused(runs, tmp_path):
     with pytest.raises(ModelError, match="is no classifier of one score"):
         load_reward_model(resolve(TINY))
+    # A language model whose config speaks of one label: its score would be drawn anew in every process.
+    drawn = tmp_path / "drawn"
+    shutil.copytree(resolve(TINY), drawn)
+    config = json.loads((drawn / "config.json").read_text())
+    (drawn / "config.json").write_text(json.dumps(config | {"id2label": {"0": "score"}, "label2id": {"score": 0}}))
+    with pytest.raises(ModelError, match="is no classifier of one score .lacks score.weight"):
+        load_reward_model(drawn)
     changed = tmp_path / "final"
     shutil.copytree(runs("whole") / "final", changed)
     with open(changed / "config.json", "a") as stream:
