@@ -225,9 +225,11 @@ def test_gold_that_changed_under_an_output_is_refused_too(world, tmp_path):
     file.write_bytes((world / "choices.jsonl").read_bytes())
     run(world, tmp_path / "out", wanted=[("when2call", [file])])
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps({**row, "correct_answer": "direct"}) + "\n" for row in rows))
-    with pytest.raises(EvaluationError, match="suite.when2call is"):
-        run(world, tmp_path / "out", wanted=[("when2call", [file])])
+    # Another right answer; and the same one, of which another word is written.
+    for change in (lambda row: {"correct_answer": "direct"}, lambda row: {"answers": row["answers"] | {"direct": "Indeed."}}):
+        file.write_text("".join(json.dumps(row | change(row)) + "\n" for row in rows))
+        with pytest.raises(EvaluationError, match="suite.when2call is"):
+            run(world, tmp_path / "out", wanted=[("when2call", [file])])
 
 
 def test_weights_that_changed_under_an_output_are_refused(world, reference, tmp_path):
@@ -249,9 +251,15 @@ def test_a_unit_that_is_not_whole_is_named(world, tmp_path):
     wanted = [("loss", [world / "known.jsonl"])]
     run(world, tmp_path / "out", wanted=wanted)
     unit = tmp_path / "out" / "units" / "unit-00001.jsonl"
-    unit.write_text(unit.read_text()[:-9])
+    whole = unit.read_text()
+    unit.write_text(whole[:-9])
     with pytest.raises(EvaluationError, match=r"unit-00001\.jsonl: cannot be read .*; remove it, and the same command writes it again"):
         run(world, tmp_path / "out", wanted=wanted)
+    # Whole, and of other items: those of its neighbour, or in another order.
+    for text in ((unit.parent / "unit-00000.jsonl").read_text(), "".join(reversed(whole.splitlines(keepends=True)))):
+        unit.write_text(text)
+        with pytest.raises(EvaluationError, match=r"unit-00001\.jsonl: does not hold the answers to its items"):
+            run(world, tmp_path / "out", wanted=wanted)
 
 
 # ---- a server
