@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -153,6 +154,11 @@ def test_a_conversation_without_room_for_an_answer_counts_as_not_right_and_says_
     file.write_text(json.dumps(long) + "\n")
     with pytest.raises(EvaluationError, match="not one of 1 items could be asked; the first: asks in"):
         run(world, tmp_path / "alone", wanted=[("calls", [file])])
+    # The question alone fits.
+    file.write_text((world / "known.jsonl").read_text())
+    settings = replace(SETTINGS, max_new_tokens=512)
+    with pytest.raises(EvaluationError, match="not one of .* items could be asked; the first: asks in .*; of 512 positions 512 are the"):
+        run(world, tmp_path / "none", wanted=[("calls", [file])], settings=settings)
 
 
 # ---- units and workers
