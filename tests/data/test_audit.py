@@ -195,7 +195,7 @@ def test_a_value_with_one_reading_is_repaired(schema, before, after):
         ({"type": "integer"}, "007"), ({"type": "integer"}, "2.5"), ({"type": "integer"}, 2.5), ({"type": "integer"}, "three"),
         ({"type": "number"}, "nan"), ({"type": "number"}, "1e999"), ({"type": "boolean"}, "yes"), ({"type": "boolean"}, 1),
         ({"type": "array"}, "a, b"), ({"type": "string"}, True), ({"type": "string"}, ["a"]), ({"type": "object"}, "[1]"),
-        ({"enum": ["a", "A"]}, "Á"), ({"type": "integer", "minimum": 5}, 4), ({"enum": ["a"]}, "b"),
+        ({"enum": ["a", "A"]}, "Á"), ({"enum": ["Red", "RED"]}, "red"), ({"type": "integer", "minimum": 5}, 4), ({"enum": ["a"]}, "b"),
     ],
 )  # fmt: skip
 def test_nothing_is_guessed(schema, value):

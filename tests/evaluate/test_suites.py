@@ -213,6 +213,24 @@ def test_nemo_gyms_tool_calls_are_judged_inside_their_wrapper():
         assert structured.judge(item, hermes((raw["tool_name"], arguments)) * 2).failure == "wrong_count"
 
 
+def test_of_nemo_gyms_schemas_all_properties_are_required_and_no_others_taken_at_any_depth(tmp_path):
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    raw = {
+        "responses_create_params": {"input": [{"role": "user", "content": "As JSON."}]},
+        "schema_type": "json",
+        "schema_str": json.dumps({"type": "object", "properties": {"b": {"type": "array", "items": inner}}}),
+    }
+    (item,) = structured.load([save(tmp_path, "n.jsonl", [raw])]).items
+    for text, failure in (
+        ('{"b": [{"a": 1}]}', None),
+        ('{"b": [{"a": 1, "c": 2}]}', "schema"),
+        ('{"b": [{"a": 1}], "c": 2}', "schema"),
+        ('{"b": [{}]}', "schema"),
+        ("{}", "schema"),
+    ):
+        assert structured.judge(item, text).failure == failure, text
+
+
 @needs_shared
 def test_other_formats_than_json_are_left_out_and_counted():
     loaded = structured.load([STRUCTURED / "structured_outputs_v3_example.jsonl"])
