@@ -32,7 +32,7 @@ def wheel(tmp_path_factory) -> Path:
     source.mkdir()
     for name in ("harness", *SHIPPED):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     done = subprocess.run(build, capture_output=True, text=True)
@@ -60,13 +60,13 @@ def run_installed(installed, tmp_path):
 
 def test_the_list_of_packages_is_what_lies_on_the_disk():
     folders = {file.parent.relative_to(REPOSITORY).as_posix().replace("/", ".") for file in (REPOSITORY / "harness").rglob("__init__.py")}
-    assert set(SETTINGS["tool"]["setuptools"]["packages"]) == folders | {f"harness.shipped.{name}" for name in SHIPPED}
+    assert set(SETTINGS["tool"]["setuptools"]["packages"]) == folders | {"harness.shipped", *(f"harness.shipped.{name}" for name in SHIPPED)}
 
 
 def test_the_wheel_carries_every_shipped_file_and_all_of_the_code(wheel):
     carried = set(zipfile.ZipFile(wheel).namelist())
-    shipped = {f"harness/shipped/{name}" for folder in SHIPPED for name in files_below(folder)}
-    assert shipped
+    shipped = {f"harness/shipped/{name}" for folder in SHIPPED for name in files_below(folder)} | {"harness/shipped/constraints.txt"}
+    assert len(shipped) > 10
     assert {name for name in carried if name.startswith("harness/shipped/")} == shipped
     assert files_below("harness") <= carried
     assert any(name.endswith("licenses/LICENSE") for name in carried)

@@ -40,12 +40,13 @@ import harness
 from harness.cluster.findings import Finding, render_findings
 from harness.cluster.probe import STAGES
 from harness.cluster.schema import Cluster
-from harness.cluster.space import check_space, gib
+from harness.cluster.space import check_space
 from harness.life import noted_signals
 from harness.recipe import Recipe, load
 from harness.resources import cache_root
 from harness.run import LIBRARIES, RunDir, write_text_atomically
 from harness.share import read_share
+from harness.sizes import gib
 from harness.watchdog import follow_parent
 
 __all__ = ["DEADLINE_S", "START_S", "Finding", "check_node", "judge", "render_findings"]

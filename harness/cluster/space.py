@@ -15,6 +15,7 @@ from harness.errors import HarnessError
 from harness.planner.architecture import tensor_shapes
 from harness.recipe import Recipe
 from harness.run import RunDir
+from harness.sizes import gib
 
 WEIGHT_BYTES = 16
 """A trained weight, its two moments and a master copy, all in 32 bit."""
@@ -88,7 +89,3 @@ def model_folder(run: Path, recipe: Recipe) -> Path | None:
         return Path(snapshot_download(recipe.model.name_or_path, revision=recipe.model.revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
         return None
-
-
-def gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
