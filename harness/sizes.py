@@ -2,4 +2,7 @@
 
 
 def gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:,.1f} GiB" if size_bytes >= 2**30 / 10 else f"{size_bytes / 2**20:,.1f} MiB"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if size_bytes >= unit / 10:
+            return f"{size_bytes / unit:,.1f} {name}"
+    return f"{size_bytes / 2**10:,.1f} KiB"

@@ -21,7 +21,9 @@ def command(recipe: str, overrides: tuple[str, ...], dry_run: bool, verify: bool
     recipes, made = read_recipes(recipe, overrides)
     needs = find_needs(recipes, made)
     for name in find_kernels(recipes):
-        click.echo(f"not fetched: attn_implementation {name}: its build belongs to the GPU; `kernels download` on a node with one, or use auto")
+        click.echo(
+            f"not fetched: attn_implementation {name}: its build belongs to the GPU; `kernels download` on a node with one, or use auto"
+        )
     if not needs:
         click.echo(f"{recipe}: takes nothing from the hub; all that it names lies here, or is embedded")
     elif dry_run:
@@ -53,14 +55,16 @@ def plan_all(needs: list) -> list:
 
 
 def show_plan(fetches: list) -> None:
-    from harness.sizes import gib
     from harness.hub.cache import endpoint, hub_cache
+    from harness.sizes import gib
 
     click.echo(f"from {endpoint()} to {hub_cache()}")
     names = [f"{each.need.kind:<9}  {each.need.shown}" + (f" ({each.need.name})" if each.need.name else "") for each in fetches]
     width = max(map(len, names))
     for name, each in zip(names, fetches, strict=True):
-        to_come = "all here" if not each.missing else f"{gib(each.missing_bytes)} to come" if each.missing_bytes < each.size_bytes else "to come"
+        to_come = (
+            "all here" if not each.missing else f"{gib(each.missing_bytes)} to come" if each.missing_bytes < each.size_bytes else "to come"
+        )
         line = f"  {name:<{width}}  {each.commit[:8]}  {len(each.files):>3} files  {gib(each.size_bytes):>10}  {to_come}"
         click.echo(line)
         if each.skipped_bytes >= 2**20:
@@ -81,12 +85,14 @@ def fetch_all(needs: list) -> None:
         record_fetch(each)
         click.echo(f"{each.need.shown}: {len(each.files)} files, each with the hub's digest")
     click.echo(f"digests are written to {record_file(needs[0]).parent}")
-    click.echo("nodes without a network: HF_HUB_OFFLINE=1, and HF_HOME as here (`environment: [HF_HOME, HF_HUB_OFFLINE]` in the cluster file)")
+    click.echo(
+        "nodes without a network: HF_HUB_OFFLINE=1, and HF_HOME as here (`environment: [HF_HOME, HF_HUB_OFFLINE]` in the cluster file)"
+    )
 
 
 def verify_all(needs: list, *, offline: bool) -> None:
-    from harness.sizes import gib
     from harness.hub.record import record_file, verify_record
+    from harness.sizes import gib
 
     if offline:
         click.echo("HF_HUB_OFFLINE is set: nothing is fetched, what is here is compared with the digests that were recorded")

@@ -217,7 +217,7 @@ def _read_hub(path: str, name: str | None, split: str) -> Iterator[tuple[str, di
     except (OSError, ValueError) as error:  # not there, no network, no such configuration or split: datasets says which
         raise DataError(
             f"{shown}: is no local file or folder, and the Hugging Face hub did not give a data set of this name ({error}); "
-            "download it where there is a network, or name a file"
+            "`harness fetch` of the recipe, where there is a network, brings it to the cache; or name a file"
         ) from None
     index = 0
     for batch in dataset.with_format("arrow").iter(batch_size=1000):

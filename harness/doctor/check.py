@@ -20,7 +20,9 @@ class Check:
 INDENT, LEVEL_WIDTH, NAME_WIDTH = 2, 4, 12
 
 
-def render_area(area: str, checks: Iterable[Check], *, width: int | None, style: Callable[[str, str], str] = lambda text, kind: text) -> str:
+def render_area(
+    area: str, checks: Iterable[Check], *, width: int | None, style: Callable[[str, str], str] = lambda text, kind: text
+) -> str:
     """The area's name, then a line for each check: `  warn  compiler     …`. Text that is wider than `width` goes on below itself; None:
     nothing is broken. style(text, kind) colours a part; its kinds are area, remedy and the levels."""
     column = INDENT + LEVEL_WIDTH + 2 + NAME_WIDTH + 2

@@ -28,17 +28,19 @@ def check_python() -> list[Check]:
 
 
 def check_libraries() -> list[Check]:
-    """One line for each library that is missing or outside of the range that harness works with, else one for all of them."""
+    """One line for each library that is missing or outside of the range that harness asks for, else one for all of them."""
     needed, tested = needed_libraries(), tested_versions()
     found = {name: installed_version(name) for name in {*needed, *tested}}
     checks, differing = [], []
     for name, requirement in needed.items():
         version, asked = found[name], str(requirement.specifier)
         remedy = f"pip install '{requirement.name}{asked}'"
+        newer = version is not None and name in tested and Version(version) > Version(tested[name])
         if version is None:
             checks.append(Check(AREA, name, "fail", f"is not installed; harness needs {asked}", remedy))
         elif not requirement.specifier.contains(version, prereleases=True):
-            checks.append(Check(AREA, name, "fail", f"{version}; harness needs {asked}, whose seams it relies on", remedy))
+            what = f"{version}; harness was tested with {tested.get(name, asked)} and asks for {asked}"
+            checks.append(Check(AREA, name, "warn" if newer else "fail", f"{what}{', what is newer may work' if newer else ''}", remedy))
         elif name in tested and not _is_same(version, tested[name]):
             differing.append(f"{name} {version} ({tested[name]})")
     if checks:

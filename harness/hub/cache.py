@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness.hub.needs import Need
@@ -29,6 +30,12 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+def is_offline_by(environment: Mapping[str, str]) -> bool:
+    """Whether a process with these variables asks the hub for nothing, as huggingface_hub reads them."""
+    asked = environment.get("HF_HUB_OFFLINE") or environment.get("TRANSFORMERS_OFFLINE") or ""
+    return asked.upper() in ("1", "ON", "YES", "TRUE")
+
+
 def endpoint() -> str:
     from huggingface_hub import constants
 
@@ -46,6 +53,13 @@ def find_commit(need: Need) -> str | None:
     if ref.is_file():
         return ref.read_text().strip()
     return revision if (folder / "snapshots" / revision).is_dir() else None
+
+
+def find_snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder of a hub's model on this machine, whole or not."""
+    need = Need("model", name, revision, "model.name_or_path")
+    commit = find_commit(need)
+    return repository_folder(need) / "snapshots" / commit if commit else None
 
 
 def find_missing(need: Need) -> str | None:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError, RecipeError
+from harness.errors import HarnessError, RecipeError, Stopped
 from harness.hub.cache import INDEX, WEIGHTS, hub_cache, repository_folder
 from harness.hub.explain import explained
 from harness.hub.needs import Need
@@ -28,7 +29,21 @@ from harness.sizes import gib
 
 WORKERS = 8
 OTHER_WEIGHTS = (
-    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite", "*.mlmodel", "*.nemo"),
+    *(
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.h5",
+        "*.msgpack",
+        "*.onnx",
+        "*.onnx_data",
+        "*.gguf",
+        "*.ot",
+        "*.tflite",
+        "*.mlmodel",
+        "*.nemo",
+    ),
     *("*.fp16.safetensors", "*.fp32.safetensors", "consolidated*.safetensors"),
 )
 """Weights in formats that harness does not load, and second copies of them."""
@@ -92,12 +107,12 @@ def plan_fetch(need: Need) -> Fetch:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    with explained(need):
+    with explained(need), quietly():
         api = HfApi()
         commit = api.repo_info(need.id, repo_type=need.repo_type, revision=need.revision, timeout=30).sha
         tree = api.list_repo_tree(need.id, recursive=True, revision=commit, repo_type=need.repo_type)
         there = {entry.path: _hub_file(entry) for entry in tree if isinstance(entry, RepoFile)}
-        wanted = _dataset_files(need, there) if need.kind == "dataset" else choose_files(need, list(there))
+        wanted = _dataset_files(need, commit, there) if need.kind == "dataset" else choose_files(need, list(there))
     files = tuple(file for path, file in there.items() if path in wanted)
     return Fetch(need, commit, files, sum(file.size for path, file in there.items() if path not in wanted))
 
@@ -122,15 +137,14 @@ def choose_files(need: Need, paths: list[str]) -> set[str]:
     return kept
 
 
-def _dataset_files(need: Need, there: dict[str, HubFile]) -> set[str]:
+def _dataset_files(need: Need, commit: str, there: dict[str, HubFile]) -> set[str]:
     """What `datasets` would read for this configuration, and the card that describes it."""
     import datasets
 
     builder = datasets.load_dataset_builder(need.id, need.name)
-    named = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
     # hf://datasets/ID@COMMIT/PATH
-    data = {path for path in there for name in named if name.endswith(f"/{path}")}
-    return (data or set(there)) | ({"README.md", ".huggingface.yaml"} & set(there))
+    data = {str(file).partition(f"@{commit}/")[2] for files in (builder.config.data_files or {}).values() for file in files}
+    return (data & set(there) or set(there)) | ({"README.md", ".huggingface.yaml"} & set(there))
 
 
 def check_room(fetches: list[Fetch]) -> None:
@@ -140,8 +154,8 @@ def check_room(fetches: list[Fetch]) -> None:
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise HarnessError(
-            f"{hub_cache()}: {gib(free)} free, and {gib(wanted)} are to come; free some (`hf cache prune`), or set HF_HOME to a larger disk, "
-            "here and where the run is submitted"
+            f"{hub_cache()}: {gib(free)} free, and {gib(wanted)} are to come; free some (`hf cache prune`), or set HF_HOME to a larger "
+            "disk, here and where the run is submitted"
         )
 
 
@@ -150,15 +164,24 @@ def check_room(fetches: list[Fetch]) -> None:
 
 def download(fetch: Fetch, advance: Callable[[int], None] = lambda count: None) -> None:
     """Bring what is missing, link it as huggingface_hub does, and of a data set make its tables. advance: told of every byte that came."""
-    with explained(fetch.need), ThreadPoolExecutor(WORKERS) as workers:
-        jobs = [workers.submit(_complete_blob, fetch, file, advance) for file in fetch.missing]
+    stop = threading.Event()
+
+    def told(count: int) -> None:
+        # So that Ctrl-C does not wait for files of many GB.
+        if stop.is_set():
+            raise Stopped(f"{fetch.need.shown}: stopped; the same command goes on")
+        advance(count)
+
+    with explained(fetch.need), quietly(), ThreadPoolExecutor(WORKERS) as workers:
+        jobs = [workers.submit(_complete_blob, fetch, file, told) for file in fetch.missing]
         try:
             for job in jobs:
                 job.result()
         except BaseException:
+            stop.set()
             workers.shutdown(wait=False, cancel_futures=True)
             raise
-    with explained(fetch.need), quiet_bars():
+    with explained(fetch.need), quietly():
         from huggingface_hub import snapshot_download
 
         # A pattern's own signs stand for themselves in brackets.
@@ -168,6 +191,7 @@ def download(fetch: Fetch, advance: Callable[[int], None] = lambda count: None) 
         if fetch.need.kind == "dataset":
             import datasets
 
+            datasets.utils.logging.disable_progress_bar()
             datasets.load_dataset(fetch.need.id, fetch.need.name, split=fetch.need.split)
 
 
@@ -228,16 +252,19 @@ def bar_that_tells(advance: Callable[[int], None]) -> type:
 
 
 @contextlib.contextmanager
-def quiet_bars() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def quietly() -> Iterator[None]:
+    """Without the bars and hints of both libraries: what went wrong comes as one error."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    were_disabled = are_progress_bars_disabled()
+    were_disabled, verbosity = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity_error()
     if "datasets" in sys.modules:
         sys.modules["datasets"].utils.logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if not were_disabled:
             enable_progress_bars()
 
@@ -246,4 +273,6 @@ def record_fetch(fetch: Fetch) -> Path:
     """Compare every file with the hub's digest, and write down what it was. Returns the file. Raises HarnessError where one differs.
 
     A file that was written down before, and has the same size and time since, is not read again."""
-    return save_record(fetch.need, fetch.commit, [(file.path, fetch.local(file), file.size, file.algorithm, file.digest) for file in fetch.files])
+    return save_record(
+        fetch.need, fetch.commit, [(file.path, fetch.local(file), file.size, file.algorithm, file.digest) for file in fetch.files]
+    )

@@ -1,11 +1,11 @@
 """A hub for tests: as much of the Hugging Face hub's HTTP as huggingface_hub and datasets ask for, with faults.
 
-    with Hub() as hub:
-        hub.add("org/tiny", {"config.json": b"…"})              a model; repo_type="dataset" for data
-        HF_ENDPOINT=hub.url
-        hub.requests                                             [(method, path, Range or None)]
-        hub.cut = ("model.safetensors", 1000)                    the first answer with this file ends after so many bytes
-        hub.stall = ("model.safetensors", 1000)                  it stands still there, until hub.go.set()
+with Hub() as hub:
+    hub.add("org/tiny", {"config.json": b"…"})              a model; repo_type="dataset" for data
+    HF_ENDPOINT=hub.url
+    hub.requests                                             [(method, path, Range or None)]
+    hub.cut = ("model.safetensors", 1000)                    the first answer with this file ends after so many bytes
+    hub.stall = ("model.safetensors", 1000)                  it stands still there, until hub.go.set()
 """
 
 import hashlib
@@ -110,7 +110,9 @@ class Handler(BaseHTTPRequestHandler):
             self.say({"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": commit}], "tags": [], "converts": []})
         else:
             siblings = [{"rfilename": path} for path in files]
-            self.say({"_id": "1", "id": name, "sha": commit, "siblings": siblings, "private": False, "tags": [], "downloads": 0, "likes": 0})
+            self.say(
+                {"_id": "1", "id": name, "sha": commit, "siblings": siblings, "private": False, "tags": [], "downloads": 0, "likes": 0}
+            )
 
     def say(self, content) -> None:
         self.reply(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
