@@ -60,7 +60,8 @@ def run_installed(installed, tmp_path):
 
 def test_the_list_of_packages_is_what_lies_on_the_disk():
     folders = {file.parent.relative_to(REPOSITORY).as_posix().replace("/", ".") for file in (REPOSITORY / "harness").rglob("__init__.py")}
-    assert set(SETTINGS["tool"]["setuptools"]["packages"]) == folders | {"harness.shipped", *(f"harness.shipped.{name}" for name in SHIPPED)}
+    shipped = {"harness.shipped", *(f"harness.shipped.{name}" for name in SHIPPED)}
+    assert set(SETTINGS["tool"]["setuptools"]["packages"]) == folders | shipped
 
 
 def test_the_wheel_carries_every_shipped_file_and_all_of_the_code(wheel):
@@ -107,3 +108,10 @@ def test_shell_scripts_can_be_executed_and_say_how():
     for script in (REPOSITORY / "launch").glob("*.sh"):
         assert script.stat().st_mode & stat.S_IXUSR, script
         assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_the_installed_command_knows_the_tested_versions(run_installed, installed):
+    program = "from harness.doctor import machine; print(machine.constraints_file()); print(machine.tested_versions()['torch'])"
+    file, torch = run_installed("-c", program).stdout.split()
+    assert Path(file) == installed / "harness" / "shipped" / "constraints.txt"
+    assert f"torch=={torch}" in (REPOSITORY / "constraints.txt").read_text().splitlines()

@@ -43,7 +43,8 @@ def command(recipe: str | None, overrides: tuple[str, ...], as_json: bool):
         fields = [dataclasses.asdict(check) for check in checks]
         click.echo(json.dumps({"sound": not failed, "seconds": round(seconds, 2), "checks": fields}, indent=2))
     else:
-        click.echo(summarise(checks, one is not None, seconds))
+        colour = COLOURS["fail" if failed else "ok"] if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else {}
+        click.echo(click.style(summarise(checks, one is not None, seconds), **colour))
     sys.exit(1 if failed else 0)
 
 

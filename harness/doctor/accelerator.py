@@ -185,11 +185,11 @@ def check_four_bit(recipe: Recipe | None) -> list[Check]:
     except Exception as error:  # noqa: BLE001 - a library of kernels: whatever it raises is the finding
         what = f"bitsandbytes cannot quantise on {device}: {type(error).__name__}: {first_line(error)}"
         return [Check(AREA, "4-bit", "fail", what, "`python -m bitsandbytes` says what it looked for; recipes without 4 bits run")]
-    errs = f"error {found.error:.3f} of a unit normal weight, product off by {found.product_error:.1%}"
+    errs = f"error {found.error:.3f}, product off by {found.product_error:.1%}"
     if not found.is_right:
         remedy = "expected 0.073 and less than 2 %; install another build of bitsandbytes, or leave model.quantization out"
         return [Check(AREA, "4-bit", "fail", f"bitsandbytes {found.version} computes wrongly on {device}: {errs}", remedy)]
-    return [Check(AREA, "4-bit", "ok", f"bitsandbytes {found.version} on {device}: there and back and a product ({errs})")]
+    return [Check(AREA, "4-bit", "ok", f"bitsandbytes {found.version} on {device}: quantised, brought back, multiplied ({errs})")]
 
 
 def check_login(recipe: Recipe | None) -> list[Check]:

@@ -78,7 +78,7 @@ class Fetch:
 
     @property
     def missing(self) -> list[HubFile]:
-        return [file for file in self.files if not self.blob(file).is_file()]
+        return [file for file in self.files if not (self.blob(file).is_file() or self.local(file).is_file())]
 
     @property
     def missing_bytes(self) -> int:

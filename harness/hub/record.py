@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from harness.errors import HarnessError
@@ -27,12 +26,14 @@ def save_record(need: Need, commit: str, files: list[tuple[str, Path, int, str, 
     """files: (path in the repository, where it lies, size, algorithm, digest). Raises HarnessError where one is not what the hub says."""
     record = load_record(need)
     before = record["commits"].get(commit, {})
-    entries = {}
+    entries, problems = {}, []
     for path, local, size, algorithm, digest in files:
         entry = {"size": size, "algorithm": algorithm, "digest": digest, "mtime": local.stat().st_mtime}
         if before.get(path) != entry:
-            _check_file(need, path, local, entry)
+            problems += find_problem(need, path, local, entry)
         entries[path] = entry
+    if problems:
+        raise HarnessError("\n".join(problems))
     record["revisions"][need.revision or "main"] = commit
     # What another configuration of a data set has brought stays.
     record["commits"][commit] = before | entries
@@ -41,29 +42,33 @@ def save_record(need: Need, commit: str, files: list[tuple[str, Path, int, str, 
     return record_file(need)
 
 
-def verify_record(need: Need, advance: Callable[[int], None] = lambda count: None) -> tuple[int, int]:
-    """Read every file that was fetched and compare its digest; asks no network. Returns (files, bytes). Raises HarnessError."""
+def verify_record(need: Need) -> tuple[int, int]:
+    """Read every file that was fetched and compare its digest; asks no network. Returns (files, bytes). Raises HarnessError that names each
+    file that is not what it was."""
     record = load_record(need)
     commit = record["revisions"].get(need.revision or "main")
     loads = commit if need.kind == "dataset" else find_commit(need)
     if commit is None or loads not in record["commits"]:
         raise HarnessError(f"{need.key} = {need.shown}: was not fetched to {hub_cache()}; run `harness fetch` where there is a network")
-    files = record["commits"][loads]
+    files, problems = record["commits"][loads], []
     for path, entry in files.items():
-        _check_file(need, path, repository_folder(need) / "snapshots" / loads / path, entry)
-        advance(entry["size"])
+        problems += find_problem(need, path, repository_folder(need) / "snapshots" / loads / path, entry)
+    if problems:
+        raise HarnessError("\n".join(problems))
     return len(files), sum(entry["size"] for entry in files.values())
 
 
-def _check_file(need: Need, path: str, local: Path, entry: dict) -> None:
-    remedy = "`harness fetch` where there is a network brings it again"
+def find_problem(need: Need, path: str, local: Path, entry: dict) -> list[str]:
+    """What is wrong with one file, in one line; empty when it is what the hub has."""
+    remedy = "`harness fetch`, where there is a network, brings it again"
     if not local.is_file():
-        raise HarnessError(f"{need.shown}: {path} is not there any more ({local}); {remedy}")
-    if local.stat().st_size != entry["size"] or digest_file(local, entry["algorithm"]) != entry["digest"]:
-        raise HarnessError(
-            f"{need.shown}: {path} is not what the hub has ({entry['algorithm']} {entry['digest'][:12]}…, {entry['size']} bytes); "
-            f"delete {local.resolve()}, and {remedy}"
-        )
+        return [f"{need.shown}: {path} is not there any more ({local}); {remedy}"]
+    if local.stat().st_size == entry["size"] and digest_file(local, entry["algorithm"]) == entry["digest"]:
+        return []
+    return [
+        f"{need.shown}: {path} is not what the hub has ({entry['algorithm']} {entry['digest'][:12]}…, {entry['size']:,} bytes); "
+        f"delete {local.resolve()}; {remedy}"
+    ]
 
 
 def digest_file(file: Path, algorithm: str) -> str:

@@ -314,6 +314,50 @@ def test_sockets_everywhere_are_no_nodes_fault_and_gloo_is_one(tmp_path):
     assert wrong(judged(tmp_path, *reports, network={"infiniband": "required"})) == expected
 
 
+# ---- what harness doctor says
+
+
+def check(name: str, level: str, what: str = "of its own") -> dict:
+    return {"area": "accelerator", "name": name, "level": level, "what": what, "remedy": "mend it"}
+
+
+def test_an_environment_that_is_unsound_on_one_node_is_its_fault_and_on_all_nobodys(tmp_path):
+    sound, broken = done_probe(checks=[check("4-bit", "ok")]), done_probe(checks=[check("4-bit", "fail", "computes wrongly")])
+    alone = judged(tmp_path, report(0, probes=[sound]), report(1, probes=[broken]), report(2, probes=[sound]))
+    assert wrong(alone) == [("r2", "fail", True, "4-bit: computes wrongly")] and alone[1].remedy == "mend it"
+    everywhere = judged(tmp_path, *[report(index, probes=[broken]) for index in range(3)])
+    assert wrong(everywhere) == [(host, "fail", False, "4-bit: computes wrongly") for host in HOSTS]
+
+
+def test_what_all_nodes_warn_of_is_said_once_and_stops_nothing(tmp_path):
+    reports = [report(index, checks=[check("libraries", "warn", "not the tested ones")]) for index in range(3)]
+    assert wrong(judged(tmp_path, *reports)) == [("r1", "warn", False, "libraries: not the tested ones (on all nodes)")]
+
+
+def test_a_node_whose_process_dies_in_a_check_is_named_with_the_check(tmp_path):
+    died = done_probe(checks=[check("torch", "ok")], checking="four_bit", said="Illegal instruction")
+    ((host, level, blamed, what),) = wrong(judged(tmp_path, report(0), report(1, probes=[died])))
+    assert (host, level, blamed) == ("r2", "fail", True)
+    assert what.startswith("four_bit: the process that tries it died") and "Illegal instruction" in what
+
+
+def test_a_node_that_lacks_the_model_of_an_offline_job_is_named_before_the_model_loads(job, tmp_path):
+    recipe = recipe_of(job.run, "model.name_or_path=org/model")
+    (job.run / "recipe.yaml").write_text(render_recipe(recipe))
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (snapshot / name).touch()
+    there = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    nodes = [job.start(0, **there), job.start(1, **there | {"HF_HUB_CACHE": str(tmp_path / "none")}), job.start(2, **there)]
+    assert [node.wait(50) for node in nodes] == [0, 0, 0]
+    ((host, blamed, what),) = job.failures()
+    assert (host, blamed) == ("r2", True)
+    assert what == f"model: org/model is not in the cache ({tmp_path / 'none'}), and HF_HUB_OFFLINE is set"
+
+
 # ---- folders
 
 
