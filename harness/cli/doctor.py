@@ -8,6 +8,7 @@ import time
 import click
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe
+from harness.errors import RecipeError
 
 COLOURS = {
     "ok": {"fg": "green"},
@@ -25,9 +26,12 @@ COLOURS = {
 def command(recipe: str | None, overrides: tuple[str, ...], as_json: bool):
     """Try this machine: libraries, disks, network, Slurm, GPUs, kernels, 4-bit weights; say what is wrong, and what to do about it. With
     RECIPE: whether it could run here, its models and data among it. Ends with 0, or 1 when a check failed; a warning is no failure."""
+    from harness.cluster.pipeline import find_pipeline
     from harness.cluster.slurm import check_commands
     from harness.doctor.examine import AREAS, Task, examine, plan_checks
 
+    if recipe and find_pipeline(recipe):
+        raise RecipeError(f"{recipe}: is a pipeline, whose stages may run on different machines; name the recipe of one of them")
     begun, one = time.monotonic(), load_recipe(recipe, overrides) if recipe else None
     tasks = plan_checks(one) if one else [*plan_checks(None), Task("cluster", "Slurm", check_commands)]
     if one:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from harness.attention import choose_attention
+from harness.attention import asked_attention, choose_attention
 from harness.doctor.check import Check, first_line
 from harness.doctor.machine import NO_COMPILER, find_compiler
 from harness.errors import HarnessError
@@ -145,7 +145,7 @@ def check_attention(recipe: Recipe | None) -> list[Check]:
     bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     asked, dtype = "auto", "bfloat16" if bf16 else "float32"
     if recipe:
-        asked = recipe.model.attn_implementation
+        asked = asked_attention(recipe)
         loaded = choose_dtype(recipe, load_backend(recipe.backend), bf16_hardware=bf16)
         dtype = "float16" if recipe.train.fp16 else "bfloat16" if autocasts_bf16(recipe, bf16) else loaded
     try:

@@ -47,7 +47,8 @@ def check_inputs(recipe: Recipe) -> list[Check]:
             checks.append(Check("recipe", need.kind, "ok", f"{need.shown} is in the cache ({hub_cache()})"))
             continue
         if reached is None:
-            reached = not is_offline() and ask(f"{endpoint()}/api/models?limit=1") is None
+            # Twice, because a job ends at a no.
+            reached = not is_offline() and any(ask(f"{endpoint()}/api/models?limit=1") is None for _ in range(2))
         what = f"{need.shown} {missing} ({hub_cache()})"
         if reached:
             checks.append(Check("recipe", need.kind, "warn", f"{what}; a run would load it from {endpoint()}", FETCH))
@@ -64,7 +65,8 @@ def check_wandb(mode: str = "auto") -> list[Check]:
     """A key is tried on the server that it is for. Without one a run records offline, which is no fault."""
     mode = os.environ.get("WANDB_MODE") or mode
     if mode in ("offline", "disabled", "dryrun"):
-        return [Check(AREA, "W&B", "ok", f"{mode}, as WANDB_MODE or the recipe says; `harness sync RUN` sends it later")]
+        later = "" if mode == "disabled" else "; `harness sync RUN` sends it later"
+        return [Check(AREA, "W&B", "ok", f"{mode}, as WANDB_MODE or the recipe says{later}")]
     try:
         login = load_login()
     except HarnessError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.hub.needs import Need
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json", "vocab.json", "vocab.txt")
 
 
 def hub_cache() -> Path:
@@ -72,7 +72,7 @@ def find_missing(need: Need) -> str | None:
     folder = repository_folder(need) / "snapshots" / commit
     wanted = [] if need.kind == "tokenizer" else ["config.json", *_weights_of(folder)]
     missing = [name for name in wanted if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in TOKENIZERS):
+    if need.with_tokenizer and not any((folder / name).is_file() for name in TOKENIZERS):
         missing.append(TOKENIZERS[0])
     return f"is in the cache without {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''}" if missing else None
 

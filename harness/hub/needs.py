@@ -24,6 +24,8 @@ class Need:
     name: str | None = None
     """Configuration of a data set."""
     split: str = "train"
+    with_tokenizer: bool = True
+    """Of a model: whether its tokenizer is read too."""
     spared: bool = False
     """A run can do without: a teacher, whose answers may lie in a cache already."""
 
@@ -54,7 +56,7 @@ def find_needs(recipes: Iterable[Recipe], awaited: Iterable[Path] = ()) -> list[
 def _needs_of(recipe: Recipe) -> Iterator[Need]:
     model, teacher = recipe.model, recipe.teacher
     if is_of_hub(model.name_or_path):
-        yield Need("model", model.name_or_path, model.revision, "model.name_or_path")
+        yield Need("model", model.name_or_path, model.revision, "model.name_or_path", with_tokenizer=not model.tokenizer)
     if is_of_hub(model.tokenizer):
         yield Need("tokenizer", model.tokenizer, None, "model.tokenizer")
     if teacher and is_of_hub(teacher.name_or_path):

@@ -37,9 +37,13 @@ def save_record(need: Need, commit: str, files: list[tuple[str, Path, int, str, 
     record["revisions"][need.revision or "main"] = commit
     # What another configuration of a data set has brought stays.
     record["commits"][commit] = before | entries
-    record_file(need).parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(record_file(need), json.dumps(record, indent=1) + "\n")
-    return record_file(need)
+    file = record_file(need)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(file, json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise HarnessError(f"{file}: cannot be written: {error.strerror}; the files are here, and without it cannot be verified") from None
+    return file
 
 
 def verify_record(need: Need) -> tuple[int, int]:

@@ -259,6 +259,7 @@ def test_everything_that_a_recipe_takes_from_the_hub_is_found_once(tmp_path, mon
     ]
     assert named("model.name_or_path=a/b", "model.tokenizer=a/b") == [("model", "a/b")]
     assert named("model.name_or_path=runs/first") == []
+    assert not needs.find_needs([load("tiny/sft-lora", ["model.name_or_path=a/b", "model.tokenizer=c/d"])])[0].with_tokenizer
     assert named("model.name_or_path=./a/b", "data.train=rows.jsonl") == []
     assert named("teacher.name_or_path=t/t", recipe="tiny/distill-offline") == [("model", "t/t")]
     rewards = "rlhf.rewards=[{type: reward_model, model: r/m}]"
