@@ -94,10 +94,11 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
         planted = within(FOLDERS_S, {each.path: each.plant_token for each in shared}) if index == 0 else {}
         with probing(plans) as probes:
             facts = versions()
-            checks = check_machine(recipe)
+            checks = check_machine(recipe, trains=not read_share(RunDir(run)))
             findings = check_space(host, run, recipe, count * processes) if index == 0 and not read_share(RunDir(run)) else []
             while any(probe.poll() is None for probe in probes) and not signals and time.monotonic() - begun < PROBES_S:
                 time.sleep(POLL_S)
+            late = [probe.poll() is None for probe in probes]
         # Only now, when node 0 was met and so has written its tokens: a network disk would remember for a while that there was nothing.
         answered = planted or within(FOLDERS_S, {each.path: functools.partial(each.answer_token, index) for each in shared})
     report = {
@@ -106,7 +107,7 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
         "versions": facts,
         "findings": [asdict(finding) for finding in findings],
         "checks": [asdict(check) for check in checks],
-        "probes": [read_probe(folder / f"probe-{plan['rank']}.log") for plan in plans],
+        "probes": [read_probe(folder / f"probe-{plan['rank']}.log") | {"late": slow} for plan, slow in zip(plans, late, strict=True)],
         "folders": answered,
         "interrupted": bool(signals),
         "free_bytes": shutil.disk_usage(run).free,
@@ -296,7 +297,7 @@ def find_gpus(reports: list[dict]) -> list[Finding]:
 def find_unsound(reports: list[dict]) -> list[Finding]:
     """What `harness doctor` would say there, in its words. A node is blamed for what fails on it and not on another; of what all warn of
     one line is enough."""
-    checks = {report["host"]: [Check(**check) for check in report["checks"]] + _probes_checks(report["probes"][0]) for report in reports}
+    checks = {report["host"]: [Check(**check) for check in report["checks"]] + _probes_checks(report) for report in reports}
     wrong = {host: [check for check in found if check.level != "ok"] for host, found in checks.items()}
     failing = {host: {(check.area, check.name) for check in found if check.level == "fail"} for host, found in wrong.items()}
     warned = Counter((check.area, check.name, check.what) for found in wrong.values() for check in found if check.level == "warn")
@@ -315,12 +316,17 @@ def find_unsound(reports: list[dict]) -> list[Finding]:
     return findings
 
 
-def _probes_checks(probe: dict) -> list[Check]:
-    """Those of the node's first process, and the one in which it died."""
+def _probes_checks(report: dict) -> list[Check]:
+    """Those of the node's first process, and the one in which it died, or was ended with the step."""
+    probe = report["probes"][0]
     checks = [Check(**check) for check in probe.get("checks", ())]
-    if probe.get("checking"):
-        what = f"the process that tries it died, or was not done in time: {probe['said'] or 'it says nothing'}"
-        checks.append(Check(AREA, probe["checking"], "fail", what, "`harness doctor` there says more"))
+    name = probe.get("checking")
+    if name and (probe["late"] or report["interrupted"]):
+        # A cold disk, perhaps; what matters to the ranks was tried before.
+        checks.append(Check(AREA, name, "warn", f"was not done within {PROBES_S:.0f} s", "is the environment on a slow disk?"))
+    elif name:
+        what = f"the process that tried it died: {probe['said'] or 'it says nothing'}"
+        checks.append(Check(AREA, name, "fail", what, "`harness doctor` there says more"))
     return checks
 
 

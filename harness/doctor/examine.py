@@ -109,14 +109,14 @@ def check_packages(recipe: Recipe) -> list[Check]:
     return checks
 
 
-def check_node(recipe: Recipe) -> list[Check]:
+def check_node(recipe: Recipe, *, trains: bool) -> list[Check]:
     """The light ones that may differ from node to node of a job; what costs torch its probe checks (harness.cluster.probe)."""
     tasks = [
         Task(machine.AREA, "libraries", machine.check_libraries),
         Task(places.AREA, "temp folder", partial(places.check_place, places.temp_place())),
         Task(places.AREA, "shm", places.check_shared_memory),
         Task("recipe", "packages", partial(check_packages, recipe)),
-        Task("recipe", "hub", partial(network.check_inputs, recipe)),
+        Task("recipe", "hub", partial(network.check_inputs, recipe, trains=trains)),
     ]
     return [check for _, checks in examine(tasks, None) for check in checks]
 

@@ -68,7 +68,7 @@ def _first_line(error: BaseException) -> str:
     """The beginning of a library's message, with our remedy for the ones whose own names a Python argument, or a network."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "cached files" in first or "offline mode" in first:
-        return f"{first}; `harness fetch` of the recipe, where there is a network, brings it to the cache"
+        return f"{first.rstrip('.')}; `harness fetch` of the recipe, where there is a network, brings it to the cache"
     return f"{first}; set model.trust_remote_code: true if you have read and trust it" if "custom code" in first else first
 
 

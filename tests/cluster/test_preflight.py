@@ -335,10 +335,13 @@ def test_what_all_nodes_warn_of_is_said_once_and_stops_nothing(tmp_path):
 
 
 def test_a_node_whose_process_dies_in_a_check_is_named_with_the_check(tmp_path):
-    died = done_probe(checks=[check("torch", "ok")], checking="four_bit", said="Illegal instruction")
+    died = done_probe(checks=[check("torch", "ok")], checking="four_bit", late=False, said="Illegal instruction")
     ((host, level, blamed, what),) = wrong(judged(tmp_path, report(0), report(1, probes=[died])))
     assert (host, level, blamed) == ("r2", "fail", True)
-    assert what.startswith("four_bit: the process that tries it died") and "Illegal instruction" in what
+    assert what == "four_bit: the process that tried it died: Illegal instruction"
+    ((_, level, blamed, what),) = wrong(judged(tmp_path, report(0), report(1, probes=[died | {"late": True}])))
+    assert (level, blamed, what) == ("warn", False, "four_bit: was not done within 40 s")  # a cold disk is no reason to end a job
+    assert wrong(judged(tmp_path, report(0), report(1, probes=[died], interrupted=True)))[0][1:3] == ("warn", False)
 
 
 def test_a_node_that_lacks_the_model_of_an_offline_job_is_named_before_the_model_loads(job, tmp_path):

@@ -96,12 +96,22 @@ def test_the_second_time_nothing_comes(fetched):
     assert not [path for method, path, _ in place.hub.requests[before:] if method == "GET" and "/resolve/" in path]
 
 
-def test_a_run_without_a_network_has_all_that_was_fetched_and_the_digests_can_be_checked_there(fetched):
+ALONE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+"""No network."""
+
+
+def test_digests_can_be_checked_and_data_be_prepared_without_a_network(fetched):
     place, *_ = fetched
-    alone = place.environment | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    checked = place.fetch(**alone)
+    checked = place.fetch(**ALONE)
     assert checked.code == 0 and checked.output.count("all as they were fetched") == 2, checked.output
-    done = harness("run", "mine.yaml", cwd=place.folder, **alone)
+    done = harness("prepare", "mine.yaml", cwd=place.folder, **place.environment | ALONE)
+    assert done.code == 0 and "12 of 12 rows" in done.output, done.output
+
+
+@pytest.mark.slow
+def test_a_run_without_a_network_has_all_that_was_fetched(fetched):
+    place, *_ = fetched
+    done = harness("run", "mine.yaml", cwd=place.folder, **place.environment | ALONE)
     assert done.code == 0, done.output
     assert list(metrics(place.folder / "runs" / "mine", "train/loss")) == [1]
 
