@@ -9,6 +9,7 @@ died or hangs it is known in what. The pre-flight's probe (harness.cluster.probe
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from harness.launcher import check_device
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 from harness.sizes import gib
+from harness.watchdog import follow_parent
 
 AREA = "accelerator"
 GPU_SHARE_IN_USE = 0.15
@@ -224,6 +226,7 @@ def run_checks(names: Iterable[str], recipe: Recipe | None, tell: Callable[..., 
 
 
 def main(argument: str) -> None:
+    follow_parent(signal.SIGKILL)
     plan = json.loads(argument)
     recipe = Recipe.model_validate_json(json.dumps(plan["recipe"])) if plan["recipe"] else None
     run_checks(plan["names"], recipe, lambda **facts: print(json.dumps(facts), flush=True))

@@ -22,7 +22,6 @@ from harness.hub.cache import hub_cache
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
 from harness.resources import cache_root
-from harness.watchdog import follow_parent
 
 AREAS = (machine.AREA, places.AREA, "cluster", network.AREA, "accelerator", "recipe")
 """In the order in which they are shown; those that need seconds come last."""
@@ -153,9 +152,10 @@ def _do(task: Task, recipe: Recipe | None, put: Callable[[tuple[Task, list[Check
 
 
 def _silent(task: Task, limit_s: float) -> Check:
-    return Check(
-        task.area, task.name, "fail", f"does not answer within {limit_s:.0f} s", "a disk or a driver that hangs: `dmesg` may say more"
-    )
+    return Check(task.area, task.name, "fail", f"does not answer within {limit_s:.0f} s", _HANGS)
+
+
+_HANGS = "a disk or a driver that hangs: `dmesg` may say more"
 
 
 def run_apart(task: Task, recipe: Recipe | None) -> list[Check]:
@@ -169,7 +169,6 @@ def run_apart(task: Task, recipe: Recipe | None) -> list[Check]:
             stderr=said,
             text=True,
             env={"OMP_NUM_THREADS": "1", **os.environ},
-            preexec_fn=lambda: follow_parent(signal.SIGKILL),
         )
         try:
             output, code = process.communicate(timeout=HEAVY_S)[0], process.returncode
@@ -189,9 +188,8 @@ def read_told(lines: Iterable[str], area: str, code: int | None, said: str) -> l
         begun = [each["checking"] for each in told if "checking" in each]
         how = f"does not answer within {HEAVY_S:.0f} s" if code is None else _how_ended(code)
         what = f"{how}{f': {said}' if said and code is not None else ''}"
-        checks.append(
-            Check(area, begun[-1] if begun else "Python", "fail", what, "it died in that check; try the library by itself in Python")
-        )
+        remedy = "it ended in that check; try the library by itself in Python" if code is not None else _HANGS
+        checks.append(Check(area, begun[-1] if begun else "Python", "fail", what, remedy))
     return checks
 
 
