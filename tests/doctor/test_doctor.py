@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, harness
 
+from harness.cluster.slurm import COMMANDS, check_commands
 from harness.doctor import examine, machine, network, places
 from harness.doctor.check import Check, render_area
 from harness.doctor.examine import Task
@@ -253,3 +254,26 @@ def test_an_area_is_a_table_whose_long_lines_go_on_below_themselves():
     assert lines[:2] == ["places", "  ok    cache         fine"]
     assert all(len(line) <= 60 for line in lines) and lines[-1] == " " * 22 + "→ another disk"
     assert render_area("places", checks[1:], width=None).splitlines()[1].endswith("slow slow ")
+
+
+# ---- Slurm
+
+
+@pytest.mark.parametrize(
+    ("commands", "ping", "level", "said"),
+    [
+        ((), "", "ok", "not here"),
+        (("sbatch", "squeue"), "", "fail", "srun, scontrol, sinfo, sacct not on PATH"),
+        (COMMANDS, "echo 'Slurmctld(primary) at login is UP'", "ok", "slurm 24; Slurmctld(primary) at login is UP"),
+        (COMMANDS, "echo 'scontrol: error: no route' >&2; exit 1", "warn", "no controller answers (scontrol: error: no route)"),
+    ],
+    ids=["none", "some", "up", "down"],
+)
+def test_slurms_commands_are_all_there_or_none_and_its_controller_answers(tmp_path, monkeypatch, commands, ping, level, said):
+    for name in commands:
+        does = {"scontrol": ping, "sinfo": "echo slurm 24"}.get(name, ":")
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (check,) = check_commands()
+    assert check.level == level and said in check.what
