@@ -7,12 +7,24 @@ registered as an attention function of transformers, so that packing needs no fl
 from typing import TYPE_CHECKING
 
 from harness.errors import ModelError
+from harness.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
 
 PACKING_KERNELS = ("varlen", "flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2", "flex_attention")
 """Attention that skips the products between samples of a pack. SDPA isolates samples too, by a mask, but computes all products."""
+
+
+def asked_attention(recipe: Recipe) -> str:
+    """What a run asks `choose_attention` for. Whoever writes reads prompts that are padded at the left, which kernels for packs do not; a
+    score is read at a row's end."""
+    asked = recipe.model.attn_implementation
+    return "sdpa" if asked == "auto" and pads_rows(recipe) else asked
+
+
+def pads_rows(recipe: Recipe) -> bool:
+    return bool(recipe.distill.on_policy) or recipe.task in ("reward", "rlhf")
 
 
 def choose_attention(asked: str, dtype: str, has_gpu: bool) -> str:

@@ -58,6 +58,6 @@ class LaunchError(HarnessError):
     exit_code = 2
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException | str) -> str:
     """Of somebody else's message, which may be a page, or nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

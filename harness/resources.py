@@ -1,4 +1,4 @@
-"""Where things lie that belong to no run: the files that ship with harness (configs/, slurm/, launch/), and the cache.
+"""Where things lie that belong to no run: the files that ship with harness (configs/, slurm/, launch/, constraints.txt), and the cache.
 
 In a checkout the shipped files stand at the top level; in a wheel the same folders lie in `harness/shipped/`. Only this file knows.
 """

@@ -300,12 +300,12 @@ def check_harness_command(arguments: list[str], environment: dict[str, str]) -> 
         return
     context = verb.make_context(arguments[0], list(arguments[1:]))
     given = context.params
-    if "recipe" not in given:
+    if given.get("recipe") is None:
         return
     if arguments[0] == "decide":
         load_decision(given["recipe"], dashed_overrides(list(given["overrides"])))
         return
-    if arguments[0] in ("run", "submit") and (pipeline := find_pipeline(given["recipe"])):
+    if arguments[0] in ("run", "submit", "fetch") and (pipeline := find_pipeline(given["recipe"])):
         load_pipeline(pipeline, given["overrides"])
         return
     backend = [f"backend={given['backend']}"] if given.get("backend") else []

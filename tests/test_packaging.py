@@ -32,7 +32,7 @@ def wheel(tmp_path_factory) -> Path:
     source.mkdir()
     for name in ("harness", *SHIPPED):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     done = subprocess.run(build, capture_output=True, text=True)
@@ -60,13 +60,14 @@ def run_installed(installed, tmp_path):
 
 def test_the_list_of_packages_is_what_lies_on_the_disk():
     folders = {file.parent.relative_to(REPOSITORY).as_posix().replace("/", ".") for file in (REPOSITORY / "harness").rglob("__init__.py")}
-    assert set(SETTINGS["tool"]["setuptools"]["packages"]) == folders | {f"harness.shipped.{name}" for name in SHIPPED}
+    shipped = {"harness.shipped", *(f"harness.shipped.{name}" for name in SHIPPED)}
+    assert set(SETTINGS["tool"]["setuptools"]["packages"]) == folders | shipped
 
 
 def test_the_wheel_carries_every_shipped_file_and_all_of_the_code(wheel):
     carried = set(zipfile.ZipFile(wheel).namelist())
-    shipped = {f"harness/shipped/{name}" for folder in SHIPPED for name in files_below(folder)}
-    assert shipped
+    shipped = {f"harness/shipped/{name}" for folder in SHIPPED for name in files_below(folder)} | {"harness/shipped/constraints.txt"}
+    assert len(shipped) > 10
     assert {name for name in carried if name.startswith("harness/shipped/")} == shipped
     assert files_below("harness") <= carried
     assert any(name.endswith("licenses/LICENSE") for name in carried)
@@ -107,3 +108,10 @@ def test_shell_scripts_can_be_executed_and_say_how():
     for script in (REPOSITORY / "launch").glob("*.sh"):
         assert script.stat().st_mode & stat.S_IXUSR, script
         assert subprocess.run(["bash", "-n", script]).returncode == 0
+
+
+def test_the_installed_command_knows_the_tested_versions(run_installed, installed):
+    program = "from harness.doctor import machine; print(machine.constraints_file()); print(machine.tested_versions()['torch'])"
+    file, torch = run_installed("-c", program).stdout.split()
+    assert Path(file) == installed / "harness" / "shipped" / "constraints.txt"
+    assert f"torch=={torch}" in (REPOSITORY / "constraints.txt").read_text().splitlines()

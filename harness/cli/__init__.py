@@ -10,9 +10,11 @@ from harness.errors import HarnessError
 
 # Verb -> what it does, in the order of a first day; the help text is here so that `harness --help` imports nothing.
 VERBS = {
+    "doctor": "Say whether this machine is sound, or ready for a recipe, and what to do where it is not.",
     "quickstart": "Train, adapt and score a tiny tool-calling model on this machine.",
     "check": "Print a recipe as it will run, or say what is wrong with it.",
     "plan": "Say what a recipe will take of GPUs, hosts, disks and time, and whether it fits.",
+    "fetch": "Bring what a recipe takes from the hub to the cache, for nodes without a network.",
     "convert": "Write data of one layout in another, and say what was lost.",
     "validate": "Audit data before it is trained: schemas, pairs, control tokens, duplicates, contamination.",
     "prepare": "Tokenise a recipe's data once, on a CPU.",

@@ -1,7 +1,8 @@
 """Before the model loads, in under a minute: whether every node of a job can do its part, and which one cannot.
 
 Each node tries itself (`check_node`) and writes what it found. The job's first process puts that together (`judge`), because whose version
-is the odd one, and who kept the others waiting, no node can know alone.
+is the odd one, and who kept the others waiting, no node can know alone. What is asked of one machine by itself is asked by `harness doctor`
+(harness.doctor), and answered here in the same words.
 
     FOLDER/begun-I         node I has begun: its minute counts from when all have
     FOLDER/node-I.json     of node I: its versions, its findings, how far its processes came and how fast they summed, what it saw of the
@@ -21,7 +22,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import secrets
 import shutil
 import signal
@@ -40,12 +40,16 @@ import harness
 from harness.cluster.findings import Finding, render_findings
 from harness.cluster.probe import STAGES
 from harness.cluster.schema import Cluster
-from harness.cluster.space import check_space, gib
+from harness.cluster.space import check_space
+from harness.doctor.accelerator import AREA, cuda_driver, judge_count, judge_gpu
+from harness.doctor.check import Check
+from harness.doctor.examine import check_node as check_machine
 from harness.life import noted_signals
 from harness.recipe import Recipe, load
 from harness.resources import cache_root
 from harness.run import LIBRARIES, RunDir, write_text_atomically
 from harness.share import read_share
+from harness.sizes import gib
 from harness.watchdog import follow_parent
 
 __all__ = ["DEADLINE_S", "START_S", "Finding", "check_node", "judge", "render_findings"]
@@ -59,8 +63,6 @@ PROBES_S, JOIN_S, FOLDERS_S = 40.0, 25.0, 8.0
 POLL_S = 0.05
 CLOCKS_S = 2.0
 """Clocks further apart put the lines of two logs out of order, and make a file's time mean nothing."""
-GPU_SHARE_IN_USE = 0.15
-"""More than CUDA's own context takes of the smallest GPU that anyone trains on."""
 
 
 # ---- on each node
@@ -82,6 +84,7 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
             "port": port,
             "timeout_s": JOIN_S,
             "folder": str(folder),
+            "checks_for": str(run / "recipe.yaml") if local == 0 else None,
         }
         for local in range(local_ranks)
     ]
@@ -91,9 +94,11 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
         planted = within(FOLDERS_S, {each.path: each.plant_token for each in shared}) if index == 0 else {}
         with probing(plans) as probes:
             facts = versions()
+            checks = check_machine(recipe, trains=not read_share(RunDir(run)))
             findings = check_space(host, run, recipe, count * processes) if index == 0 and not read_share(RunDir(run)) else []
             while any(probe.poll() is None for probe in probes) and not signals and time.monotonic() - begun < PROBES_S:
                 time.sleep(POLL_S)
+            late = [probe.poll() is None for probe in probes]
         # Only now, when node 0 was met and so has written its tokens: a network disk would remember for a while that there was nothing.
         answered = planted or within(FOLDERS_S, {each.path: functools.partial(each.answer_token, index) for each in shared})
     report = {
@@ -101,7 +106,8 @@ def check_node(run: Path, cluster: Cluster, *, folder: Path, index: int, count: 
         "index": index,
         "versions": facts,
         "findings": [asdict(finding) for finding in findings],
-        "probes": [read_probe(folder / f"probe-{plan['rank']}.log") for plan in plans],
+        "checks": [asdict(check) for check in checks],
+        "probes": [read_probe(folder / f"probe-{plan['rank']}.log") | {"late": slow} for plan, slow in zip(plans, late, strict=True)],
         "folders": answered,
         "interrupted": bool(signals),
         "free_bytes": shutil.disk_usage(run).free,
@@ -137,15 +143,6 @@ def source_digest() -> str:
     for file in sorted(package.rglob("*.py")):
         digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def cuda_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """The version of the kernel's module, which decides what CUDA may ask of it."""
-    with contextlib.suppress(OSError):
-        match = re.search(r"Module\s+(?:for \S+\s+)?(\d[\d.]*)", proc.read_text())
-        if match:
-            return match[1]
-    return "none"
 
 
 @contextlib.contextmanager
@@ -245,7 +242,7 @@ def judge(folder: Path, hosts: tuple[str, ...], cluster: Cluster) -> list[Findin
     """What the nodes' reports say together, in the order of `hosts`: a line for each node that passed, and for each thing that is wrong."""
     reports = [json.loads(file.read_text()) for index in range(len(hosts)) if (file := folder / f"node-{index}.json").is_file()]
     findings = find_missing(hosts, reports) + [Finding(**finding) for report in reports for finding in report["findings"]]
-    for find in (find_versions, find_gpus, find_folders, find_clocks):
+    for find in (find_versions, find_gpus, find_unsound, find_folders, find_clocks):
         findings += find(reports)
     findings += find_meeting(reports, has_missing=len(reports) < len(hosts)) + find_transport(reports, cluster)
     failed = {finding.host for finding in findings if finding.level == "fail"}
@@ -284,24 +281,53 @@ def find_gpus(reports: list[dict]) -> list[Finding]:
     """GPUs that are not there, are in use by others, or do not compute."""
     findings = []
     for report in reports:
-        host, asked = report["host"], len(report["probes"])
+        asked, found = len(report["probes"]), []
         for visible, built_for in {(probe["visible"], probe["built_for"]) for probe in report["probes"] if "visible" in probe}:
-            if visible < asked and built_for is None:
-                findings.append(Finding(host, "fail", "torch was built for CPUs alone", "install the build of torch for these GPUs"))
-            elif visible < asked:
-                findings.append(
-                    Finding(host, "fail", f"{visible} of {asked} GPUs are visible", "`dmesg` there may say why", blames_node=True)
-                )
+            if visible < asked:
+                found.append((judge_count(visible, asked, built_for), built_for is not None))
         for number, probe in enumerate(report["probes"]):
-            if "gpu" not in probe:
-                continue
-            name, used = f"GPU {number} ({probe['gpu']})", probe["gpu_total_bytes"] - probe["gpu_free_bytes"]
-            if used > GPU_SHARE_IN_USE * probe["gpu_total_bytes"]:
-                what = f"{name}: {gib(used)} of {gib(probe['gpu_total_bytes'])} are in use by others"
-                findings.append(Finding(host, "fail", what, "a process of an earlier job may have been left there", blames_node=True))
-            if not probe["multiplies"]:
-                findings.append(Finding(host, "fail", f"{name} multiplies wrongly", "tell those who run the cluster", blames_node=True))
+            if "gpu" in probe:
+                found += [(check, True) for check in judge_gpu(number, probe) if check.level == "fail"]
+        findings += [
+            Finding(report["host"], "fail", f"{check.name}: {check.what}", check.remedy, blames_node=blamed) for check, blamed in found
+        ]
     return findings
+
+
+def find_unsound(reports: list[dict]) -> list[Finding]:
+    """What `harness doctor` would say there, in its words. A node is blamed for what fails on it and not on another; of what all warn of
+    one line is enough."""
+    checks = {report["host"]: [Check(**check) for check in report["checks"]] + _probes_checks(report) for report in reports}
+    wrong = {host: [check for check in found if check.level != "ok"] for host, found in checks.items()}
+    failing = {host: {(check.area, check.name) for check in found if check.level == "fail"} for host, found in wrong.items()}
+    warned = Counter((check.area, check.name, check.what) for found in wrong.values() for check in found if check.level == "warn")
+    findings, said = [], set()
+    for host, found in wrong.items():
+        for check in found:
+            key = check.area, check.name, check.what
+            everywhere = check.level == "warn" and warned[key] == len(reports) > 1
+            if everywhere and key in said:
+                continue
+            said.add(key)
+            place = (check.area, check.name)
+            blamed = check.level == "fail" and any(place not in others for others in failing.values())
+            what = f"{check.name}: {check.what}{' (on all nodes)' if everywhere else ''}"
+            findings.append(Finding(host, check.level, what, check.remedy, blames_node=blamed))
+    return findings
+
+
+def _probes_checks(report: dict) -> list[Check]:
+    """Those of the node's first process, and the one in which it died, or was ended with the step."""
+    probe = report["probes"][0]
+    checks = [Check(**check) for check in probe.get("checks", ())]
+    name = probe.get("checking")
+    if name and (probe["late"] or report["interrupted"]):
+        # A cold disk, perhaps; what matters to the ranks was tried before.
+        checks.append(Check(AREA, name, "warn", f"was not done within {PROBES_S:.0f} s", "is the environment on a slow disk?"))
+    elif name:
+        what = f"the process that tried it died: {probe['said'] or 'it says nothing'}"
+        checks.append(Check(AREA, name, "fail", what, "`harness doctor` there says more"))
+    return checks
 
 
 def find_folders(reports: list[dict]) -> list[Finding]:

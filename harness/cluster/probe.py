@@ -1,25 +1,30 @@
 """One process of the pre-flight: per GPU where there are GPUs, else per node. It tries its device, then an all-reduce with all the others.
 
     python -m harness.cluster.probe \
-        '{"rank": 0, "world": 4, "device": 0, "address": "10.0.0.1", "port": 29500, "timeout_s": 30, "folder": "."}'
+        '{"rank": 0, "world": 4, "device": 0, "address": "10.0.0.1", "port": 29500, "timeout_s": 30, "folder": ".", "checks_for": null}'
 
-`device` is null on a CPU. How far it has come, and what it found, goes to stdout as JSON objects, one per line; the last value of each key
-counts. `stage` is the last of STAGES that it has reached, so that of many that failed together the one that kept the others waiting is
-known (harness.cluster.preflight).
+`device` is null on a CPU. The first process of each node is given a recipe as `checks_for`: when the sum is done it makes the checks of
+`harness doctor` that cost torch, because it has the GPU already, and some clusters let only one process have it. How far it has come, and
+what it found, goes to stdout as JSON objects, one per line; the last value of each key counts. `stage` is the last of STAGES that it has
+reached, so that of many that failed together the one that kept the others waiting is known (harness.cluster.preflight).
 """
 
 import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
+
+from harness.doctor.accelerator import CHECKS, try_gpu
+from harness.doctor.examine import plan_heavy
+from harness.recipe import load
 
 STAGES = ("begun", "loaded", "tried", "connected", "joined", "reduced")
 """Python runs; torch is loaded; the device has computed; rank 0 was reached; all ranks are there; their sum was right."""
 GPU_BYTES, CPU_BYTES = 256 * 2**20, 16 * 2**20
 """What is summed: enough that bandwidth counts and not latency, little enough for a second on a slow network."""
 REPEATS = 5
-MATRIX = 2048
 
 
 def main(argument: str) -> None:
@@ -52,43 +57,24 @@ def main(argument: str) -> None:
         )
         tell(**measured, transport=gloo_transport() if plan["device"] is None else nccl_transport(nccl_log.read_text(errors="replace")))
     tell(stage="reduced")
+    if plan["checks_for"]:
+        check_environment(Path(plan["checks_for"]))
+
+
+def check_environment(recipe: Path) -> None:
+    """The last `checking` without its checks is the one in which this process died."""
+    asked, checks = load(recipe), []
+    for name in plan_heavy(asked):
+        # Each process tries its own GPU, above.
+        if name != "gpus":
+            tell(checking=name)
+            checks += [asdict(check) for check in CHECKS[name](asked)]
+            tell(checks=checks)
+    tell(checking=None)
 
 
 def tell(**facts) -> None:
     print(json.dumps(facts), flush=True)
-
-
-# ---- the device
-
-
-def try_gpu(index: int) -> dict:
-    """What this process sees of GPU `index`: how many there are, memory (before anything of ours but CUDA's context is on it), and whether
-    it multiplies rightly."""
-    import torch
-
-    count, built_for = torch.cuda.device_count(), torch.version.cuda or torch.version.hip
-    if index >= count:
-        return {"visible": count, "built_for": built_for}
-    torch.cuda.set_device(index)
-    free, total = torch.cuda.mem_get_info()
-    return {
-        "visible": count,
-        "built_for": built_for,
-        "gpu": torch.cuda.get_device_name(index),
-        "gpu_free_bytes": free,
-        "gpu_total_bytes": total,
-        "multiplies": multiplies_rightly(f"cuda:{index}"),
-    }
-
-
-def multiplies_rightly(device: str) -> bool:
-    """Whether A B equals what A (B 1) says of it, to the last bit: whole numbers this small are exact in TF32 as in float32."""
-    import torch
-
-    drawn = torch.Generator().manual_seed(0)
-    left, right = (torch.randint(-4, 5, (MATRIX, MATRIX), generator=drawn).float() for _ in range(2))
-    sums = (left.to(device) @ right.to(device)).sum(dim=1)
-    return torch.equal(sums.cpu().double(), left.double() @ right.double().sum(dim=1))
 
 
 # ---- the transport

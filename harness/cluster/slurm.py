@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.doctor.check import Check
 from harness.errors import ClusterError
 
 SHORT_S = 10.0
@@ -377,3 +379,32 @@ def _run(*argv: str, patience_s: float | None = None) -> subprocess.CompletedPro
         kind = NoAnswer if re.search(NO_ANSWER, said) else ClusterError
         raise kind(f"{argv[0]}: {said}; {remedy}")
     return done
+
+
+# ---- whether it is there
+
+
+COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "sinfo", "sacct")
+
+
+def check_commands() -> list[Check]:
+    """Of `harness doctor`: the commands that `harness submit` and `harness status` call, and whether the controller answers."""
+    missing = [name for name in COMMANDS if shutil.which(name) is None]
+    if len(missing) == len(COMMANDS):
+        return [Check("cluster", "Slurm", "ok", "not here; `harness run` is for one machine, `harness submit` for a login node")]
+    if missing:
+        what = f"{', '.join(missing)} not on PATH, though {', '.join(name for name in COMMANDS if name not in missing)} are"
+        return [Check("cluster", "Slurm", "fail", what, "module load slurm, or install the client package whole")]
+    try:
+        done = subprocess.run(["sinfo", "--version"], capture_output=True, text=True, timeout=5)
+        answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=5)
+    except subprocess.TimeoutExpired:
+        return [Check("cluster", "Slurm", "warn", "its controller does not answer within 5 s", _NO_CONTROLLER)]
+    version = done.stdout.strip() or "installed"
+    said = ((answer.stdout + answer.stderr).strip().splitlines() or [""])[-1].strip()
+    if answer.returncode == 0 and " UP" in answer.stdout:
+        return [Check("cluster", "Slurm", "ok", f"{version}; {said}")]
+    return [Check("cluster", "Slurm", "warn", f"{version}, but no controller answers ({said})", _NO_CONTROLLER)]
+
+
+_NO_CONTROLLER = "`harness submit` needs it: is this a login node of the cluster, and SLURM_CONF right?"

@@ -12,9 +12,11 @@ from pathlib import Path
 from harness.checkpoint.ledger import read_ledger
 from harness.cluster.findings import Finding
 from harness.errors import HarnessError
+from harness.hub.cache import find_snapshot
 from harness.planner.architecture import tensor_shapes
 from harness.recipe import Recipe
 from harness.run import RunDir
+from harness.sizes import gib
 
 WEIGHT_BYTES = 16
 """A trained weight, its two moments and a master copy, all in 32 bit."""
@@ -81,14 +83,4 @@ def model_folder(run: Path, recipe: Recipe) -> Path | None:
     path = Path(recipe.model.name_or_path).expanduser()
     if path.is_dir():
         return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(recipe.model.name_or_path, revision=recipe.model.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError):
-        return None
-
-
-def gib(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:,.1f} MiB"
+    return find_snapshot(recipe.model.name_or_path, recipe.model.revision)

@@ -11,6 +11,7 @@ The promise: one job at a time works in a run folder. A second submit while one 
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from harness.cluster.render import BatchJob, render_train
 from harness.cluster.schema import Cluster, render_cluster
 from harness.cluster.secrets import check_secrets
 from harness.errors import ClusterError, LaunchError, ModelError
+from harness.hub.cache import find_missing, hub_cache, is_offline_by
+from harness.hub.needs import find_needs
 from harness.launcher import Machines, check_device, plan_launch
 from harness.model.export import MANIFEST
 from harness.planner import Place, plan_recipe
@@ -153,6 +156,7 @@ def check_can_begin(submission: Submission) -> None:
         if not Path(folder).expanduser().is_dir():
             raise ClusterError(f"cluster {cluster.name}: shared: {folder} is no folder here; it must be seen from the login node too")
     check_inputs(recipe, submission.awaited)
+    check_fetched(submission)
     if not (submission.fresh or submission.share):
         check_continuation(submission.run, recipe, load_backend(recipe.backend), submission.allowed, must_exist=False)
 
@@ -210,6 +214,25 @@ def check_inputs(recipe: Recipe, awaited: tuple[str, ...] = ()) -> None:
         is_there = name in awaited or is_path and Path(name).expanduser().exists()
         if is_path and not is_there and not any(sign in name for sign in "*?["):
             raise LaunchError(f"{key} = {name}: there is no such file or folder (looked for from {Path.cwd()}); mend the path")
+
+
+def check_fetched(submission: Submission) -> None:
+    """Raises LaunchError when the job is told not to ask the hub, and what it needs from there is not in the cache."""
+    cluster, taken = submission.cluster, {name: os.environ.get(name, "") for name in submission.cluster.environment}
+    offline = is_offline_by(taken) or any(OFFLINE_BY_SETUP.search(line) for line in cluster.setup)
+    if not offline:
+        return
+    for need in find_needs([submission.recipe], map(Path, submission.awaited)):
+        missing = find_missing(need)
+        if missing and (submission.share or not need.spared):
+            name = shlex.quote(submission.source or str(submission.run.recipe))
+            raise LaunchError(
+                f"{need.key} = {need.shown}: {missing} ({hub_cache()}), and the job is offline (HF_HUB_OFFLINE); `harness fetch {name}` "
+                "brings it, where there is a network"
+            )
+
+
+OFFLINE_BY_SETUP = re.compile(r"\b(HF_HUB|TRANSFORMERS)_OFFLINE=[\"']?(1|on|yes|true)\b", re.IGNORECASE)
 
 
 # ---- what is written and sent

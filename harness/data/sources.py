@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Protocol
 from harness.data.formats import LeftOut, broken_calls, detect_format, is_python, to_canonical, trained_calls
 from harness.data.layouts.beside import with_files_beside
 from harness.data.pairs import detect_layout, good_side, pair_answers, question, to_preferences
-from harness.embedded import resolve
+from harness.embedded import PREFIX, resolve
 from harness.errors import DataError
 from harness.tools import did_you_mean
 from harness.tools.schema import distinct_keys
@@ -110,6 +110,14 @@ def read_each(
         raise DataError(f"{path}: name = {name!r} selects a configuration of a hub data set, and this is a local path; leave it out")
     for file in files:
         yield from with_files_beside(file, _read_parquet(file) if file.suffix == ".parquet" else _read_json(file))
+
+
+def is_hub_id(path: str, base_dir: Path = Path(".")) -> bool:
+    """Whether the hub is asked for this path: it could be an id, and nothing of the name lies here."""
+    try:
+        return not path.startswith(PREFIX) and not _find_files(path, base_dir)
+    except DataError:
+        return False
 
 
 def _find_files(path: str, base_dir: Path) -> list[Path]:
@@ -209,7 +217,7 @@ def _read_hub(path: str, name: str | None, split: str) -> Iterator[tuple[str, di
     except (OSError, ValueError) as error:  # not there, no network, no such configuration or split: datasets says which
         raise DataError(
             f"{shown}: is no local file or folder, and the Hugging Face hub did not give a data set of this name ({error}); "
-            "download it where there is a network, or name a file"
+            "`harness fetch` of the recipe, where there is a network, brings it to the cache; or name a file"
         ) from None
     index = 0
     for batch in dataset.with_format("arrow").iter(batch_size=1000):

@@ -65,8 +65,10 @@ def load_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
 
 
 def _first_line(error: BaseException) -> str:
-    """The beginning of a library's message, with our remedy for the one whose own names a Python argument."""
+    """The beginning of a library's message, with our remedy for the ones whose own names a Python argument, or a network."""
     first = first_line(error)
+    if "cached files" in first or "offline mode" in first:
+        return f"{first.rstrip('.')}; `harness fetch` of the recipe, where there is a network, brings it to the cache"
     return f"{first}; set model.trust_remote_code: true if you have read and trust it" if "custom code" in first else first
 
 

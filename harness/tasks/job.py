@@ -272,7 +272,7 @@ class Settled:
 def settle(recipe: Recipe, backend: Backend) -> Settled:
     import torch
 
-    from harness.attention import PACKING_KERNELS, choose_attention
+    from harness.attention import PACKING_KERNELS, asked_attention, choose_attention, pads_rows
     from harness.recipe.precision import autocasts_bf16, choose_dtype
 
     has_gpu = torch.cuda.is_available()
@@ -280,10 +280,8 @@ def settle(recipe: Recipe, backend: Backend) -> Settled:
     bf16_hardware = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = choose_dtype(recipe, backend, bf16_hardware=bf16_hardware)
     computes = "float16" if recipe.train.fp16 else "bfloat16" if autocasts_bf16(recipe, bf16_hardware) else dtype
-    asked = recipe.model.attn_implementation
-    # Whoever writes reads prompts that are padded at the left, which kernels for packs do not; a score is read at a row's end.
-    pads = bool(recipe.distill.on_policy) or recipe.task in ("reward", "rlhf")
-    attention = choose_attention("sdpa" if pads and asked == "auto" else asked, computes, has_gpu)
+    pads = pads_rows(recipe)
+    attention = choose_attention(asked_attention(recipe), computes, has_gpu)
     compares = recipe.task in ("dpo", "kto")
     # Answers that are compared are not packed, but laid one after the other where a kernel keeps them apart.
     apart = attention in PACKING_KERNELS and not pads
