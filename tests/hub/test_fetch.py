@@ -247,7 +247,7 @@ def test_bytes_that_are_not_the_hubs_are_thrown_away(hub, tmp_path, monkeypatch)
     with pytest.raises(HarnessError, match="model.safetensors came with another digest than the hub says"):
         fetch.download(planned)
     hub.corrupt.clear()
-    assert [file.path for file in planned.missing] == ["model.safetensors"]
+    assert "model.safetensors" in [file.path for file in planned.missing]  # and whatever was on its way beside it
     assert not list((tmp_path / "hub").rglob("*.harness"))
 
 
