@@ -339,8 +339,24 @@ def draw_rows(rng: random.Random, tools: tuple[Tool, ...], others: tuple[Tool, .
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a question belongs to the eval files (one in eight): decided by its text alone, so no file and no seed can mix the sides."""
-    return hashlib.sha256(question.encode()).digest()[0] < 32
+    """Whether a question belongs to the eval files (one in eight): decided by what it asks alone, so no file and no seed can mix the sides,
+    and none is seen in training in other politeness."""
+    return hashlib.sha256(bare(question).encode()).digest()[0] < 32
+
+
+def bare(question: str) -> str:
+    """What is asked, without what `ask` puts before and after it."""
+    while (shorter := _without_one(question)) != question:
+        question = shorter
+    return question
+
+
+def _without_one(question: str) -> str:
+    for opener in filter(None, OPENERS):
+        question = question.removeprefix(opener)
+    for closer in filter(None, CLOSERS):
+        question = question.removesuffix(closer)
+    return question
 
 
 def ask(rng: random.Random, tool: Tool) -> tuple[str, dict]:

@@ -1,6 +1,7 @@
 """The world is reproducible, honest about what is held out, and every gold call is one that the tools accept."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -42,6 +43,16 @@ def test_no_eval_question_is_in_a_train_file_of_this_or_another_seed(files, tmp_
     held_out = {q for path in (files.base_eval, files.adapt_eval) for q in questions(path)}
     assert not train & held_out
     assert not any(is_held_out(q) for q in train)
+
+
+def test_a_held_out_question_is_not_trained_in_other_politeness_either(files):
+    def words(question: str) -> str:  # a second derivation: what no opener and no closer of the world holds
+        return re.sub(r"^(please |can you |hey, |now )+|(\.|!|, thanks)+$", "", question)
+
+    for train in (files.base_train, files.adapt_train):
+        asked = {words(question) for question in questions(train)}
+        for held_out in (files.base_eval, files.adapt_eval):
+            assert not [question for question in questions(held_out) if words(question) in asked]
 
 
 def test_files_have_the_asked_sizes_and_no_question_twice(files):
