@@ -24,6 +24,7 @@ VERBS = {
     "run": "Train: start the ranks of a recipe on this machine.",
     "evaluate": "Ask a model or a server what suites ask, and judge its answers.",
     "decide": "Say for each behaviour of a model: prompt, retrieve, fine-tune, or mend the data.",
+    "chat": "Talk to a run, a model or a server; its calls are checked, and answered by functions or by you.",
     "score": "Score tool calls that came from anywhere against a suite's answers.",
     "submit": "Send a recipe to Slurm, or render the script that would be sent.",
     "status": "Say how runs stand: state, step, time left, restarts, last commit.",
