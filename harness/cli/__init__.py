@@ -33,7 +33,8 @@ VERBS = {
     "nodes": "Show what is free on the cluster, and what a job would fit on.",
     "checkpoints": "List, verify or prune a run's checkpoints.",
     "sync": "Send a run's metrics to Weights & Biases, all its lives as one run.",
-    "export": "Verify a run's export, or merge its adapter into its base.",
+    "export": "Verify a run's export, merge its adapter into its base, or write it as GGUF.",
+    "push": "Hand a run's export over, with a model card: to a hub, or to a folder.",
     "pairs": "Mine preference pairs from a run's own failures.",
 }
 # Started by our own scripts and by no person.

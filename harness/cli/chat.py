@@ -36,12 +36,16 @@ COMMANDS = {
 )
 @click.option("--system", metavar="TEXT", help="What the model is told before the first question.")
 @click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Add each conversation to this file of rows when it ends.")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="That an answer may have.  [default: 512, or what the model's positions leave]")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), help="That an answer may have.  [default: 512, or what the model's positions leave]"
+)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn above temperature 0.")
 @click.option("--model", help="What the server at a URL calls the model, where it serves several.")
 @click.option("--api-key-variable", help="The environment variable with the server's key.")
-@click.option("--timeout-s", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True, help="Of one answer by a server.")
+@click.option(
+    "--timeout-s", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True, help="Of one answer by a server."
+)
 def command(target, tools, system, save, max_new_tokens, temperature, seed, model, api_key_variable, timeout_s):
     """Talk to TARGET, a run, a model's folder, a hub id or the URL of an OpenAI-compatible server, and have its calls checked and answered.
 
