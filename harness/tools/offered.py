@@ -119,9 +119,7 @@ def _functions_in(path: Path) -> list[Callable]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise RecipeError(f"--tools {path}; cannot be imported: {type(error).__name__}: {error}") from error
-    return [
-        value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == path.stem and key[:1] != "_"
-    ]
+    return [value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == path.stem and key[:1] != "_"]
 
 
 def _checked(tools: list[dict], name: str) -> list[dict]:

@@ -125,12 +125,10 @@ def test_licences_are_told_where_they_are_known_and_unknown_where_they_are_not(t
 
 
 def test_a_licence_that_is_found_out_later_is_no_other_recipe():
-    from harness.checkpoint.resume import changed_fields
     from harness.recipe import load, recipe_digest
 
     before, after = (load("tiny/sft-lora", [f'data.train=[{{path: "embedded:base-train"{more}}}]']) for more in ("", ", license: mit"))
     assert recipe_digest(before) == recipe_digest(after)
-    assert changed_fields({"recipe": before.model_dump(mode="json")}, after) == []
 
 
 def test_the_card_tells_figures_with_their_command_and_lineage(full):
