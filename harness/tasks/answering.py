@@ -309,7 +309,7 @@ class Served:
         self.identity = {"url": url.rstrip("/"), "model": self.model}
 
     def _only_model(self) -> str:
-        listed = self._asked("models").get("data")
+        listed = _asked(self._client, "models", None, self._patience).get("data")
         names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if len(names) != 1:
             raise EvaluationError(f"{self._client.url}: serves {', '.join(map(str, names)) or 'no model'}; say which with --model")
@@ -343,7 +343,7 @@ class Served:
             **drawn,
         }
         try:
-            found = self._asked("chat/completions", body)
+            found = _asked(self._client, "chat/completions", body, self._patience)
         except Refused as refused:
             if refused.status not in IN_VAIN:
                 raise EvaluationError(str(refused)) from None
@@ -356,13 +356,14 @@ class Served:
             where = f"{self._client.url}/chat/completions"
             raise EvaluationError(f"{where}: answers without choices[0].message; give the url of an OpenAI-compatible API") from None
 
-    def _asked(self, path: str, body: dict | None = None) -> dict:
-        try:
-            return self._client.ask(path, body, patience=self._patience)
-        except Refused:
-            raise
-        except TeacherError as error:
-            raise EvaluationError(str(error)) from None
+
+def _asked(client: Client, path: str, body: dict | None = None, patience: int | None = None) -> dict:
+    try:
+        return client.ask(path, body, patience=patience)
+    except Refused:
+        raise
+    except TeacherError as error:
+        raise EvaluationError(str(error)) from None
 
 
 def _as_openai(message: dict) -> dict:
