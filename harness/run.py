@@ -17,7 +17,7 @@ runs/<name>/
   .retired/              checkpoints that are being deleted
   .quarantine/           checkpoints that were not whole
   final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
-  merged/                `harness export --merge`
+  merged/, gguf-TYPE/    `harness export --merge`, `--gguf TYPE`
   pairs/                 `harness pairs`
   .lock                  held by the process that runs in the folder
   share.json             of a run that trains nothing, and does a share of units of work (harness.share)
@@ -51,7 +51,7 @@ from harness.recipe import Recipe, load, recipe_digest, render_recipe
 
 LOCK = ".lock"
 OURS = re.compile(
-    r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|checkpoint-\d+|(final|merged|init)(\.incomplete|\.old)?"
+    r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|checkpoint-\d+|(final|merged|init|gguf-\w+)(\.incomplete|\.old)?"
     r"|pairs|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+|share\.json|job\.sbatch|job\.json|cluster\.yaml|code\.diff"
 )
 """The names of what a run leaves in its folder, `.NAME.PID` and `.NAME.PID.N` being files that were about to be renamed."""
@@ -160,6 +160,9 @@ class RunDir:
         attempt.mkdir(parents=True)
         _lead_to(attempt, attempt.with_name("latest"))
         return attempt
+
+    def gguf(self, dtype: str) -> Path:
+        return self.path / f"gguf-{dtype}"
 
     def attempt(self, number: int) -> Path:
         return self.path / "logs" / f"attempt-{number}"

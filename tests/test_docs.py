@@ -54,7 +54,7 @@ RUN_LANGUAGES = ("bash", "sh", "python")
 SHOWN_LANGUAGES = ("yaml", "json", "jsonl", "text", "")
 MINUTES_OR_NETWORK = ("make", "pip", "git", "hf", "apt-get", "sudo")
 """Programs whose blocks must be marked as not run here."""
-UNCHECKED = ("vllm", "pip", "git", "hf", "wandb", "cd", "source", ".", "export", "ls", "cat", "tail")
+UNCHECKED = ("vllm", "transformers", "pip", "git", "hf", "wandb", "cd", "source", ".", "export", "ls", "cat", "tail")
 """Other people's programs, whose arguments nothing here can judge."""
 
 

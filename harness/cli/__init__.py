@@ -24,6 +24,7 @@ VERBS = {
     "run": "Train: start the ranks of a recipe on this machine.",
     "evaluate": "Ask a model or a server what suites ask, and judge its answers.",
     "decide": "Say for each behaviour of a model: prompt, retrieve, fine-tune, or mend the data.",
+    "chat": "Talk to a run, a model or a server; its calls are checked, and answered by functions or by you.",
     "score": "Score tool calls that came from anywhere against a suite's answers.",
     "submit": "Send a recipe to Slurm, or render the script that would be sent.",
     "status": "Say how runs stand: state, step, time left, restarts, last commit.",
@@ -32,7 +33,8 @@ VERBS = {
     "nodes": "Show what is free on the cluster, and what a job would fit on.",
     "checkpoints": "List, verify or prune a run's checkpoints.",
     "sync": "Send a run's metrics to Weights & Biases, all its lives as one run.",
-    "export": "Verify a run's export, or merge its adapter into its base.",
+    "export": "Verify a run's export, merge its adapter into its base, or write it as GGUF.",
+    "push": "Hand a run's export over, with a model card: to a hub, or to a folder.",
     "pairs": "Mine preference pairs from a run's own failures.",
 }
 # Started by our own scripts and by no person.

@@ -5,29 +5,47 @@ from pathlib import Path
 
 import click
 
-from harness.errors import ModelError
+from harness.errors import ModelError, RecipeError
 from harness.logs import quieten
 from harness.recipe import load
 from harness.run import RunDir, replace_folder
 
+GGUF_TYPES = ("f32", "bf16", "f16", "q8_0")
 COMPARED_WITH = {"adapter": "base + adapter", "trained_4bit": "the 4-bit model that was trained"}
 
 
 @click.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--merge", is_flag=True, help="Merge the adapter into its base in bfloat16, into RUN/merged.")
-@click.option("--force", is_flag=True, help="Replace a merged model that is there already.")
-def command(run: Path, merge: bool, force: bool):
-    """Verify the export of RUN against its digests; with --merge also merge the adapter into its base, and measure what that changed."""
+@click.option("--gguf", type=click.Choice(GGUF_TYPES), help="Convert the whole model (of an adapter the merged one) into RUN/gguf-TYPE.")
+@click.option(
+    "--converter", type=click.Path(path_type=Path), help="llama.cpp's convert_hf_to_gguf.py, or its folder.  [default: $LLAMA_CPP, PATH]"
+)
+@click.option("--force", is_flag=True, help="Replace a merged or converted model that is there already.")
+def command(run: Path, merge: bool, gguf: str | None, converter: Path | None, force: bool):
+    """Verify the export of RUN (an adapter alone, or a whole model) against its digests; with --merge also merge the adapter into its base,
+    and measure what that changed; with --gguf also write the model for llama.cpp."""
+    if converter and not gguf:
+        raise RecipeError("--converter is for --gguf, and that is not given")
     folder = RunDir(run.expanduser().resolve())
     folder.read_manifest()
     quieten()
-    from harness.model.export import KL_LIMIT, verify_export
+    from harness.model.export import verify_export
+    from harness.model.gguf import find_converter
 
+    # Before a merge that takes minutes.
+    found = find_converter(converter) if gguf else None
     manifest = verify_export(folder.final)
     click.echo(f"{folder.final}: {len(manifest['files'])} files, all as they were exported at step {manifest['step']}")
-    if not merge:
-        return
+    if merge:
+        merge_and_tell(folder, manifest, force)
+    if gguf:
+        convert_and_tell(folder, manifest, gguf, found, force)
+
+
+def merge_and_tell(folder: RunDir, manifest: dict, force: bool) -> None:
+    from harness.model.export import KL_LIMIT
+
     if not manifest["adapter"]:
         raise ModelError(f"{folder.final}: is a whole model, not an adapter; there is nothing to merge")
     if folder.merged.is_dir() and not force:
@@ -43,6 +61,21 @@ def command(run: Path, merge: bool, force: bool):
     if not differences["adapter"]["kl"] <= KL_LIMIT:
         click.echo(f"the merge changed the model: KL is above {KL_LIMIT}; is the base what it was in training?", err=True)
         sys.exit(1)
+
+
+def convert_and_tell(folder: RunDir, manifest: dict, dtype: str, converter: Path, force: bool) -> None:
+    from harness.model.export import verify_export
+    from harness.model.gguf import save_gguf
+
+    if manifest["task"] == "reward":
+        raise ModelError(f"{folder.final}: ends in a score, which llama.cpp's converter would leave out; serve it by transformers")
+    source, target = folder.merged if manifest["adapter"] else folder.final, folder.gguf(dtype)
+    if not source.is_dir():
+        raise ModelError(f"{folder.final}: is an adapter; merge it first: harness export {folder.path} --merge --gguf {dtype}")
+    if target.is_dir() and not force:
+        raise ModelError(f"{target}: already holds a converted model; --force replaces it")
+    file, tensors = save_gguf(source, target, folder.path.name, dtype, converter, verify_export(source))
+    click.echo(f"converted {source} into {file}: {tensors} tensors, {file.stat().st_size:,} bytes")
 
 
 def merge_run(folder: RunDir, manifest: dict) -> tuple[dict, int]:

@@ -198,6 +198,9 @@ written to {output_dir}/
   teacher-cache         what the teacher says of each token
   distill/pairs         what the student got wrong, beside what was right; prefer/final the student that has learnt from it
 
+talk to it:
+  harness chat {output_dir}/base --tools embedded:base-eval    "tell me the weather in Oslo"; you answer its calls
+
 next, with a real model and your own tool calls (data/tools.jsonl, in the layout `messages` + `tools` or xLAM):
   harness preview sft/llama3-8b-tools-qlora data.train=data/tools.jsonl    what will be trained, token by token
   harness run sft/llama3-8b-tools-qlora data.train=data/tools.jsonl --smoke    two steps on the longest rows: does it fit?

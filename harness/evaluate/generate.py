@@ -33,11 +33,13 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     after_batch: Callable[[], None] = lambda: None,
+    streamer=None,
 ) -> list[Continuation]:
     """The model's continuation of each prompt, in the prompts' order. Prompts of like length share a batch, padded on the left.
 
     temperature: 0 is greedy; above it, tokens are drawn by torch's own generator from the smallest set that holds top_p of the mass.
-    after_batch: called after each batch, for whoever watches for signs of life.
+    after_batch: called after each batch, for whoever watches for signs of life. streamer: transformers' own, told each token as it is
+    drawn, of a single prompt.
     """
     import torch
 
@@ -66,6 +68,7 @@ def generate(
                 use_cache=True,
                 # Each rank has prompts of its own; waiting for each other is for shards, of which none are left here.
                 synced_gpus=False,
+                streamer=streamer,
                 **draws,
             )
         for index, row in zip(chosen, out[:, width:].tolist(), strict=True):

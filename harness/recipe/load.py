@@ -312,6 +312,18 @@ def _differences(section: BaseModel, prefix: str) -> dict[str, Any]:
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """Hex digest of everything that decides what is trained; where it is written, how it is tracked, saved and watched are left out."""
-    settings = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "checkpoint", "watchdog"})
+    """Hex digest of everything that decides what is trained; where it is written, how it is tracked, saved and watched are left out,
+    and so are the licences of the data."""
+    settings = without_licences(recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "checkpoint", "watchdog"}))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def without_licences(settings: dict) -> dict:
+    """A recipe's settings without those of its sources that decide nothing: a licence that is found out later changes no run."""
+    data = settings["data"]
+    sources = {
+        part: [{key: value for key, value in source.items() if key != "license"} for source in data[part]]
+        for part in ("train", "eval")
+        if part in data
+    }
+    return settings | {"data": data | sources}

@@ -365,6 +365,9 @@ class Source(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How many times an epoch sees each row: 2 is twice, 0.5 is a seeded half."""
     max_rows: PositiveInt | None = None
+    license: str | None = None
+    """Under which the rows may be used, as the hub names licences (`apache-2.0`, `cc-by-4.0`). Decides nothing; the model card that
+    `harness push` writes says it. Left out: unknown, and the card says that."""
 
 
 def as_sources(value):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,17 +159,26 @@ class Local:
             )
 
     def answer(self, needs: str, items: Sequence[Item], seed: int) -> list[Said]:
-        self._load()
+        self.load()
         if needs == "loss":
             return [self._read(item) for item in items]
         if needs == "choices":
             return [self._choose(item) for item in items]
         return self._write(items, seed)
 
+    def speak(self, item: Item, seed: int, hear: Callable[[str], None], *, shorten: bool = False) -> Said:
+        """The answer to one item; `hear` is told its pieces as they are written. shorten: where the model's positions end before
+        max_new_tokens, the answer has what they leave."""
+        self.load()
+        stops = self._model.generation_config.eos_token_id
+        streamer = _streamer(self.tokenizer, set(stops if isinstance(stops, list) else [stops]), hear)
+        return self._write([item], seed, streamer, shorten)[0]
+
     def _prompt_of(self, item: Item) -> list[int]:
         return self._renderer.render_prompt({"messages": item.messages, "tools": item.tools}, item.id)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """The weights, once; whoever asks before them waits for them."""
         if self._model is not None:
             return
         from harness import model as models
@@ -189,7 +198,7 @@ class Local:
 
     # ---- to write
 
-    def _write(self, items: Sequence[Item], seed: int) -> list[Said]:
+    def _write(self, items: Sequence[Item], seed: int, streamer=None, shorten: bool = False) -> list[Said]:
         import torch
 
         from harness.evaluate.generate import generate
@@ -201,6 +210,8 @@ class Local:
             except DataError as error:
                 said[at] = Said(failure="refused", detail=str(error))
                 continue
+            if shorten:
+                most = max(1, min(most, self._positions - len(ids)))
             if len(ids) + most > self._positions:
                 reason = f"asks in {len(ids)} tokens; of {self._positions} positions {most} are the answer's"
                 said[at] = Said(prompt_tokens=len(ids), failure="too_long", detail=reason)
@@ -214,6 +225,7 @@ class Local:
             max_new_tokens=most,
             batch_size=self._settings.batch_size,
             temperature=self._settings.temperature,
+            streamer=streamer,
         )
         for (at, ids), continuation in zip(asked.items(), continuations, strict=True):
             # With special tokens: Llama and Mistral mark calls by them.
@@ -262,6 +274,21 @@ class Local:
         return total
 
 
+def _streamer(tokenizer, stops: set[int], hear: Callable[[str], None]):
+    """transformers' own, which tells whole words, with the special tokens that mark calls and without the one that ends the turn."""
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):
+        def put(self, value):
+            if self.next_tokens_are_prompt or int(value) not in stops:
+                super().put(value)
+
+        def on_finalized_text(self, text, stream_end=False):
+            hear(text)
+
+    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 # ---- a server
 
 
@@ -273,14 +300,16 @@ class Served:
     """A model behind POST /chat/completions. Its calls come back structured or as text, and both are read: a structured one is written down
     as Hermes writes it."""
 
-    def __init__(self, url: str, settings: Settings, connection: Connection):
+    def __init__(self, url: str, settings: Settings, connection: Connection, patience: int | None = None):
+        """patience: how often a server that does not answer is asked again (teacher.client)."""
+        self._patience = patience
         self._client = Client(url.rstrip("/"), connection.api_key_variable, connection.timeout_s, option_of)
         self._settings, self._connection = settings, connection
         self.model = connection.model or self._only_model()
         self.identity = {"url": url.rstrip("/"), "model": self.model}
 
     def _only_model(self) -> str:
-        listed = _asked(self._client, "models").get("data")
+        listed = _asked(self._client, "models", None, self._patience).get("data")
         names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if len(names) != 1:
             raise EvaluationError(f"{self._client.url}: serves {', '.join(map(str, names)) or 'no model'}; say which with --model")
@@ -292,6 +321,12 @@ class Served:
                 f"{self._client.url}: this suite needs log-probabilities of given text under the model's chat template, which no chat API "
                 "tells; give the model itself"
             )
+
+    def speak(self, item: Item, seed: int, hear: Callable[[str], None], *, shorten: bool = False) -> Said:
+        """The answer to one item, which `hear` is told as a whole."""
+        said = self._ask(item, seed)
+        hear(said.said)
+        return said
 
     def answer(self, needs: str, items: Sequence[Item], seed: int) -> list[Said]:
         with ThreadPoolExecutor(self._connection.concurrency) as pool:
@@ -308,7 +343,7 @@ class Served:
             **drawn,
         }
         try:
-            found = _asked(self._client, "chat/completions", body)
+            found = _asked(self._client, "chat/completions", body, self._patience)
         except Refused as refused:
             if refused.status not in IN_VAIN:
                 raise EvaluationError(str(refused)) from None
@@ -322,9 +357,9 @@ class Served:
             raise EvaluationError(f"{where}: answers without choices[0].message; give the url of an OpenAI-compatible API") from None
 
 
-def _asked(client: Client, path: str, body: dict | None = None) -> dict:
+def _asked(client: Client, path: str, body: dict | None = None, patience: int | None = None) -> dict:
     try:
-        return client.ask(path, body)
+        return client.ask(path, body, patience=patience)
     except Refused:
         raise
     except TeacherError as error:
