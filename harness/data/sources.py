@@ -98,7 +98,7 @@ def load_rows(
         for row in part.rows:
             loaded.rows.append(row)
         loaded.skipped += part.skipped
-        loaded.counts += part.counts
+        loaded.counts.update(part.counts)
     if kind == "pairs":
         _pair_labelled(loaded)
     if not loaded.rows:
