@@ -5,7 +5,7 @@
 Side by side   the same rows, tokenizer, masks and packed length on both sides, which take turns, each in a process of its own and with
                empty caches; TRL with `dataset_num_proc` 1 and as many as there are cores. Rows, tokens and trained tokens must agree, or there is
                no result.
-Growth         10^3 to 10^6 rows, each size in a process of its own, whose memory, children included, is looked at ten times a second.
+Growth         10^3 to 10^6 rows, each size in a process of its own, whose memory, children included, is looked at five times a second.
 """
 
 import argparse
@@ -118,13 +118,13 @@ def save_tokenizer(folder: Path, rows: Path) -> None:
 # ---- a side in a process of its own
 
 
-def run_side(name: str, folder: Path, num_proc: int, peaks: dict | None = None) -> dict:
+def run_side(name: str, folder: Path, num_proc: int | None, peaks: dict | None = None) -> dict:
     """peaks: filled with the most memory that the process and its children held, by stage."""
     for left in ("cache", "messages.jsonl", "run"):
         shutil.rmtree(folder / left, ignore_errors=True)
     (folder / "messages.jsonl").unlink(missing_ok=True)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    command = [sys.executable, str(HERE / "data_sides.py"), name, str(folder), str(num_proc)]
+    command = [sys.executable, str(HERE / "data_sides.py"), name, str(folder), *([str(num_proc)] if num_proc else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         errors: list[str] = []
         reader = threading.Thread(target=lambda: errors.extend(process.stderr))
@@ -144,10 +144,10 @@ def run_side(name: str, folder: Path, num_proc: int, peaks: dict | None = None) 
 
 
 class Watch(threading.Thread):
-    """The most memory of a process and its children together: `rss`, and of that `anonymous`, which the kernel cannot take back as it can
-    the pages of mapped files. Pages that a child shares with its parent count twice."""
+    """The most memory of a process and its children together (PSS: what several share counts once): `resident`, and of that `anonymous`,
+    which the kernel cannot take back as it can the pages of mapped files."""
 
-    def __init__(self, pid: int, peaks: dict, every_s: float = 0.1):
+    def __init__(self, pid: int, peaks: dict, every_s: float = 0.2):
         super().__init__(daemon=True)
         self._pid, self._peaks, self._every_s, self._ended = pid, peaks, every_s, threading.Event()
         self.stage = "starting"
@@ -162,7 +162,7 @@ class Watch(threading.Thread):
             except psutil.NoSuchProcess:
                 return
             held = [memory_of(pid) for pid in pids]
-            for kind in ("rss", "anonymous"):
+            for kind in ("resident", "anonymous"):
                 of_stage = self._peaks.setdefault(kind, {})
                 of_stage[self.stage] = max(of_stage.get(self.stage, 0), sum(one[kind] for one in held))
 
@@ -174,18 +174,18 @@ class Watch(threading.Thread):
 def memory_of(pid: int) -> dict[str, int]:
     """Bytes; none of a process that has ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        told = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
-        status = ""
-    found = dict(re.findall(r"^(VmRSS|RssAnon):\s+(\d+) kB$", status, re.MULTILINE))
-    return {"rss": int(found.get("VmRSS", 0)) * 1024, "anonymous": int(found.get("RssAnon", 0)) * 1024}
+        told = ""
+    found = dict(re.findall(r"^(Pss|Pss_Anon):\s+(\d+) kB$", told, re.MULTILINE))
+    return {"resident": int(found.get("Pss", 0)) * 1024, "anonymous": int(found.get("Pss_Anon", 0)) * 1024}
 
 
 # ---- measured
 
 
 def compare(folder: Path, plan: Plan, cores: int) -> dict:
-    sides = {"harness": ("harness", cores), "TRL, 1 process": ("trl", 1), f"TRL, {cores} processes": ("trl", cores)}
+    sides = {"harness": ("harness", None), "TRL, 1 process": ("trl", 1), f"TRL, {cores} processes": ("trl", cores)}
     found = {name: [] for name in sides}
     for turn in range(plan.turns):
         for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
@@ -224,12 +224,12 @@ def ratios(found: dict[str, list[dict]]) -> dict:
     }
 
 
-def grow(folder: Path, plan: Plan, words: list[str], cores: int) -> list[dict]:
+def grow(folder: Path, plan: Plan, words: list[str]) -> list[dict]:
     measured = []
     for rows in plan.growth:
         make_rows(folder / "raw.jsonl", rows, words)
         peaks: dict = {}
-        run = run_side("harness", folder, cores, peaks)
+        run = run_side("harness", folder, None, peaks)
         seconds = run["seconds"]
         measured.append(
             {
@@ -258,7 +258,7 @@ def run(plan: Plan, work: Path) -> dict:
         "git_commit": git_commit(),
         "plan": asdict(plan),
         "comparison": compared,
-        "growth": grow(work, plan, words, cores),
+        "growth": grow(work, plan, words),
         "machine": machine | {"load_after": os.getloadavg()[0]},
         "versions": library_versions(),
         "seconds": time.perf_counter() - began,
@@ -312,7 +312,7 @@ def render(result: dict) -> str:
 def render_growth(growth: list[dict]) -> list[str]:
     least, most = growth[0], growth[-1]
     row_bytes = most["raw_bytes"] / most["rows"]
-    held = {kind: {run["rows"]: max(run["peaks"][kind].values()) for run in growth} for kind in ("rss", "anonymous")}
+    held = {kind: {run["rows"]: max(run["peaks"][kind].values()) for run in growth} for kind in ("resident", "anonymous")}
     added = (held["anonymous"][most["rows"]] - held["anonymous"][least["rows"]]) / (most["rows"] - least["rows"])
     lines = [
         f"Growth, {row_bytes:,.0f} bytes a row, all stages of `harness` in one process with its children, whose memory is added up:",
@@ -322,7 +322,7 @@ def render_growth(growth: list[dict]) -> list[str]:
     ]
     for run in growth:
         seconds = " | ".join(f"{run['seconds'][stage]:.1f}" for stage in OURS)
-        peaks = " | ".join(f"{held[kind][run['rows']] / 2**20:,.0f}" for kind in ("rss", "anonymous"))
+        peaks = " | ".join(f"{held[kind][run['rows']] / 2**20:,.0f}" for kind in ("resident", "anonymous"))
         lines.append(f"| {run['rows']:,} | {run['raw_bytes'] / 2**20:,.0f} | {seconds} | {run['rows_per_s']:,.0f} | {peaks} |")
     lines += [
         "",

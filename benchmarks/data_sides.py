@@ -1,6 +1,7 @@
 """What benchmarks/data.py starts in a process of its own: one side, one set of rows, from the file to the packs; prints one line of JSON.
 
-    python benchmarks/data_sides.py harness|trl FOLDER NUM_PROC
+    python benchmarks/data_sides.py harness FOLDER
+    python benchmarks/data_sides.py trl FOLDER NUM_PROC
 
 FOLDER has raw.jsonl (xLAM's layout) and tokenizer/. Imports are not in the seconds of either side.
 
@@ -11,6 +12,7 @@ trl       load_dataset and a `map` that makes messages of the rows, as a user wr
 
 import contextlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -55,7 +57,7 @@ def counts_of(packs) -> dict:
     return found
 
 
-def harness_side(folder: Path, num_proc: int, said) -> dict:
+def harness_side(folder: Path, num_proc: None, said) -> dict:
     from harness.data import prepare, prepare_recipe
     from harness.data.audit import CLASSES, File, audit, plan_actions
     from harness.data.convert import convert
@@ -64,7 +66,7 @@ def harness_side(folder: Path, num_proc: int, said) -> dict:
     from harness.tasks.templates import training_template
 
     clock, messages, recipe = Clock(), folder / "messages.jsonl", folder / "recipe.yaml"
-    data = {"train": str(messages), "max_length": MAX_LENGTH, "packing": True, "cache_dir": str(folder / "cache"), "num_proc": num_proc}
+    data = {"train": str(messages), "max_length": MAX_LENGTH, "packing": True, "cache_dir": str(folder / "cache")}
     recipe.write_text(json.dumps({"model": {"name_or_path": str(folder / "tokenizer")}, "data": data}))  # JSON is YAML
     recipe = load(recipe)
     tokenizer = load_tokenizer(recipe)
@@ -134,15 +136,15 @@ SIDES = {"harness": harness_side, "trl": trl_side}
 
 
 def main() -> None:
-    name, folder, num_proc = sys.argv[1:]
-    began = time.perf_counter()
-    marks: dict[str, float] = {}
+    name, folder, *num_proc = sys.argv[1:]
+    cpu_s: list[float] = []
 
     def said(text: str) -> None:
-        marks[text] = time.perf_counter() - began
+        cpu_s.append(sum(os.times()[:4]))  # its own, and of children that have ended
         print(f"# {text}", flush=True)
 
-    print(json.dumps(SIDES[name](Path(folder), int(num_proc), said) | {"marks": marks}), flush=True)
+    result = SIDES[name](Path(folder), int(num_proc[0]) if num_proc else None, said)
+    print(json.dumps(result | {"cpu_s": cpu_s[-1] - cpu_s[0]}), flush=True)
 
 
 if __name__ == "__main__":

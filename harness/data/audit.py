@@ -34,6 +34,7 @@ from harness.data.rows import Places, content_digest
 from harness.data.spans import in_order
 from harness.errors import DataError
 from harness.tools import REPAIRABLE, Repair, ToolCall, check_tool, problems_of, repair_call
+from harness.tools.schema import once_for_each
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,17 @@ def check_row(row: dict, pattern: re.Pattern = CONTROL_TOKENS) -> list[Finding]:
             if message["role"] == "assistant" and (call := _CALL_IN_WORDS.search(message.get("content", ""))):
                 found.append(Finding("call_in_words", where, f"{call.group()} stands in the words, and no template writes it as a call"))
     in_words = {finding.where for finding in found if finding.kind == "call_in_words"}
-    for where, text in _words(row):
-        token = pattern.search(text)
+    tokens = [(where, text, pattern.search(text)) for where, text in _words({**row, "tools": ()})]
+    tokens += [("tools", "", _control_token_in(tool, pattern)) for tool in tools]
+    for where, text, token in tokens:
         if token and not (where in in_words and _CALL_IN_WORDS.search(text)):
             found.append(Finding("control_token", where, f"{token.group()} would be read as the template's own"))
     return found
+
+
+@once_for_each
+def _control_token_in(tool: dict, pattern: re.Pattern) -> re.Match | None:
+    return pattern.search(_text_of(tool["function"]))
 
 
 def _words(row: dict) -> Iterator[tuple[str, str]]:
