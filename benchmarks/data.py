@@ -3,9 +3,10 @@
     python benchmarks/data.py                           writes benchmarks/results/data-cpu.{json,md}
 
 Side by side   the same rows, tokenizer, masks and packed length on both sides, which take turns, each in a process of its own and with
-               empty caches; TRL with `dataset_num_proc` 1 and as many as there are cores. Rows, tokens and trained tokens must agree, or there is
-               no result.
-Growth         10^3 to 10^6 rows, each size in a process of its own, whose memory, children included, is looked at five times a second.
+               empty caches; TRL with `dataset_num_proc` 1 and as many as there are cores. Rows, tokens and trained tokens must agree, or
+               there is no result.
+Growth         10^3 to 10^6 rows of one tool each, every size in a process of its own, whose memory, children included, is looked at five
+               times a second.
 """
 
 import argparse
@@ -59,8 +60,8 @@ def words_of_the_docs() -> list[str]:
     return list(dict.fromkeys(words))
 
 
-def make_rows(path: Path, rows: int, words: list[str]) -> None:
-    """xLAM's layout: a question, one to four of 2,000 tools with their JSON Schemas, and one or two calls that fit them."""
+def make_rows(path: Path, rows: int, words: list[str], most_tools: int = 4) -> None:
+    """xLAM's layout: a question, some of 2,000 tools (xLAM has 3,673) with their JSON Schemas, and one or two calls that fit them."""
     rng = random.Random(SEED)
 
     def say_words(least: int, most: int) -> str:
@@ -81,7 +82,7 @@ def make_rows(path: Path, rows: int, words: list[str]) -> None:
         tools.append({"name": name, "description": say_words(8, 20), "parameters": parameters})
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(rows):
-            offered = rng.sample(tools, rng.randint(1, 4))
+            offered = rng.sample(tools, rng.randint(1, most_tools))
             calls = []
             for tool in rng.sample(offered, min(len(offered), rng.randint(1, 2))):
                 parameters = tool["parameters"]
@@ -192,8 +193,11 @@ def compare(folder: Path, plan: Plan, cores: int) -> dict:
             found[name].append(run_side(sides[name][0], folder, sides[name][1]))
             say(f"turn {turn + 1} of {plan.turns}: {name}: {sum(found[name][-1]['seconds'].values()):.1f} s")
     check_same(found)
-    return {"sides": {name: [run["seconds"] for run in runs] for name, runs in found.items()}, "ratios": ratios(found)} | {
-        "counts": {name: runs[0]["counts"] for name, runs in found.items()}
+    return {
+        "sides": {name: [run["seconds"] for run in runs] for name, runs in found.items()},
+        "cpu_s": {name: [run["cpu_s"] for run in runs] for name, runs in found.items()},
+        "ratios": ratios(found),
+        "counts": {name: runs[0]["counts"] for name, runs in found.items()},
     }
 
 
@@ -227,7 +231,7 @@ def ratios(found: dict[str, list[dict]]) -> dict:
 def grow(folder: Path, plan: Plan, words: list[str]) -> list[dict]:
     measured = []
     for rows in plan.growth:
-        make_rows(folder / "raw.jsonl", rows, words)
+        make_rows(folder / "raw.jsonl", rows, words, most_tools=1)
         peaks: dict = {}
         run = run_side("harness", folder, None, peaks)
         seconds = run["seconds"]
@@ -278,20 +282,19 @@ def render(result: dict) -> str:
         f"{result['date']}, commit {result['git_commit'][:12]}; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         "",
         f"{plan['rows']:,} rows of xLAM's layout, {counts['tokens'] / counts['rows']:.0f} tokens each, of which "
-        f"{counts['trained_tokens'] / counts['tokens']:.0%} are trained; {plan['turns']} turns. Rows, tokens and trained tokens of all sides "
-        "are the same. Seconds are medians; imports are in none.",
+        f"{counts['trained_tokens'] / counts['tokens']:.0%} are trained; {plan['turns']} turns. Rows, tokens and trained tokens of all "
+        "sides are the same. Seconds are medians; imports are in none.",
         "",
-        "| side | convert, or `map` | validate | read | tokenise | pack | together | rows/s | packs |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| side | convert, or `map` | validate | read | tokenise | pack | together, s | CPU seconds | rows/s | packs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in compared["sides"].items():
         stages = {stage: spread([run[stage] for run in runs])["median"] for stage in runs[0]}
         whole = spread([sum(run.values()) for run in runs])["median"]
         shown = [stages.get("convert", stages.get("map")), *(stages.get(stage) for stage in OURS[1:])]
         cells = [f"{value:.1f}" if value is not None else "–" for value in shown]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {whole:.1f} | {plan['rows'] / whole:,.0f} | {compared['counts'][name]['packs']:,} |"
-        )
+        cells += [f"{whole:.1f}", f"{spread(compared['cpu_s'][name])['median']:.1f}", f"{plan['rows'] / whole:,.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {compared['counts'][name]['packs']:,} |")
     lines += [
         "",
         "`validate` has no other side: TRL checks no row, no schema, no call, and looks for no repeats. `read` is `harness prepare`'s own "
@@ -315,7 +318,7 @@ def render_growth(growth: list[dict]) -> list[str]:
     held = {kind: {run["rows"]: max(run["peaks"][kind].values()) for run in growth} for kind in ("resident", "anonymous")}
     added = (held["anonymous"][most["rows"]] - held["anonymous"][least["rows"]]) / (most["rows"] - least["rows"])
     lines = [
-        f"Growth, {row_bytes:,.0f} bytes a row, all stages of `harness` in one process with its children, whose memory is added up:",
+        f"Growth, {row_bytes:,.0f} bytes and {most['tokens'] / most['rows']:,.0f} tokens a row, all stages of `harness`:",
         "",
         "| rows | file, MiB | convert, s | validate, s | read, s | tokenise, s | pack, s | rows/s | peak, MiB | of that anonymous, MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -326,8 +329,8 @@ def render_growth(growth: list[dict]) -> list[str]:
         lines.append(f"| {run['rows']:,} | {run['raw_bytes'] / 2**20:,.0f} | {seconds} | {run['rows_per_s']:,.0f} | {peaks} |")
     lines += [
         "",
-        f"From {least['rows']:,} to {most['rows']:,} rows anonymous memory grows by {added:,.0f} bytes a row; the rest of the peak is pages "
-        "of mapped files, which the kernel takes back when it needs them.",
+        f"From {least['rows']:,} to {most['rows']:,} rows anonymous memory grows by {added:,.0f} bytes a row; the rest of the peak is "
+        "pages of mapped files, which the kernel takes back when it needs them.",
     ]
     return lines
 
