@@ -11,6 +11,7 @@ are gone then. A process that is killed is an error that says what it was workin
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -125,6 +126,7 @@ class _Pool:
 
 def _serve(connection: Connection, inherited: list[Connection], work: Callable) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # or the first collection writes to every object of the parent, and so makes a copy of its memory
     for other in inherited:
         other.close()
     while True:
