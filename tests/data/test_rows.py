@@ -80,8 +80,7 @@ def write_rows(path, count):
     """Of about 3 kB, no two alike."""
     with open(path, "w") as file:
         for n in range(count):
-            words = " ".join(f"w{(n * 7919 + i * 31) % 10007}" for i in range(500))
-            turns = [{"role": "user", "content": f"{n} {words}"}, {"role": "assistant", "content": f"answer {n}"}]
+            turns = [{"role": "user", "content": f"question {n} about {'x' * 3000}"}, {"role": "assistant", "content": f"answer {n}"}]
             file.write(json.dumps({"messages": turns}) + "\n")
     return path
 
@@ -97,21 +96,23 @@ def audit_them(path, tmp_path):
 def prepare_them(path, tmp_path):
     mixture = mix([Source(path=str(path))], [load_rows(Source(path=str(path)), num_proc=1)], seed=1, eval_fraction=0.1)
     tokenizer = chat_tokenizer("{% for m in messages %}{% generation %}{{ m.content[:40] + eos_token }}{% endgeneration %}{% endfor %}")
-    prepare(mixture.train, tokenizer, eval=mixture.held_out, cache_dir=tmp_path / path.name, max_length=2000, packing=True, num_proc=1)
+    prepare(mixture.train, tokenizer, eval=mixture.held_out, cache_dir=tmp_path / path.stem, max_length=2000, packing=True, num_proc=1)
 
 
 @pytest.mark.parametrize(("stage", "most_bytes"), [(convert_them, 20), (audit_them, 150), (prepare_them, 250)])
 def test_memory_grows_by_some_bytes_a_row_and_not_by_the_rows(tmp_path, monkeypatch, stage, most_bytes):
     monkeypatch.setattr("harness.data.spans.usable_cores", lambda: 1)
-    monkeypatch.setattr(module, "ROWS_PER_BATCH", 100)
+    monkeypatch.setattr(module, "ROWS_PER_BATCH", 20)
+    monkeypatch.setattr("harness.data.reading.ROWS_PER_SPAN", 20)
+    monkeypatch.setattr("harness.data.repeats._AT_ONCE", 20)
     monkeypatch.setattr("harness.data.encode.KEPT_TOKENS", 1000)
     monkeypatch.setattr("harness.data.packing.PACKS_PER_BATCH", 4)
     peaks = {}
-    stage(write_rows(tmp_path / "warm.jsonl", 300), tmp_path)
-    for count in (300, 1500):
+    stage(write_rows(tmp_path / "warm.jsonl", 50), tmp_path)
+    for count in (100, 600):
         path = write_rows(tmp_path / f"rows-{count}.jsonl", count)
         tracemalloc.start()
         stage(path, tmp_path)
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert (peaks[1500] - peaks[300]) / 1200 < most_bytes, peaks
+    assert (peaks[600] - peaks[100]) / 500 < most_bytes, (peaks, (peaks[600] - peaks[100]) / 500)
