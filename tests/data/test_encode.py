@@ -10,7 +10,28 @@ from transformers import PreTrainedTokenizerFast
 
 from harness.data.encode import PATTERNS, Encoder, begins_anew_at_lines
 
-BITS = ["\n", "\n", "\n\n", "\r\n", " ", "  ", "\t", "\u00a0", "\u2028", "\x1c", "a", "don", "'s", "'LL", "Ünï", "東京", "٣", "12345", "e\u0301", "\u0301"]
+BITS = [
+    "\n",
+    "\n",
+    "\n\n",
+    "\r\n",
+    " ",
+    "  ",
+    "\t",
+    "\u00a0",
+    "\u2028",
+    "\x1c",
+    "a",
+    "don",
+    "'s",
+    "'LL",
+    "Ünï",
+    "東京",
+    "٣",
+    "12345",
+    "e\u0301",
+    "\u0301",
+]
 BITS += ["🙂", '"', "{", "}", "},", "_", ".", "<", "<|im_end|>", "<|im_start|>", "<tool_call>", "</s>", " x", "\nx", "}\n{", ".\n", "\n."]
 
 

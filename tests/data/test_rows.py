@@ -49,7 +49,13 @@ def test_picked_rows_are_those_of_their_places():
 
 
 def test_places_take_memory_only_where_numbers_do_not_follow_each_other():
-    wanted = [*(f"a:{n}" for n in range(1, 500)), *(f"a:{n}" for n in range(502, 900)), *(f"b.json:row {n}" for n in range(300)), "a:1", "a:1"]
+    wanted = [
+        *(f"a:{n}" for n in range(1, 500)),
+        *(f"a:{n}" for n in range(502, 900)),
+        *(f"b.json:row {n}" for n in range(300)),
+        "a:1",
+        "a:1",
+    ]
     places = Places()
     for location in wanted:
         places.append(location)
@@ -68,7 +74,8 @@ def test_a_full_disk_is_an_error_that_says_which(monkeypatch):
 
 
 def test_a_killed_process_leaves_no_rows_behind(tmp_path):
-    code = "import os\nfrom harness.data.rows import *\nrows = Rows([SourceRow('a:1', {'text': 'x' * 100000})])\nrows[0]\nos.kill(os.getpid(), 9)"
+    code = "import os\nfrom harness.data.rows import *\nrows = Rows([SourceRow('a:1', {'text': 'x' * 100000})])\n"
+    code += "assert rows[0]\nos.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)}, cwd=Path(__file__).parents[2])
     assert done.returncode == -9 and not list(tmp_path.iterdir())
 
