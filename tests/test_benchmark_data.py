@@ -29,8 +29,9 @@ def seconds(**stages):
 def test_ratios_are_of_the_stages_that_they_name_and_of_the_same_turn(data):
     ours = [seconds(convert=1, validate=2, read=3, tokenise=4, pack=1), seconds(convert=1, validate=4, read=1, tokenise=2, pack=2)]
     theirs = [seconds(map=2, tokenise=18, pack=2), seconds(map=1, tokenise=6, pack=3)]
-    found = data.ratios({"harness": ours, "TRL": theirs})["TRL"]
-    assert [(of["min"], of["max"]) for of in found.values()] == [(9 / 4, 4.0), (9 / 5, 2.5), (1.0, 2.0), (10 / 6, 22 / 9)]
+    (found,) = data.ratios({"harness": ours, "TRL": theirs})
+    wanted = {"tokenise_pack": (9 / 4, 4.0), "read_tokenise_pack": (9 / 5, 2.5), "unvalidated": (10 / 6, 22 / 9), "everything": (1.0, 2.0)}
+    assert found.pop("side") == "TRL" and {what: (of["min"], of["max"]) for what, of in found.items()} == wanted
 
 
 def test_sides_that_made_other_tokens_give_no_result_and_packs_may_differ(data):
