@@ -5,7 +5,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from harness.errors import DataError
-from harness.tools.schema import ToolCall, check_call, check_tool, normalise_tool, normalise_tools, parse_type
+from harness.tools import ToolCall, check_call, check_tool, normalise_tool, normalise_tools, parse_type
+from harness.tools.schema import _closed, _is_plain_schema, schema_errors
 
 # The types that xLAM-60k's first hundred rows hold (research/tool-calling.md, section 2), API-Bank's, and what is near them.
 TYPES = [
