@@ -9,7 +9,7 @@ broken is dropped) or `keep` it as it is, counted. A line of OUTPUT.changes.json
 
     {"location", "class", "action": "dropped", "why"}     {"location", "class", "action": "repaired", "where", "before", "after"}
 
-Rows are checked in several processes (spans.py). Promises. A row without findings is written as it was read. Memory grows by less than 100
+Rows are checked in several processes (spans.py). Promises. A row without findings is written as it was read. Memory grows by less than 200
 bytes a row, whatever the rows hold, and by some 500 more for a row that is to be dropped or repaired. No torch.
 """
 
