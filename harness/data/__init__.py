@@ -18,26 +18,23 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     """
     from harness.data.prepare import prepare
     from harness.data.report import Dropped, warn_of_lengths
-    from harness.data.sources import content_digest, held_together, load_rows, mix
+    from harness.data.sources import held_together, load_rows, mix
 
     data, kind = recipe.data, KIND_OF_ROWS.get(recipe.task, "samples")
     asks = recipe.task == "rlhf"
-    loaded = [load_rows(source, data.on_error, kind=kind, asks=asks) for source in data.train]
+    loaded = [load_rows(source, data.on_error, kind=kind, asks=asks, num_proc=data.num_proc) for source in data.train]
     mixture = mix(data.train, loaded, eval_fraction=data.eval_fraction, eval_rows=data.eval_rows, seed=data.seed)
-    held_out = [load_rows(source, data.on_error, kind=kind, asks=asks) for source in data.eval]
+    held_out = [load_rows(source, data.on_error, kind=kind, asks=asks, num_proc=data.num_proc) for source in data.eval]
     for warning in warnings_about(sum((part.counts for part in (*loaded, *held_out)), Counter())):
         say(warning)
-    trained = {content_digest(row.row) for row in mixture.train} if held_out else set()
-    leaked = sum(content_digest(row.row) in trained for part in held_out for row in part.rows)
+    leaked = len(_shared(mixture.train, held_out))
     if leaked:
         say(
             f"warning: {leaked:,} rows of data.eval are also rows of data.train, so the held-out loss is not held out; remove them from one"
         )
-    if kind != "samples" and held_out:
-        asked = {content_digest(held_together(row.row)) for row in mixture.train}
-        shared = len(asked & {content_digest(held_together(row.row)) for part in held_out for row in part.rows})
-        if shared:
-            say(f"warning: {shared:,} prompts of data.eval are prompts of data.train, so what is held out of them are at most the answers")
+    shared = len(set(_shared(mixture.train, held_out, held_together).tolist())) if kind != "samples" else 0
+    if shared:
+        say(f"warning: {shared:,} prompts of data.eval are prompts of data.train, so what is held out of them are at most the answers")
     skipped = Dropped()
     for part in (*loaded, *held_out):
         skipped.add(len(part.skipped), [f"{row.location}: {row.reason}" for row in part.skipped])
@@ -68,6 +65,18 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     return _said(prepared, skipped, (*loaded, *held_out), say)
 
 
+def _shared(train, held_out, part_of=lambda row: row):
+    """Digests of the rows of data.eval (or of a part of them) that data.train has as well."""
+    import numpy as np
+
+    from harness.data.rows import content_digests
+
+    if not held_out:
+        return np.zeros(0, "S16")
+    out = np.concatenate([content_digests(part.rows, part_of) for part in held_out])
+    return out[np.isin(out, content_digests(train, part_of))]
+
+
 def _said(prepared, skipped, parts, say):
     if skipped.rows:
         say(f"warning: {skipped.rows:,} rows were skipped; each with its reason: {list_skipped(parts, prepared.folder)}")
@@ -78,7 +87,8 @@ def held_out_rows(data, task: str = "sft"):
     """The rows that a recipe's `data` section holds out, as its sources say them: not shortened, not tokenised. Of preference tasks the
     chosen or good answers, as rows of supervised training."""
     from harness.data.pairs import good_side
-    from harness.data.sources import SourceRow, load_rows, mix
+    from harness.data.rows import SourceRow
+    from harness.data.sources import load_rows, mix
 
     kind = KIND_OF_ROWS.get(task, "samples")
     sources = data.eval or data.train

@@ -9,7 +9,8 @@ broken is dropped) or `keep` it as it is, counted. A line of OUTPUT.changes.json
 
     {"location", "class", "action": "dropped", "why"}     {"location", "class", "action": "repaired", "where", "before", "after"}
 
-Promises. A row without findings is written as it was read. Memory grows by less than 2 kB a row, whatever the rows hold. No torch.
+Rows are checked in several processes (spans.py). Promises. A row without findings is written as it was read. Memory grows by less than 200
+bytes a row, whatever the rows hold, and by some 500 more for a row that is to be dropped or repaired. No torch.
 """
 
 from __future__ import annotations
@@ -17,18 +18,23 @@ from __future__ import annotations
 import json
 import os
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from harness.data.conversation import UnknownTool, Unpaired
 from harness.data.formats import LeftOut, Reading, detect_format, to_canonical
-from harness.data.repeats import NearDuplicates, Suites
+from harness.data.reading import Span, read_spans
+from harness.data.repeats import NearDuplicates, Suites, first_alike, signature_of
 from harness.data.report import EXAMPLES
-from harness.data.sources import content_digest, read_each
+from harness.data.rows import Places, content_digest
+from harness.data.spans import in_order
 from harness.errors import DataError
 from harness.tools import REPAIRABLE, Repair, ToolCall, check_tool, problems_of, repair_call
+from harness.tools.schema import once_for_each
 
 
 @dataclass(frozen=True)
@@ -171,11 +177,17 @@ def check_row(row: dict, pattern: re.Pattern = CONTROL_TOKENS) -> list[Finding]:
             if message["role"] == "assistant" and (call := _CALL_IN_WORDS.search(message.get("content", ""))):
                 found.append(Finding("call_in_words", where, f"{call.group()} stands in the words, and no template writes it as a call"))
     in_words = {finding.where for finding in found if finding.kind == "call_in_words"}
-    for where, text in _words(row):
-        token = pattern.search(text)
+    tokens = [(where, text, pattern.search(text)) for where, text in _words({**row, "tools": ()})]
+    tokens += [("tools", "", _control_token_in(tool, pattern)) for tool in tools]
+    for where, text, token in tokens:
         if token and not (where in in_words and _CALL_IN_WORDS.search(text)):
             found.append(Finding("control_token", where, f"{token.group()} would be read as the template's own"))
     return found
+
+
+@once_for_each
+def _control_token_in(tool: dict, pattern: re.Pattern) -> re.Match | None:
+    return pattern.search(_text_of(tool["function"]))
 
 
 def _words(row: dict) -> Iterator[tuple[str, str]]:
@@ -266,45 +278,103 @@ def audit(
     asks: bool = False,
 ) -> Audit:
     """Raises DataError where a file cannot be read at all, and where there is no row. asks: rows are questions, as in `to_canonical`."""
-    report, seen, near = Audit(files, actions, pattern), {}, NearDuplicates()
-    for number, (location, raw, layout) in enumerate(_read_all(files)):
-        report.rows += 1
-        row, findings = _canonical(raw, layout, asks, report)
-        if row is not None:
-            report.calls += sum(len(message.get("tool_calls", ())) for message in row.get("messages", ())[row.get("train_from", 0) :])
-            findings += check_row(row, pattern)
-            report.broken_calls += len({finding.where for finding in findings if finding.kind in OF_CALLS})
-            digest = bytes.fromhex(content_digest(row))
-            if digest in seen:
-                findings.append(Finding("duplicate", "", f"is the row at {seen[digest]}"))
-            else:
-                seen[digest] = location
-                near.add(number, location, row)
-            if suites and (found := suites.find(row)):
-                findings.append(Finding("contamination", "", found))
-        _count(report, number, location, row, findings)
+    report, places, near = Audit(files, actions, pattern), Places(), NearDuplicates()
+    digests, numbers = bytearray(), array("q")
+    work = partial(_check_span, asks=asks, pattern=pattern, suites=suites)
+    for checked in in_order(work, _pieces(files), None, "checked"):
+        for row in checked:
+            number = report.rows
+            report.rows += 1
+            report.layouts.update(row.layout)
+            report.calls += row.calls
+            report.broken_calls += row.broken_calls
+            places.append(row.location)
+            if row.digest:
+                numbers.append(number)
+                digests += row.digest
+            if row.signature:
+                near.add(number, row.signature)
+            _count(report, number, row.location, row.findings, row.mended)
     if not report.rows:
         raise DataError(f"{', '.join(file.path for file in files)}: no row; nothing can be audited")
-    for number, location, (twin, share) in near.found():
-        message = f"shares about {share:.0%} of its runs of words with the row at {twin}"
-        _count(report, number, location, None, [Finding("near_duplicate", "", message)])
+    _find_repeats(report, places, near, bytes(digests), numbers)
     report.found = {kind: report.found[kind] for kind in CLASSES if kind in report.found}
     return report
 
 
-def _read_all(files: Sequence[File]) -> Iterator[tuple[str, dict | DataError, str]]:
+@dataclass(frozen=True)
+class _Piece:
+    span: Span
+    layout: str
+    fate: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Number of a row in the span -> class -> why."""
+
+    def __str__(self) -> str:
+        return str(self.span)
+
+
+def _pieces(files: Sequence[File], fate: dict[int, dict[str, str]] | None = None) -> Iterator[_Piece]:
+    """fate: as an Audit has it."""
+    number = 0
     for file in files:
-        for location, raw in read_each(file.path, file.name, file.split):
-            yield location, raw, file.format
+        for span in read_spans(file.path, file.name, file.split):
+            rows = len(span) if fate else 0
+            yield _Piece(span, file.format, {i: fate[number + i] for i in range(rows) if number + i in fate})
+            number += rows
 
 
-def _canonical(raw: dict | DataError, layout: str, asks: bool, report: Audit | None = None) -> tuple[dict | None, list[Finding]]:
+@dataclass
+class _Checked:
+    location: str
+    layout: list[str]
+    """One, or none where the row has none that is known."""
+    findings: list[Finding]
+    mended: set[str] = field(default_factory=set)
+    """Classes of findings of which a repair would leave nothing."""
+    calls: int = 0
+    broken_calls: int = 0
+    digest: bytes | None = None
+    signature: bytes | None = None
+
+
+def _check_span(piece: _Piece, *, asks: bool, pattern: re.Pattern, suites: Suites | None) -> list[_Checked]:
+    checked = []
+    for location, raw in piece.span.read():
+        layout: list[str] = []
+        row, findings = _canonical(raw, piece.layout, asks, layout)
+        found = _Checked(location, layout, findings)
+        if row is not None:
+            found.calls = sum(len(message.get("tool_calls", ())) for message in row.get("messages", ())[row.get("train_from", 0) :])
+            findings += check_row(row, pattern)
+            found.broken_calls = len({finding.where for finding in findings if finding.kind in OF_CALLS})
+            found.digest, found.signature = bytes.fromhex(content_digest(row)), signature_of(row)
+            if suites and (repeated := suites.find(row)):
+                findings.append(Finding("contamination", "", repeated))
+            kinds = {finding.kind for finding in findings if CLASSES[finding.kind].repair}
+            found.mended = {kind for kind in kinds if not _left_of(row, kind, {kind}, pattern)}
+        checked.append(found)
+    return checked
+
+
+def _find_repeats(report: Audit, places: Places, near: NearDuplicates, digests: bytes, numbers: array) -> None:
+    import numpy as np
+
+    of_digest, first = np.array(numbers), first_alike(np.frombuffer(digests, "S16"))
+    again = np.flatnonzero(first != np.arange(len(first)))
+    for number, earlier in zip(of_digest[again].tolist(), of_digest[first[again]].tolist(), strict=True):
+        _count(report, number, places[number], [Finding("duplicate", "", f"is the row at {places[earlier]}")])
+    for number, earlier, share in near.found(besides=of_digest[again]):
+        message = f"shares about {share:.0%} of its runs of words with the row at {places[earlier]}"
+        _count(report, number, places[number], [Finding("near_duplicate", "", message)])
+
+
+def _canonical(raw: dict | DataError, layout: str, asks: bool, layouts: list[str]) -> tuple[dict | None, list[Finding]]:
+    """layouts: the row's is appended, where it is known."""
     try:
         if isinstance(raw, DataError):
             raise raw
         layout = detect_format(raw) if layout == "auto" else layout
-        if report:
-            report.layouts[layout] += 1
+        layouts.append(layout)
         row = to_canonical(raw, layout, asks=asks, reading=Reading())
         json.dumps(row, ensure_ascii=False).encode()
         return row, []
@@ -317,7 +387,7 @@ def _canonical(raw: dict | DataError, layout: str, asks: bool, report: Audit | N
         return None, [Finding(kinds.get(type(error), "unreadable"), "", str(error))]
 
 
-def _count(report: Audit, number: int, location: str, row: dict | None, findings: list[Finding]) -> None:
+def _count(report: Audit, number: int, location: str, findings: list[Finding], mended: Collection[str] = ()) -> None:
     for kind, of_kind in _by_kind(findings).items():
         found = report.found.setdefault(kind, Found())
         found.findings += len(of_kind)
@@ -326,8 +396,7 @@ def _count(report: Audit, number: int, location: str, row: dict | None, findings
         why = f"{of_kind[0].where}: {of_kind[0].message}" if of_kind[0].where else of_kind[0].message
         if len(found.first) < EXAMPLES:
             found.first.append(f"{location}: {why}")
-        mends = bool(CLASSES[kind].repair) and row is not None and not _left_of(row, kind, {kind}, report.pattern)
-        found.mended_rows += mends
+        found.mended_rows += kind in mended
         action = report.actions[kind]
         if action in ("drop", "repair"):
             report.fate.setdefault(number, {})[kind] = why
@@ -359,16 +428,13 @@ def write_audited(report: Audit, output: Path, *, force: bool = False) -> Counte
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(scratch[0], "wb") as rows, open(scratch[1], "wb") as record:
-            for number, (location, raw, layout) in enumerate(_read_all(report.files)):
-                row, lines = _settle(report, number, _canonical(raw, layout, False)[0])
-                for line in lines:
-                    record.write((json.dumps({"location": location, **line}, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-                if row is None:
-                    counts["dropped"] += 1
-                    continue
-                counts["repaired"] += bool(lines)
-                counts["written"] += 1
-                rows.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            work = partial(_settle_span, actions=report.actions, pattern=report.pattern)
+            for settled in in_order(work, _pieces(report.files, report.fate), None, "written"):
+                for line, told in settled:
+                    record.write(told)
+                    counts["written" if line else "dropped"] += 1
+                    counts["repaired"] += bool(line and told)
+                    rows.write(line)
         if sum(counts[key] for key in ("dropped", "written")) != report.rows:
             raise DataError("the files changed while they were read; validate them again")
         if not counts["written"]:
@@ -381,17 +447,27 @@ def write_audited(report: Audit, output: Path, *, force: bool = False) -> Counte
     return counts
 
 
-def _settle(report: Audit, number: int, row: dict | None) -> tuple[dict | None, list[dict]]:
+def _settle_span(piece: _Piece, *, actions: dict[str, str], pattern: re.Pattern) -> list[tuple[bytes, bytes]]:
+    """Of each row the line that is written, empty where it is dropped, and the lines of the record about it."""
+    settled = []
+    for number, (location, raw) in enumerate(piece.span.read()):
+        row, lines = _settle(piece.fate.get(number, {}), actions, pattern, _canonical(raw, piece.layout, False, [])[0])
+        told = "".join(json.dumps({"location": location, **line}, ensure_ascii=False) + "\n" for line in lines)
+        line = b"" if row is None else (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        settled.append((line, told.encode("utf-8", "replace")))
+    return settled
+
+
+def _settle(fate: dict[str, str], actions: dict[str, str], pattern: re.Pattern, row: dict | None) -> tuple[dict | None, list[dict]]:
     """The row as it is written, None where it is dropped, and the lines of the record about it."""
-    fate = report.fate.get(number, {})
-    drops = [kind for kind in fate if report.actions[kind] == "drop"]
+    drops = [kind for kind in CLASSES if kind in fate and actions[kind] == "drop"]
     if drops:
         return None, [{"class": kind, "action": "dropped", "why": fate[kind]} for kind in drops]
     kinds = set(fate)
     if not kinds or row is None:
         return row, []
-    row, changes = repair_row(row, kinds, report.pattern)
-    left = [finding for finding in check_row(row, report.pattern) if finding.kind in kinds]
+    row, changes = repair_row(row, kinds, pattern)
+    left = [finding for finding in check_row(row, pattern) if finding.kind in kinds]
     if left:
         why = f"cannot be repaired: {left[0].where}: {left[0].message}"
         return None, [{"class": left[0].kind, "action": "dropped", "why": why}]

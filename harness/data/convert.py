@@ -1,6 +1,6 @@
 """Rows of any layout as rows of one: `harness convert`.
 
-    convert(path, target, output, ...)    reads row by row, writes row by row -> Conversion, which says what was lost
+    convert(path, target, output, ...)    reads and writes span by span, in several processes -> Conversion, which says what was lost
 
 `messages` is the canonical form (formats.py): it holds everything that harness trains, and reading it back gives the same rows. `openai`
 has arguments as JSON text and an id for every call. `xlam` holds rows that end with calls. A row that the target cannot hold is a bad row.
@@ -15,11 +15,13 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from harness.data.formats import LeftOut, Reading, Settings, detect_format, to_canonical
+from harness.data.reading import Span, read_spans
 from harness.data.report import Dropped
-from harness.data.sources import read_each
+from harness.data.spans import in_order
 from harness.errors import DataError
 
 Lose = Callable[[str], None]
@@ -61,23 +63,24 @@ def convert(
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(scratch[0], "wb") as rows, open(scratch[1], "wb") as skipped:
-            for location, raw in read_each(path):
-                reading = Reading(settings or Settings(), lost=[])
-                try:
-                    line = _convert_row(raw, layout, target, reading, questions, done)
-                except LeftOut as reason:
-                    done.left_out.setdefault(str(reason), Dropped()).add(1, [location])
-                    continue
-                except DataError as error:
-                    if on_error == "fail":
-                        raise DataError(f"{location}: {error}") from None
-                    done.skipped.add(1, [f"{location}: {error}"])
-                    skipped.write(f"{location}: {error}\n".encode("utf-8", "replace"))
-                    continue
-                rows.write(line)
-                done.written += 1
-                for what in set(reading.lost):
-                    done.lost.setdefault(what, Dropped()).add(1, [location])
+            work = partial(_convert_span, layout=layout, target=target, settings=settings or Settings(), questions=questions)
+            for converted in in_order(work, read_spans(path), None, "converted"):
+                for row in converted:
+                    done.read += 1
+                    done.layouts.update(row.layout)
+                    if isinstance(row.made, LeftOut):
+                        done.left_out.setdefault(str(row.made), Dropped()).add(1, [row.location])
+                        continue
+                    if isinstance(row.made, DataError):
+                        if on_error == "fail":
+                            raise DataError(f"{row.location}: {row.made}")
+                        done.skipped.add(1, [f"{row.location}: {row.made}"])
+                        skipped.write(f"{row.location}: {row.made}\n".encode("utf-8", "replace"))
+                        continue
+                    rows.write(row.made)
+                    done.written += 1
+                    for what in row.lost:
+                        done.lost.setdefault(what, Dropped()).add(1, [row.location])
         if not done.written:
             first = (*done.skipped.locations, *(f"{where.locations[0]}: {why}" for why, where in done.left_out.items()))
             raise DataError(f"{path}: no row is left of {done.read}" + (f"; the first: {first[0]}" if first else ""))
@@ -92,13 +95,33 @@ def convert(
     return done
 
 
-def _convert_row(raw: dict | DataError, layout: str, target: str, reading: Reading, questions: bool, done: Conversion) -> bytes:
-    done.read += 1
+@dataclass
+class _Converted:
+    location: str
+    layout: list[str]
+    """One, or none where the row has none that is known."""
+    made: bytes | DataError
+    lost: set[str]
+
+
+def _convert_span(span: Span, *, layout: str, target: str, settings: Settings, questions: bool) -> list[_Converted]:
+    converted = []
+    for location, raw in span.read():
+        reading, layouts = Reading(settings, lost=[]), []
+        try:
+            made = _convert_row(raw, layout, target, reading, questions, layouts)
+        except DataError as error:
+            made = error
+        converted.append(_Converted(location, layouts, made, set(reading.lost)))
+    return converted
+
+
+def _convert_row(raw: dict | DataError, layout: str, target: str, reading: Reading, questions: bool, layouts: list[str]) -> bytes:
     if isinstance(raw, DataError):
         raise raw
     try:
         layout = detect_format(raw) if layout == "auto" else layout
-        done.layouts[layout] += 1
+        layouts.append(layout)
         row = TARGETS[target](to_canonical(raw, layout, asks=questions, reading=reading), reading.lose)
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError as error:

@@ -28,13 +28,14 @@ PACKED_FEATURES = Features(
 PACKS_PER_BATCH = 256  # what stands in memory at once while packs are written
 
 
-def plan_packs(lengths: Sequence[int], capacity: int, seed: int = 42) -> list[list[int]]:
+def plan_packs(lengths: Sequence[int] | np.ndarray, capacity: int, seed: int = 42) -> list[list[int]]:
     """Which samples share a row: every index of `lengths` once, no pack over `capacity` tokens. Raises DataError if one cannot fit.
 
     Best fit decreasing: the longest sample first, each into the fullest pack that still has room. A seeded shuffle before the
     (stable) sort decides between samples of equal length, so that neighbours in a file do not become neighbours in a pack, and a
     second one afterwards mixes packs of few long samples with packs of many short ones. O(n log n) for n samples.
     """
+    lengths = lengths.tolist() if isinstance(lengths, np.ndarray) else lengths
     order = list(range(len(lengths)))
     rng = random.Random(seed)
     rng.shuffle(order)
@@ -64,9 +65,9 @@ def plan_packs(lengths: Sequence[int], capacity: int, seed: int = 42) -> list[li
     return packs
 
 
-def fill_rate(lengths: Sequence[int], packs: Sequence[Sequence[int]], capacity: int) -> float:
+def fill_rate(lengths: Sequence[int] | np.ndarray, packs: Sequence[Sequence[int]], capacity: int) -> float:
     """Share of the packs' tokens that are not empty, 0 to 1."""
-    return sum(lengths) / (len(packs) * capacity) if packs else 0.0
+    return int(np.sum(lengths)) / (len(packs) * capacity) if packs else 0.0
 
 
 def pack(dataset: Dataset, capacity: int, seed: int = 42) -> Dataset:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from harness.data.readback import calls_of, lost_calls, reads_back
 from harness.data.report import Dropped
-from harness.data.sources import SourceRow
+from harness.data.rows import SourceRow
 from harness.data.templates import Renderer
 from harness.errors import DataError, ModelError
 

@@ -9,38 +9,36 @@ capacity and seed. Where a row came from is no part of it: the same rows in anot
 
 Promises. No row is changed in silence: the report counts what was dropped, why and where first. A row over max_length loses whole
 trailing turns, so that it ends with an assistant turn, or goes; a call is never cut. A row without a trained token never gets through.
-What holds for pairs and labelled answers besides stands in prepare_pairs.py.
+What is written does not depend on the number of processes, and memory does not grow with the rows but by some 150 bytes of each, most of
+them while packs are planned. What holds for pairs and labelled answers besides stands in prepare_pairs.py.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import multiprocessing
-import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from harness.data.packing import fill_rate, plan_packs, write_packs
 from harness.data.prepare_pairs import build_labelled, build_pair, check_labels
 from harness.data.report import SPLITS, Dropped, PrepareReport, SplitReport
-from harness.data.samples import Rules, build_sample, digest_of, fit, row_digest
-from harness.data.store import FEATURES, Prepared, building, is_complete, load_prepared, save_manifest
+from harness.data.rows import SourceRow
+from harness.data.samples import Rules, build_sample, digest_of, fit, row_digest, source_digest
+from harness.data.spans import MOST_PROCESSES, in_order, usable_cores
+from harness.data.store import FEATURES, ArrowStream, Prepared, building, is_complete, load_prepared, save_manifest
 from harness.data.templates import Renderer, TrainingTemplate, check_tokenizer
-from harness.errors import DataError, HarnessError
-
-if TYPE_CHECKING:
-    from harness.data.sources import SourceRow
+from harness.errors import DataError
 
 __all__ = ["Prepared", "fit", "load_prepared", "prepare", "row_digest"]
 
@@ -48,17 +46,18 @@ TOKENISATION = 1  # raise it when the same row would give other tokens or labels
 PAIRING = 1  # the same of pairs and labelled answers
 ROWS_PER_BATCH = 500
 ROWS_PER_PROCESS = 2000  # below that, starting another process costs more than it saves
-MOST_PROCESSES = 8  # unless more are asked for
 BUILDERS = {"samples": build_sample, "pairs": build_pair, "labelled": build_labelled}
 
 
 @dataclass(frozen=True)
-class Shard:
-    """What one process tokenises."""
+class Batch:
+    """What one process tokenises at a time."""
 
     split: str
-    path: Path
     rows: Sequence[SourceRow]
+
+    def __str__(self) -> str:
+        return f"{self.rows[0].location} and the {len(self.rows) - 1} rows after it" if self.rows else self.split
 
 
 def prepare(
@@ -108,11 +107,20 @@ def prepare(
 
 
 def _digest(splits: dict[str, Sequence[SourceRow]], renderer: Renderer, rules: Rules) -> str:
-    rows = {name: digest_of([row_digest(source.row) for source in rows]) for name, rows in splits.items()}
+    rows = {name: digest_of_rows(source) for name, source in splits.items()}
     settings = [rules.max_length, rules.too_long, rules.on_error, renderer.train_on]
     if rules.kind != "samples":
         settings += [rules.kind, PAIRING]
     return digest_of(TOKENISATION, rows, tokenizer_digest(renderer.tokenizer), renderer.training_template, settings)
+
+
+def digest_of_rows(rows: Iterable[SourceRow]) -> str:
+    """`digest_of` the list of their digests, which is never made."""
+    total = hashlib.sha256(b"[[")
+    for number, source in enumerate(rows):
+        total.update(f'{"," if number else ""}"{source_digest(source)}"'.encode())
+    total.update(b"]]")
+    return total.hexdigest()[:32]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -128,103 +136,37 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _tokenise(folder: Path, splits: dict[str, Sequence[SourceRow]], renderer: Renderer, rules: Rules, num_proc: int | None) -> None:
     total = sum(map(len, splits.values()))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = num_proc or min(cores, MOST_PROCESSES, 1 + total // ROWS_PER_PROCESS)
-    with building(folder) as scratch:
-        shards = [shard for split, rows in splits.items() for shard in _cut(split, rows, processes, scratch)]
-        reports = _run_here(shards, renderer, rules) if processes == 1 else _run_processes(shards, renderer, rules, processes)
+    processes = num_proc or min(usable_cores(), MOST_PROCESSES, 1 + total // ROWS_PER_PROCESS)
+    with building(folder) as scratch, _progress(total) as advance:
         report = PrepareReport(SplitReport(), SplitReport() if "eval" in splits else None, renderer.mask_source())
-        for shard, part in zip(shards, reports, strict=True):
-            getattr(report, shard.split).merge(part)
-        files = {split: [shard.path for shard in shards if shard.split == split] for split in splits}
-        for split in splits:
-            _check_rows_left(split, getattr(report, split))
+        files = {split: [scratch / f"{split}-00000.arrow"] for split in splits}
+        work = partial(tokenise_batch, renderer=renderer, rules=rules)
+        done = in_order(work, _batches(splits), processes, "tokenised")
+        for split, rows in splits.items():
+            counts, batches = getattr(report, split), -(-len(rows) // ROWS_PER_BATCH)
+            with ArrowStream(files[split][0], FEATURES[rules.kind].arrow_schema) as stream:
+                for part, batch in islice(done, batches):
+                    counts.merge(part)
+                    stream.append(batch)
+                    advance(part.rows_in)
+            _check_rows_left(split, counts)
             if rules.kind == "labelled":
-                check_labels(split, getattr(report, split))
-            getattr(report, split).length_percentiles = percentiles(_lengths([Dataset.from_file(str(path)) for path in files[split]]))
+                check_labels(split, counts)
+            counts.length_percentiles = percentiles(_lengths(Dataset.from_file(str(files[split][0]))))
         save_manifest(scratch, report, files)
 
 
-def _cut(split: str, rows: Sequence[SourceRow], processes: int, scratch: Path) -> list[Shard]:
-    """Equal runs of rows, in order; one shard at least, so that every split has a file."""
-    size = max(1, -(-len(rows) // processes))
-    firsts = range(0, max(1, len(rows)), size)
-    return [Shard(split, scratch / f"{split}-{n:05d}.arrow", rows[first : first + size]) for n, first in enumerate(firsts)]
+def _batches(splits: dict[str, Sequence[SourceRow]]) -> Iterator[Batch]:
+    for split, rows in splits.items():
+        for first in range(0, len(rows), ROWS_PER_BATCH):
+            yield Batch(split, rows[first : first + ROWS_PER_BATCH])
 
 
-def _run_here(shards: list[Shard], renderer: Renderer, rules: Rules) -> list[SplitReport]:
-    with _progress(sum(len(shard.rows) for shard in shards)) as advance:
-        return [_tokenise_shard(shard, renderer, rules, advance) for shard in shards]
-
-
-def _run_processes(shards: list[Shard], renderer: Renderer, rules: Rules, processes: int) -> list[SplitReport]:
-    """Every shard in a process of its own that writes its own file, at most `processes` at a time; the first error stops all.
-
-    No queue of work: a child whose parent was killed finishes its file and is gone. Forked where that is possible, so that rows and
-    tokenizer are not copied; the children never touch torch.
-    """
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    waiting, running, reports = list(enumerate(shards)), {}, {}
-    with _progress(sum(len(shard.rows) for shard in shards)) as advance:
-        try:
-            while waiting or running:
-                while waiting and len(running) < processes:
-                    number, shard = waiting.pop(0)
-                    receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=_child, args=(sender, shard, renderer, rules), daemon=True)
-                    process.start()
-                    sender.close()
-                    running[receiver] = (number, process)
-                for receiver in wait(list(running)):
-                    number, process = running[receiver]
-                    done = _receive(receiver, process, shards[number], advance)
-                    if done is not None:
-                        reports[number] = done
-                        process.join()
-                        del running[receiver]
-        finally:
-            for _, process in running.values():
-                process.terminate()
-                process.join()
-    return [reports[number] for number in range(len(shards))]
-
-
-def _receive(receiver: Connection, process: multiprocessing.Process, shard: Shard, advance: Callable[[int], None]) -> SplitReport | None:
-    """One message of a child: rows done, its report (returned), or what went wrong (raised)."""
-    try:
-        message = receiver.recv()
-    except EOFError:
-        process.join()
-        raise HarnessError(
-            f"{shard.path.name}: the process that tokenised it ended with code {process.exitcode}"
-            + (" (killed; most often for memory: lower data.num_proc)" if process.exitcode == -9 else "")
-        ) from None
-    if isinstance(message, Exception):
-        raise message
-    if isinstance(message, int):
-        return advance(message)
-    return message
-
-
-def _child(sender: Connection, shard: Shard, renderer: Renderer, rules: Rules) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        sender.send(_tokenise_shard(shard, renderer, rules, sender.send))
-    except HarnessError as error:
-        sender.send(error)
-    except Exception:  # a bug: the parent shows where it happened
-        sender.send(RuntimeError(traceback.format_exc()))
-
-
-def _tokenise_shard(shard: Shard, renderer: Renderer, rules: Rules, advance: Callable[[int], None]) -> SplitReport:
+def tokenise_batch(batch: Batch, *, renderer: Renderer, rules: Rules) -> tuple[SplitReport, pa.Buffer]:
+    """What became of the rows, and what is left as a message of an Arrow stream."""
     report, schema, build = SplitReport(), FEATURES[rules.kind].arrow_schema, BUILDERS[rules.kind]
-    with pa.OSFile(str(shard.path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for first in range(0, len(shard.rows), ROWS_PER_BATCH):
-            batch = shard.rows[first : first + ROWS_PER_BATCH]
-            samples = [sample for source in batch if (sample := build(source, renderer, rules, report))]
-            writer.write_batch(pa.RecordBatch.from_pylist(samples, schema=schema))
-            advance(len(batch))
-    return report
+    samples = [sample for source in batch.rows if (sample := build(source, renderer, rules, report))]
+    return report, pa.RecordBatch.from_pylist(samples, schema=schema).serialize()
 
 
 def _check_rows_left(split: str, report: SplitReport) -> None:
@@ -243,7 +185,7 @@ def _pack(folder: Path, samples: Prepared, capacity: int, seed: int) -> None:
             dataset = getattr(samples, split)
             if dataset is None:
                 continue
-            lengths = _lengths([dataset])
+            lengths = _lengths(dataset)
             packs = plan_packs(lengths, capacity, seed)
             files[split] = [scratch / f"{split}-00000.arrow"]
             write_packs(dataset, packs, files[split][0])
@@ -252,11 +194,11 @@ def _pack(folder: Path, samples: Prepared, capacity: int, seed: int) -> None:
         save_manifest(scratch, report, files)
 
 
-def _lengths(datasets: list[Dataset]) -> list[int]:
-    return concatenate_datasets(datasets).with_format("numpy")["length"][:].tolist()
+def _lengths(dataset: Dataset) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int32), *(chunk.to_numpy() for chunk in dataset.data.column("length").chunks)])
 
 
-def percentiles(lengths: list[int]) -> dict[str, int]:
+def percentiles(lengths: Sequence[int] | np.ndarray) -> dict[str, int]:
     """Nearest rank: lengths that rows really have."""
     at = {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
     values = np.percentile(lengths, list(at.values()), method="inverted_cdf")

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from harness.data.pairs import side
 from harness.data.report import SplitReport
-from harness.data.samples import REFUSED, TOO_LONG, UNTRAINED, Rules, TooLongError, build_sample, labels_of, row_digest
-from harness.data.sources import SourceRow
+from harness.data.rows import SourceRow
+from harness.data.samples import REFUSED, TOO_LONG, UNTRAINED, Rules, TooLongError, build_sample, labels_of, source_digest
 from harness.data.templates import Rendered, Renderer
 from harness.errors import DataError
 
@@ -71,7 +71,7 @@ def build_pair(source: SourceRow, renderer: Renderer, rules: Rules, report: Spli
         "rejected_labels": rejected_labels,
         "margin": row.get("margin"),
         "length": max(len(chosen.ids), len(rejected.ids)),
-        "sample": row_digest(row),
+        "sample": source_digest(source),
         "location": location,
     }
 
@@ -113,7 +113,7 @@ def build_labelled(source: SourceRow, renderer: Renderer, rules: Rules, report: 
     report.good_rows += row["label"]
     report.bad_rows += not row["label"]
     prompt_length = _prompt_length(row, sample, renderer, source.location)
-    return {**sample, "label": row["label"], "prompt_length": prompt_length, "sample": row_digest(row)}
+    return {**sample, "label": row["label"], "prompt_length": prompt_length, "sample": source_digest(source)}
 
 
 def _prompt_length(row: dict, sample: dict, renderer: Renderer, location: str) -> int:

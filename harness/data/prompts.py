@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.data.sources import Skipped, SourceRow, content_digest, load_rows, mix
+from harness.data.rows import SourceRow, content_digest
+from harness.data.sources import Skipped, load_rows, mix
 from harness.data.templates import Renderer
 from harness.errors import DataError
 

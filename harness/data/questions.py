@@ -38,7 +38,7 @@ from harness.plugins import load_plugin
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from harness.data.sources import SourceRow
+    from harness.data.rows import SourceRow
     from harness.recipe import Recipe
 
 FEATURES = Features({**SAMPLE_FEATURES, "row": Value("string")})

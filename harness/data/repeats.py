@@ -1,23 +1,35 @@
 """Rows that say the same as others: near duplicates within the data, and questions of an evaluation suite in it.
 
 Near duplicates are found by MinHash (Broder 1997) over runs of 3 words, 128 hashes in 32 bands of 4: of pairs that share 80 % of their runs
-every one is met (1 in 10^7 is missed), and the share, an estimate, is true to about 7 points (two standard deviations). 512 bytes a row.
+every one is met (1 in 10^7 is missed), and the share, an estimate, is true to about 7 points (two standard deviations). The hashes,
+512 bytes a row, lie in a nameless file in $TMPDIR; memory holds 20 bytes a row, and 50 more while they are compared, a band at a time.
 
 A suite's question is in a row when any text of the row repeats it by the rule of overlap.py, which says why it is that rule.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING
 
 from harness.data.formats import to_canonical
 from harness.data.overlap import Overlap, normalise
-from harness.data.sources import read_each
+from harness.data.reading import read_each
+from harness.data.rows import room_for_rows
 from harness.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NEAR = 0.8
 _SHINGLE, _HASHES, _BANDS = 3, 128, 32
+_BYTES, _BAND_BYTES = 4 * _HASHES, 4 * _HASHES // _BANDS
+_AT_ONCE = 8192  # rows whose hashes stand in memory
 
 
 def said_in(row: dict) -> Iterator[str]:
@@ -32,55 +44,89 @@ def said_in(row: dict) -> Iterator[str]:
             yield row[key]
 
 
+def first_alike(keys: np.ndarray) -> np.ndarray:
+    """Of each key the place of the first that is the same."""
+    import numpy as np
+
+    order = np.argsort(keys, kind="stable")
+    of_order = keys[order]
+    starts = np.flatnonzero(np.r_[np.ones(min(1, len(keys)), bool), of_order[1:] != of_order[:-1]])
+    first = np.empty(len(keys), np.int64)
+    first[order] = np.repeat(order[starts], np.diff(np.r_[starts, len(keys)]))
+    return first
+
+
 # ---- near duplicates
+
+
+@cache
+def _mixers() -> tuple[np.ndarray, np.ndarray]:
+    import numpy as np
+
+    random = np.random.default_rng(20240607)
+    factors = random.integers(1, 2**31, _HASHES, dtype=np.uint64) | np.uint64(1)
+    return factors, random.integers(0, 2**31, _HASHES, dtype=np.uint64)
+
+
+def signature_of(row: dict) -> bytes | None:
+    """The hashes of a row; None where it has fewer than 3 words, which are like too many others."""
+    import numpy as np
+
+    parts = [word for text in said_in(row) for word in normalise(text)]
+    if len(parts) < _SHINGLE:
+        return None
+    runs = zip(*(parts[n:] for n in range(_SHINGLE)), strict=False)
+    hashes = {zlib.crc32(" ".join(run).encode("utf-8", "surrogatepass")) for run in runs}
+    values, (factors, terms) = np.fromiter(hashes, np.uint64, len(hashes)), _mixers()
+    signature = np.full(_HASHES, 2**32 - 1, np.uint32)
+    for start in range(0, len(values), 4096):  # a 200 KB result must not cost 30 MB here
+        mixed = ((values[start : start + 4096, None] * factors + terms) % np.uint64(2305843009213693951)) >> np.uint64(29)
+        np.minimum(signature, mixed.min(axis=0).astype(np.uint32), out=signature)
+    return signature.tobytes()
 
 
 class NearDuplicates:
     def __init__(self):
+        self._numbers = array("q")
+        self._file = tempfile.TemporaryFile(prefix="harness-signatures-")  # noqa: SIM115, it lives as long as this
+
+    def add(self, number: int, signature: bytes) -> None:
+        self._numbers.append(number)
+        with room_for_rows():
+            self._file.write(signature)
+
+    def found(self, besides: np.ndarray | None = None) -> Iterator[tuple[int, int, float]]:
+        """(number, number of the earlier row, share), in the order of the rows. besides: numbers of rows that are left out."""
         import numpy as np
 
-        random = np.random.default_rng(20240607)
-        self._factors = random.integers(1, 2**31, _HASHES, dtype=np.uint64) | np.uint64(1)
-        self._terms = random.integers(0, 2**31, _HASHES, dtype=np.uint64)
-        self._signatures, self._rows = [], []
+        with room_for_rows():
+            self._file.flush()
+        numbers = np.frombuffer(self._numbers, np.int64) if self._numbers else np.zeros(0, np.int64)
+        own = np.flatnonzero(~np.isin(numbers, [] if besides is None else besides))
+        twins, shares = np.full(len(numbers), -1, np.int64), np.zeros(len(numbers), np.int16)
+        for band in range(_BANDS):
+            # Against the first of its bucket: a set of a thousand alike costs a thousand, not a million.
+            first = own[first_alike(self._keys(band)[own])]
+            wanted = (first != own) & (twins[own] != first)
+            pairs = np.stack([first[wanted], own[wanted]])
+            for start in range(0, pairs.shape[1], _AT_ONCE):
+                firsts, others = pairs[:, start : start + _AT_ONCE]
+                # Mapped anew each time, or what was looked at once would stay.
+                signatures = np.memmap(self._file, np.uint32, "r", shape=(len(numbers), _HASHES))
+                alike = (signatures[firsts] == signatures[others]).sum(axis=1, dtype=np.int16)
+                better = (alike >= NEAR * _HASHES) & (alike > shares[others])
+                twins[others[better]], shares[others[better]] = firsts[better], alike[better]
+        for other in np.flatnonzero(twins >= 0):
+            yield int(numbers[other]), int(numbers[twins[other]]), int(shares[other]) / _HASHES
 
-    def add(self, number: int, location: str, row: dict) -> None:
-        """Rows of fewer than 3 words are like too many others."""
+    def _keys(self, band: int) -> np.ndarray:
         import numpy as np
 
-        parts = [word for text in said_in(row) for word in normalise(text)]
-        if len(parts) < _SHINGLE:
-            return
-        hashes = {
-            zlib.crc32(" ".join(run).encode("utf-8", "surrogatepass")) for run in zip(*(parts[n:] for n in range(_SHINGLE)), strict=False)
-        }
-        values = np.fromiter(hashes, np.uint64, len(hashes))
-        signature = np.full(_HASHES, 2**32 - 1, np.uint32)
-        for some in np.array_split(values, 1 + len(values) // 4096):  # a 200 KB result must not cost 30 MB here
-            mixed = ((some[:, None] * self._factors + self._terms) % np.uint64(2305843009213693951)) >> np.uint64(29)
-            np.minimum(signature, mixed.min(axis=0).astype(np.uint32), out=signature)
-        self._signatures.append(signature)
-        self._rows.append((number, location))
-
-    def found(self) -> Iterator[tuple[int, str, tuple[str, float]]]:
-        """(number, location, (location of the earlier row, share)), in the order of the rows."""
-        import numpy as np
-
-        if len(self._rows) < 2:
-            return
-        signatures, twins = np.stack(self._signatures), {}
-        for band in np.split(signatures, _BANDS, axis=1):
-            keys = np.ascontiguousarray(band).view([("", band.dtype)] * band.shape[1]).ravel()
-            order = np.argsort(keys, kind="stable")
-            starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]])
-            for group in np.split(order, starts[1:]):
-                for other in group[1:]:  # against the first of its bucket: a set of a thousand alike costs a thousand, not a million
-                    share = float(np.mean(signatures[group[0]] == signatures[other]))
-                    if share >= NEAR and share > twins.get(int(other), (0, 0.0))[1]:
-                        twins[int(other)] = (int(group[0]), share)
-        for other in sorted(twins):
-            first, share = twins[other]
-            yield *self._rows[other], (self._rows[first][1], share)
+        keys, rows = np.empty(len(self._numbers), f"S{_BAND_BYTES}"), _AT_ONCE
+        for start in range(0, len(keys), rows):
+            block = np.frombuffer(os.pread(self._file.fileno(), rows * _BYTES, start * _BYTES), f"S{_BAND_BYTES}")
+            keys[start : start + rows] = block.reshape(-1, _BANDS)[:, band]
+        return keys
 
 
 # ---- evaluation suites

@@ -15,7 +15,7 @@ from harness.data.templates import Rendered, Renderer
 from harness.errors import DataError
 
 if TYPE_CHECKING:
-    from harness.data.sources import SourceRow
+    from harness.data.rows import SourceRow
 
 TOO_LONG = "longer than max_length"
 UNTRAINED = "no trained token"
@@ -93,7 +93,7 @@ def build_sample(source: SourceRow, renderer: Renderer, rules: Rules, report: Sp
         "input_ids": rendered.ids,
         "labels": labels,
         "length": len(labels),
-        "sample": row_digest(source.row),
+        "sample": source_digest(source),
         "location": source.location,
     }
 
@@ -108,6 +108,11 @@ def labels_of(rendered: Rendered) -> list[int]:
 def row_digest(row: dict) -> str:
     """Identity of a canonical row, 32 hex digits. The order of keys counts: templates write arguments in the order they have."""
     return digest_of(row)
+
+
+def source_digest(source: SourceRow) -> str:
+    """`row_digest` of its row, which need not be parsed for it."""
+    return hashlib.sha256(b"[" + source.text + b"]").hexdigest()[:32]
 
 
 def digest_of(*parts: object) -> str:

@@ -2,8 +2,8 @@
 
     <cache_dir>/<digest>/
         manifest.json         what is here: rows and bytes of every file, and the report of how it was made
-        train-00000.arrow …   Arrow streams, one per tokenising process, in the order of the rows
-        eval-00000.arrow …    only where something is held out
+        train-00000.arrow     an Arrow stream; where there are several, they are read one after the other
+        eval-00000.arrow      only where something is held out
 
 Columns of samples: input_ids, labels (-100 where not trained), length, sample (row_digest), location; of packs: packing.py; of pairs and
 labelled answers: prepare_pairs.py.
@@ -90,6 +90,25 @@ def building(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+class ArrowStream:
+    """An Arrow stream of batches that come as messages, as `RecordBatch.serialize` writes them."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self._path, self._schema = path, schema
+
+    def __enter__(self) -> ArrowStream:
+        self._file = open(self._path, "wb")  # noqa: SIM115, closed below
+        self._file.write(self._schema.serialize())
+        return self
+
+    def append(self, message: pa.Buffer | bytes) -> None:
+        self._file.write(message)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            self._file.write(b"\xff\xff\xff\xff\0\0\0\0" if kind is None else b"")  # the end of a stream, as its format says it
 
 
 def save_manifest(scratch: Path, report: PrepareReport, files: dict[str, list[Path]]) -> None:

@@ -29,13 +29,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from harness.data.encode import Encoder, Span, Tokens
 from harness.data.readback import lost_calls
 from harness.errors import DataError, ModelError
 
 logger = logging.getLogger(__name__)
 
 TrainingTemplate = Callable[[PreTrainedTokenizerBase], str | None] | str | None
-Span = tuple[int, int]  # [start, end), in characters
 
 REMEDY = "write a template with {% generation %} markers around what the assistant says and set data.chat_template to its path"
 
@@ -48,30 +48,6 @@ class Rendered:
     ids: list[int]
     mask: list[bool]
     turn_ends: list[int]
-
-
-@dataclass
-class _Tokens:
-    """One tokenised text: `starts[t]`, `ends[t]` are the characters of token t."""
-
-    text: str
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
-
-    def inside(self, span: Span) -> range:
-        """Tokens that lie in the span; one that straddles an edge counts only if its foreign characters are white space."""
-        first, last = bisect_left(self.starts, span[0]), bisect_left(self.starts, span[1])
-        if first and self.ends[first - 1] > span[0] and self.text[self.starts[first - 1] : span[0]].isspace():
-            first -= 1
-        while first < last and self.ends[first] <= span[0]:  # tokens without characters, as a BOS that is not in the text
-            first += 1
-        while last > first and self.ends[last - 1] > span[1] and not self.text[span[1] : self.ends[last - 1]].isspace():
-            last -= 1
-        return range(first, last)
-
-    def blank(self, token: int) -> bool:
-        return not self.text[self.starts[token] : self.ends[token]].strip()
 
 
 def render(tokenizer: PreTrainedTokenizerBase, row: dict, *, training_template: TrainingTemplate = None, location: str = "row") -> Rendered:
@@ -156,12 +132,12 @@ class Renderer:
         """Ids of a conversation that the assistant is to answer, with the words that begin its turn. Raises DataError."""
         tools = row.get("tools") or None
         text, _ = self._write(self.template(tools), _with_content(row["messages"]), tools, location, prompt=True)
-        return self._tokenise(text, location).ids
+        return self._encoder.encode(text, location).ids
 
     # ---- plain text -------------------------------------------------------------------------------------------------------
 
     def _render_text(self, prompt: str, completion: str, location: str) -> Rendered:
-        tokens = self._tokenise(prompt + completion, location, add_special_tokens=True)
+        tokens = self._encoder.encode(prompt + completion, location, add_special_tokens=True)
         everything = self.train_on == "all" or not prompt
         start = 0 if everything else len(prompt)
         trained = set(tokens.inside((start, len(tokens.text))))
@@ -180,7 +156,7 @@ class Renderer:
         if self.train_on == "all":
             text, _ = self._write(template, messages, tools, location)
             self._check_shown(template, messages, tools, text, text, location)
-            ids = self._tokenise(text, location).ids
+            ids = self._encoder.encode(text, location).ids
             return Rendered(ids, [True] * len(ids), [])
         text, turns = self.turns_of(row, location)
         said = "\n".join(text[a:b] for turn in turns.values() for a, b in turn)
@@ -193,7 +169,7 @@ class Renderer:
                 raise DataError(
                     f"{location}: the calls of message {i} read back otherwise from the chat template of {self.name}: {lost}; {remedy}"
                 )
-        tokens = self._tokenise(text, location)
+        tokens = self._encoder.encode(text, location)
         return self._mask(tokens, list(turns.values()), list(turns), start, has_markers(template), template, location)
 
     def turns_of(self, row: dict, location: str = "row") -> tuple[str, dict[int, list[Span]]]:
@@ -209,7 +185,7 @@ class Renderer:
         return text, dict(zip(assistant, turns, strict=True))
 
     def _mask(
-        self, tokens: _Tokens, turns: list[list[Span]], assistant: list[int], train_from: int, marked: bool, template: str, location: str
+        self, tokens: Tokens, turns: list[list[Span]], assistant: list[int], train_from: int, marked: bool, template: str, location: str
     ) -> Rendered:
         mask, turn_ends = [False] * len(tokens.ids), []
         for index, turn in zip(assistant, turns, strict=True):
@@ -231,7 +207,7 @@ class Renderer:
                     mask[tokens_said.start : tokens_said.stop] = [True] * len(tokens_said)
         return Rendered(tokens.ids, mask, turn_ends)
 
-    def _end_of_turn(self, tokens: _Tokens, said: range, template: str, keep_tail: bool) -> int | None:
+    def _end_of_turn(self, tokens: Tokens, said: range, template: str, keep_tail: bool) -> int | None:
         """Number of leading tokens up to and with the one that ends the turn `said`; None if nothing ends it.
 
         keep_tail: leave white space that the span has after that token (a template's own markers are obeyed to the letter).
@@ -290,7 +266,7 @@ class Renderer:
         def refuse(what: str, remedy: str) -> None:
             raise DataError(f"{location}: the chat template of {self.name} {what}; {remedy}, or set data.chat_template to one that does")
 
-        if tools and not self._shows_tools(template, messages, text):
+        if tools and not _has_words_of(tools, messages, template, text) and not self._shows_tools(template, messages, text):
             refuse(f"does not show tools to the model, and the row has {len(tools)}", "use a model whose template takes tools")
         calls = [call["function"]["name"] for m in messages for call in m.get("tool_calls", ())]
         for name in set(calls):
@@ -369,7 +345,7 @@ class Renderer:
         said = [("user", "q"), ("assistant", middle), ("user", "q"), ("assistant", final)]
         messages = [{"role": role, "content": text} for role, text in said]
         try:
-            tokens = self._tokenise(self._write(template, messages, None, "probe")[0], "probe")
+            tokens = self._encoder.encode(self._write(template, messages, None, "probe")[0], "probe")
         except DataError:  # a template for other conversations than this; each row's own tokens decide then
             return frozenset()
 
@@ -389,6 +365,10 @@ class Renderer:
         words = json.dumps(row.get("messages", ()), ensure_ascii=False)
         found = self._control_tokens.search(words)
         return found and found.group()
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
 
     @cached_property
     def _control_tokens(self) -> re.Pattern:
@@ -427,20 +407,12 @@ class Renderer:
             raise DataError(f"{location}: the chat template of {self.name} refuses this row: {error}") from error
         return texts[0], spans[0] if marked else []
 
-    def _tokenise(self, text: str, location: str, add_special_tokens: bool = False) -> _Tokens:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = text[error.start]
-            raise DataError(f"{location}: {half!r} is half of a surrogate pair, no character; write the file as UTF-8 again") from None
-        encoded = self.tokenizer(
-            text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
-        offsets = encoded["offset_mapping"]
-        starts, ends = [a for a, _ in offsets], [b for _, b in offsets]
-        if starts and add_special_tokens and offsets[-1] == (0, 0):  # an EOS that the tokenizer adds stands at the end, not at 0
-            starts[-1] = ends[-1] = len(text)
-        return _Tokens(text, list(encoded["input_ids"]), starts, ends)
+
+def _has_words_of(tools: list[dict], messages: list[dict], template: str, text: str) -> bool:
+    """Whether a tool's name or description stands in the text, and nowhere that it could come from but the tools."""
+    elsewhere = template + json.dumps(messages, ensure_ascii=False)
+    words = (word for tool in tools for word in (tool["function"]["name"], tool["function"].get("description")) if word)
+    return any(word in text and word not in elsewhere for word in words)
 
 
 def _with_content(messages: list[dict]) -> list[dict]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.data.sources import SourceRow, content_digest, load_rows
+from harness.data.rows import SourceRow, content_digest
+from harness.data.sources import load_rows
 from harness.data.templates import Renderer
 from harness.errors import DataError, EvaluationError
 from harness.evaluate.generate import generate_greedily

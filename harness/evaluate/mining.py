@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Protocol
 from harness.data.overlap import Overlap
 from harness.data.pairs import to_preferences
 from harness.data.prompts import question_of
-from harness.data.sources import SourceRow, content_digest
+from harness.data.rows import SourceRow, content_digest
 from harness.data.templates import Renderer, TrainingTemplate
 from harness.errors import DataError
 from harness.evaluate.edits import edits_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.data.sources import is_hub_id
+from harness.data.reading import is_hub_id
 from harness.embedded import PREFIX
 from harness.recipe import Recipe
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from harness import __version__
-from harness.data.sources import content_digest
+from harness.data.rows import content_digest
 from harness.errors import EvaluationError, RecipeError
 from harness.evaluate.items import Item
 from harness.evaluate.report import ITEMS, SUMMARY, by_category, load_results, summarise_category

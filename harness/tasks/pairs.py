@@ -16,7 +16,8 @@ from pathlib import Path
 from harness import model as models
 from harness.data import KIND_OF_ROWS
 from harness.data.overlap import Overlap
-from harness.data.sources import LoadedRows, SourceRow, content_digest, data_fingerprint, load_rows, mix
+from harness.data.rows import SourceRow, content_digest, data_fingerprint
+from harness.data.sources import LoadedRows, load_rows, mix
 from harness.data.templates import check_tokenizer
 from harness.embedded import resolve
 from harness.errors import DataError, EvaluationError, RecipeError

@@ -12,9 +12,9 @@ import ast
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError
@@ -258,6 +258,23 @@ def _named(value: object) -> str:
 # ---- checking
 
 
+def once_for_each(function: Callable) -> Callable:
+    """Remembers what a function says of a tool, or of a part of one, by its identity: equal tools are one object (`normalise_tool`), which
+    nobody writes to, and which is kept here so that its identity stays its own."""
+    known: dict[tuple, tuple] = {}
+
+    @wraps(function)
+    def remembering(tool: object, *more: object) -> object:
+        key = (id(tool), *more)
+        if key not in known:
+            if len(known) >= 65536:
+                known.clear()
+            known[key] = (tool, function(tool, *more))
+        return known[key][1]
+
+    return remembering
+
+
 def check_call(call: ToolCall, tools: list[dict]) -> list[Problem]:
     """What is wrong with `call` against `tools` (Tools): empty if nothing is.
 
@@ -275,6 +292,7 @@ def check_call(call: ToolCall, tools: list[dict]) -> list[Problem]:
         return [_unusable(call.name, error)]
 
 
+@once_for_each
 def check_tool(tool: dict) -> Problem | None:
     """What makes a Tool's parameters no JSON Schema that calls can be checked against; None if nothing does."""
     name, parameters = tool["function"]["name"], tool["function"].get("parameters", {})
@@ -291,7 +309,9 @@ def check_tool(tool: dict) -> Problem | None:
 def schema_errors(arguments: dict, parameters: dict) -> list[ValidationError]:
     """jsonschema's errors of arguments against a Tool's parameters (closed, see `check_call`), in the order of their places. Raises one of
     UNUSABLE where the schema is at fault."""
-    validator = _validator(json.dumps(parameters))
+    validator, is_plain = _validator_of(parameters)
+    if is_plain and _surely_fits(arguments, validator.schema):
+        return []
     return sorted(validator.iter_errors(arguments), key=lambda error: [str(part) for part in error.absolute_path])
 
 
@@ -326,13 +346,41 @@ def _unusable(name: str, error: Exception) -> Problem:
     return Problem("unusable_schema", name, f"the tool's parameters cannot be checked against ({reason})")
 
 
+@once_for_each
+def _validator_of(parameters: dict) -> tuple[Draft202012Validator, bool]:
+    return _validator(json.dumps(parameters))
+
+
 @lru_cache(maxsize=65536)
-def _validator(parameters: str) -> Draft202012Validator:
+def _validator(parameters: str) -> tuple[Draft202012Validator, bool]:
+    """And whether its schema is a plain one."""
     schema = json.loads(parameters)
     schema = _closed({"properties": {}, **schema} if set(schema) <= {"type", "description", "title", "required"} else schema)
-    if not _is_plain_schema(schema):
+    is_plain = _is_plain_schema(schema)
+    if not is_plain:
         Draft202012Validator.check_schema(schema)
-    return Draft202012Validator(schema, registry=Registry())  # an empty registry: a $ref never reaches for the network
+    return Draft202012Validator(schema, registry=Registry()), is_plain  # an empty registry: a $ref never reaches for the network
+
+
+def _surely_fits(value: object, schema: dict) -> bool:
+    """Whether a value is seen at once to fit a plain schema, as nearly every argument is; where it is not, jsonschema says."""
+    if "enum" in schema:
+        return False
+    kind = schema.get("type")
+    if kind == "object" or "properties" in schema or "required" in schema:
+        properties = schema.get("properties", {})
+        return (
+            kind in ("object", None)
+            and type(value) is dict
+            and all(name in value for name in schema.get("required", ()))
+            and all(name in properties and _surely_fits(item, properties[name]) for name, item in value.items())
+        )
+    if kind == "array" or "items" in schema:
+        return kind in ("array", None) and type(value) is list and all(_surely_fits(item, schema.get("items", {})) for item in value)
+    return kind is None or type(value) in _SURELY[kind]
+
+
+_SURELY = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "null": (type(None),)}
 
 
 def _is_plain_schema(schema: object) -> bool:

@@ -12,8 +12,8 @@ from harness.data.audit import CONTROL_TOKENS as TOKENS
 from harness.data.audit_report import render_audit
 from harness.data.formats import to_canonical
 from harness.data.overlap import normalise
-from harness.data.repeats import NearDuplicates, Suites
-from harness.data.sources import read_raw
+from harness.data.reading import read_raw
+from harness.data.repeats import NearDuplicates, Suites, signature_of
 from harness.errors import DataError
 from harness.tools import ToolCall, problems_of, repair_call
 
@@ -247,8 +247,8 @@ def test_near_duplicates_are_those_whose_runs_of_words_are_mostly_the_same():
 
     changed = [0, 2, 5, 10, 14, 40, 60, 100]
     for n, count in enumerate(changed):
-        near.add(n, str(n), {"text": text(count)})
-    found = {number: (twin, share) for number, _, (twin, share) in near.found()}
+        near.add(n, signature_of({"text": text(count)}))
+    found = {number: (twin, share) for number, twin, share in near.found()}
     for n, count in enumerate(changed[1:], 1):
         exact = max(
             len(shingles(text(count)) & shingles(text(other))) / len(shingles(text(count)) | shingles(text(other))) for other in changed[:n]

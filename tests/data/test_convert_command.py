@@ -9,7 +9,7 @@ from conftest import SHARED, needs_shared
 from harness.cli import main
 from harness.data.convert import TARGETS, as_openai, as_xlam
 from harness.data.formats import Reading, to_canonical
-from harness.data.sources import read_each
+from harness.data.reading import read_each
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}}
 USER = {"role": "user", "content": "q"}

@@ -6,7 +6,8 @@ import pytest
 from conftest import SHARED, needs_shared
 
 from harness.data.formats import LeftOut, Reading, Settings, broken_calls, detect_format, to_canonical, trained_calls
-from harness.data.sources import load_rows, read_raw
+from harness.data.reading import read_raw
+from harness.data.sources import load_rows
 from harness.errors import DataError
 from harness.recipe.schema import Source
 from harness.tools import ToolCall

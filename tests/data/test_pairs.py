@@ -9,7 +9,8 @@ from conftest import SHARED, needs_shared
 
 from harness.data.formats import LAYOUTS, detect_format
 from harness.data.pairs import PAIR_LAYOUTS, detect_layout, good_side, labelled_answers, pair_answers, to_preferences
-from harness.data.sources import load_rows, mix, read_raw
+from harness.data.reading import read_raw
+from harness.data.sources import load_rows, mix
 from harness.errors import DataError
 from harness.recipe.schema import Source
 from harness.recipe.task_rules import PREFERENCE_FORMATS

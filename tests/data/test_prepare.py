@@ -15,9 +15,9 @@ from test_templates import TOOL_ROW, TOOLS, call, talk
 from transformers import AutoTokenizer
 
 from harness.data import prepare as module
-from harness.data.prepare import fit, load_prepared, prepare, row_digest
+from harness.data.prepare import fit, load_prepared, prepare, row_digest, tokenise_batch
 from harness.data.report import Dropped, render_report
-from harness.data.sources import SourceRow
+from harness.data.rows import SourceRow
 from harness.data.templates import Renderer
 from harness.errors import DataError, HarnessError, ModelError
 
@@ -128,12 +128,17 @@ def test_the_order_of_arguments_is_part_of_a_rows_identity():
     assert row_digest({"text": "a", "b": 1}) != row_digest({"b": 1, "text": "a"})
 
 
-def test_two_processes_write_what_one_writes_in_the_same_order(tmp_path, tokenizer):
+def test_any_number_of_processes_writes_the_same_bytes(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "ROWS_PER_BATCH", 10)
     rows, held_out = some_rows(101) + located(long_talk(9)), some_rows(7)
-    one = prepare(rows, tokenizer, eval=held_out, cache_dir=tmp_path / "a", max_length=300, num_proc=1)
-    two = prepare(rows, tokenizer, eval=held_out, cache_dir=tmp_path / "b", max_length=300, num_proc=2)
-    assert columns(one) == columns(two) and one.report == two.report and one.eval[:] == two.eval[:]
-    assert len(list(two.folder.glob("train-*.arrow"))) == 2
+    one, *others = (
+        prepare(rows, tokenizer, eval=held_out, cache_dir=tmp_path / str(n), max_length=300, num_proc=n, packing=True) for n in (1, 2, 3)
+    )
+    wanted = {path.relative_to(tmp_path / "1"): path.read_bytes() for path in (tmp_path / "1").rglob("*.*")}
+    assert len(wanted) == 6  # of samples and of packs: train, eval and the manifest
+    for n, other in enumerate(others, 2):
+        assert {path.relative_to(tmp_path / str(n)): path.read_bytes() for path in (tmp_path / str(n)).rglob("*.*")} == wanted
+        assert columns(one) == columns(other) and one.report == other.report
 
 
 def test_a_long_row_loses_whole_turns_and_every_call_that_is_left_is_json(tmp_path, tokenizer):
@@ -241,9 +246,16 @@ def test_an_error_of_the_tokenizer_is_never_skipped(tmp_path):
 
 
 def test_a_child_that_is_killed_is_said_to_be(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "_tokenise_shard", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(HarnessError, match="code -9.*data.num_proc"):
-        prepare(some_rows(4), tokenizer, cache_dir=tmp_path, max_length=200, num_proc=2)
+    def kill(batch, **options):
+        if batch.split == "eval":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tokenise_batch(batch, **options)
+
+    monkeypatch.setattr(module, "tokenise_batch", kill)
+    wanted = "^d.jsonl:1 and the 3 rows after it: the process in which it was tokenised ended with code -9.*data.num_proc"
+    with pytest.raises(HarnessError, match=wanted):
+        prepare(some_rows(9), tokenizer, eval=some_rows(4), cache_dir=tmp_path, max_length=200, num_proc=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_packs_hold_the_samples_and_come_from_their_cache(tmp_path, tokenizer):

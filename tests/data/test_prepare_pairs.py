@@ -15,7 +15,8 @@ from harness.data.prepare import prepare, row_digest
 from harness.data.prepare_pairs import SIDES
 from harness.data.preview import render_preview
 from harness.data.report import render_report
-from harness.data.sources import SourceRow, load_rows
+from harness.data.rows import SourceRow
+from harness.data.sources import load_rows
 from harness.data.store import FEATURES
 from harness.data.templates import render
 from harness.embedded import resolve

@@ -6,7 +6,7 @@ from chat_tokenizer import chat_tokenizer
 
 from harness.data.prepare import prepare
 from harness.data.preview import render_preview
-from harness.data.sources import SourceRow
+from harness.data.rows import SourceRow
 
 ROWS = [
     SourceRow("d.jsonl:1", {"messages": [{"role": "user", "content": "say\nnaïve"}, {"role": "assistant", "content": "café 🙂\nTokyo"}]}),

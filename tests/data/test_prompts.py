@@ -6,7 +6,7 @@ import random
 import pytest
 
 from harness.data.prompts import load_prompts
-from harness.data.sources import content_digest
+from harness.data.rows import content_digest
 from harness.embedded import resolve
 from harness.errors import DataError
 from harness.model import load_tokenizer

@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harness.data.sources import LoadedRows, SourceRow, content_digest, data_fingerprint, load_rows, mix, read_raw, split_held_out
+from harness.data.reading import read_raw
+from harness.data.rows import SourceRow, content_digest, data_fingerprint
+from harness.data.sources import LoadedRows, load_rows, mix, split_held_out
 from harness.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -218,12 +220,6 @@ def test_broken_calls_are_counted_and_kept(tmp_path):
         "broken_calls": 1,
         "broken/wrong_type": 1,
     }
-
-
-def test_rows_with_equal_tools_share_them_in_memory(tmp_path):
-    row = json.dumps({"query": "q", "tools": '[{"name": "f", "parameters": {}}]', "answers": '[{"name": "f", "arguments": {}}]'})
-    a, b = load_rows(Source(write(tmp_path / "x.jsonl", row, row))).rows
-    assert a.row["tools"][0] is b.row["tools"][0]
 
 
 # ---- mixing

@@ -10,7 +10,8 @@ from conftest import MICRO_TEMPLATE, REPOSITORY, SHARED, needs_shared
 
 from harness.data.preflight import check_template, control_pattern, probe_template, render_preflight
 from harness.data.readback import calls_of, reads_back
-from harness.data.sources import SourceRow, load_rows
+from harness.data.rows import SourceRow
+from harness.data.sources import load_rows
 from harness.data.templates import Renderer, has_markers
 from harness.errors import DataError, ModelError
 from harness.recipe.schema import Source

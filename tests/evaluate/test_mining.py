@@ -15,7 +15,8 @@ from harness.cli import main
 from harness.data import held_out_rows
 from harness.data.overlap import Overlap
 from harness.data.prompts import question_of
-from harness.data.sources import content_digest, load_rows
+from harness.data.rows import content_digest
+from harness.data.sources import load_rows
 from harness.embedded import resolve
 from harness.evaluate import mining
 from harness.evaluate.edits import edits_of

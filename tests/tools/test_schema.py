@@ -6,7 +6,7 @@ from jsonschema import Draft202012Validator
 
 from harness.errors import DataError
 from harness.tools import ToolCall, check_call, check_tool, normalise_tool, normalise_tools, parse_type
-from harness.tools.schema import _closed, _is_plain_schema
+from harness.tools.schema import _closed, _is_plain_schema, schema_errors
 
 # The types that xLAM-60k's first hundred rows hold (research/tool-calling.md, section 2), API-Bank's, and what is near them.
 TYPES = [
@@ -286,3 +286,39 @@ def test_a_reference_that_leads_nowhere_is_the_tools_fault_also_where_no_call_me
     assert "http://x/y" in str(check_tool(tool({"type": "array", "items": {"$ref": "http://x/y"}})))
     assert check_tool(tool({"enum": [{"$ref": "#/$defs/b"}]})) is None
     assert check_tool(tool({"$ref": "#"})) is None
+
+
+def test_what_is_seen_at_once_to_fit_fits_by_jsonschema_and_nothing_else_changes(monkeypatch):
+    rng = random.Random(3)
+    values = [None, True, 0, 5.0, 2.5, "x", [], [1], ["x", 1], {}, {"a": 1}, {"a": "x", "b": [2]}, {"c": {"a": 1}}]
+    kinds = ["string", "integer", "number", "boolean", "array", "object", "null"]
+
+    def schema(depth):
+        made = {"type": rng.choice(kinds)} if rng.random() < 0.8 else {}
+        if depth and rng.random() < 0.5:
+            made["properties"] = {name: schema(depth - 1) for name in rng.sample("abc", rng.randint(0, 3))}
+            made["required"] = rng.sample("abc", rng.randint(0, 2))
+        if depth and rng.random() < 0.4:
+            made["items"] = schema(depth - 1)
+        if rng.random() < 0.2:
+            made["enum"] = rng.sample(values, 2)
+        return made
+
+    fitted = 0
+    for _ in range(3000):
+        parameters = {"type": "object", "properties": {name: schema(2) for name in "ab"}}
+        arguments = {name: rng.choice(values) for name in rng.sample("abc", rng.randint(0, 3))}
+        said = [error.message for error in schema_errors(arguments, parameters)]
+        with monkeypatch.context() as patch:
+            patch.setattr("harness.tools.schema._surely_fits", lambda *_: False)
+            assert said == [error.message for error in schema_errors(arguments, parameters)], (arguments, parameters)
+        fitted += not said
+    assert 300 < fitted < 2900
+
+
+def test_what_is_remembered_of_a_tool_is_of_that_tool_alone():
+    """A tool that is gone leaves its identity to another."""
+    for n in range(300):
+        kind = "object" if n % 2 else "string"
+        problem = check_tool({"type": "function", "function": {"name": f"f{n}", "parameters": {"type": kind}}})
+        assert (problem is None) == (kind == "object") and (problem is None or problem.where == f"f{n}")

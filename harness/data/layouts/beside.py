@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from harness.data.layouts.benchmarks import BFCL
@@ -30,12 +31,27 @@ def with_files_beside(file: Path, rows: Iterator[tuple[str, object]]) -> Iterato
 
 
 def _gold(file: Path) -> dict:
-    beside = file.parent / "possible_answer" / file.name
-    return {row["id"]: row["ground_truth"] for row in _lines(beside, ("id", "ground_truth"))}
+    return _gold_in(*_as_it_is(file.parent / "possible_answer" / file.name))
 
 
 def _shelf(file: Path) -> Shelf | None:
-    return Shelf(_lines(file.parent / "tool.jsonl", ("api_name", "parameters"))) or None
+    return _shelf_in(*_as_it_is(file.parent / "tool.jsonl"))
+
+
+def _as_it_is(file: Path) -> tuple[Path, int, int]:
+    """For the caches below: a file that has changed since is read again."""
+    found = file.stat() if file.is_file() else None
+    return (file, found.st_mtime_ns, found.st_size) if found else (file, 0, 0)
+
+
+@lru_cache(maxsize=4)
+def _gold_in(file: Path, *_: int) -> dict:
+    return {row["id"]: row["ground_truth"] for row in _lines(file, ("id", "ground_truth"))}
+
+
+@lru_cache(maxsize=4)
+def _shelf_in(file: Path, *_: int) -> Shelf | None:
+    return Shelf(_lines(file, ("api_name", "parameters"))) or None
 
 
 def _lines(file: Path, keys: tuple[str, ...]) -> list[dict]:

@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.data.formats import detect_format, to_canonical
-from harness.data.sources import LoadedRows, SourceRow, content_digest, mix, read_raw
+from harness.data.reading import read_raw
+from harness.data.rows import SourceRow, content_digest
+from harness.data.sources import LoadedRows, mix
 from harness.errors import DataError
 from harness.evaluate.items import Item
 from harness.recipe.schema import Source

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.data.sources import read_raw
+from harness.data.reading import read_raw
 from harness.errors import DataError
 from harness.tools import normalise_tool
 

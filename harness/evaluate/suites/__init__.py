@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from harness.data.formats import LeftOut
-from harness.data.sources import read_raw
+from harness.data.reading import read_raw
 from harness.errors import DataError, RecipeError
 from harness.evaluate.items import Item
 from harness.tools import did_you_mean

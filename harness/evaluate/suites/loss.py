@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.data.formats import to_canonical
-from harness.data.sources import content_digest
+from harness.data.rows import content_digest
 from harness.evaluate.items import Item
 from harness.evaluate.suites import Loaded, load_own
 

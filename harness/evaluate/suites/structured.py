@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.data.conversation import messages_of
-from harness.data.sources import content_digest
+from harness.data.rows import content_digest
 from harness.errors import DataError
 from harness.evaluate.items import Item
 from harness.evaluate.suites import Loaded, Verdict, load_own
