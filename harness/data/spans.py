@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -64,8 +65,9 @@ class _Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes.values():
-            process.terminate()
+        for connection, process in self._processes.items():
+            connection.close()
+            process.kill()  # they hold nothing; a handler of SIGTERM that they have from their parent, as a run's, would not end them
         for process in self._processes.values():
             process.join()
 
@@ -126,6 +128,8 @@ class _Pool:
 
 def _serve(connection: Connection, inherited: list[Connection], work: Callable) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # their parent sees it, and ends them
     gc.freeze()  # or the first collection writes to every object of the parent, and so makes a copy of its memory
     for other in inherited:
         other.close()

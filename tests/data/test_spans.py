@@ -31,6 +31,21 @@ def test_results_come_in_the_order_of_the_jobs_whatever_the_number_of_processes(
     assert not children()
 
 
+def test_a_parent_that_handles_sigterm_itself_as_a_run_does_is_not_kept_waiting_by_processes_that_inherit_it():
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert list(in_order(square, range(6), 2)) == [n * n for n in range(6)]
+        with pytest.raises(DataError):
+            list(in_order(refuse, range(6), 2))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not children()
+
+
+def refuse(n):
+    raise DataError(f"row {n} is bad")
+
+
 def test_few_jobs_start_no_process(monkeypatch):
     monkeypatch.setattr(spans, "usable_cores", lambda: 2)
     here = list(in_order(lambda _: os.getpid(), range(spans.BEFORE_PROCESSES), None))
