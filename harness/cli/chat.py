@@ -246,7 +246,7 @@ class _Terminal:
     def _write(self, text: str, **style) -> None:
         """Without an end of line, at once."""
         click.echo(click.style(text, **style) if self.coloured else text, nl=False)
-        self.column = len(text) if self.column == 0 else self.column + len(text)
+        self.column += len(text)
 
     def _line(self, text: str, fg: str | None = None) -> None:
         """On a line of its own, after whatever has been written on this one."""

@@ -29,21 +29,7 @@ from harness.sizes import gib
 
 WORKERS = 8
 OTHER_WEIGHTS = (
-    *(
-        "*.bin",
-        "*.pt",
-        "*.pth",
-        "*.ckpt",
-        "*.h5",
-        "*.msgpack",
-        "*.onnx",
-        "*.onnx_data",
-        "*.gguf",
-        "*.ot",
-        "*.tflite",
-        "*.mlmodel",
-        "*.nemo",
-    ),
+    *(f"*.{kind}" for kind in "bin pt pth ckpt h5 msgpack onnx onnx_data gguf ot tflite mlmodel nemo".split()),
     *("*.fp16.safetensors", "*.fp32.safetensors", "consolidated*.safetensors"),
 )
 """Weights in formats that harness does not load, and second copies of them."""
