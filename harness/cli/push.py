@@ -36,8 +36,10 @@ def command(run, target, export, license, base, evaluations, private, dry_run, f
     if place and private:
         raise RecipeError("--private is for the hub, and the target is a folder")
     quieten()
-    from harness.tasks.push import plan_push, push_to_folder, push_to_hub
+    from harness.tasks.push import check_place, plan_push, push_to_folder, push_to_hub
 
+    if place:
+        check_place(place, force=force)
     name = place.name if place else target
     plan = plan_push(folder, export, name, base=base, license=license, evaluations=evaluations, local=place is not None)
     where = str(place) if place else f"the hub's {target}"

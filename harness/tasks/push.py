@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import HarnessError, ModelError, RecipeError
+from harness.hub.cache import endpoint
 from harness.model.export import MANIFEST, check_export, verify_export
 from harness.recipe import load
 from harness.run import RunDir, replace_folder
@@ -182,12 +183,21 @@ def secrets_here() -> set[str]:
 # ---- doing it
 
 
-def push_to_folder(plan: Plan, target: Path, *, force: bool) -> None:
-    """Raises RecipeError for a folder that is there, ModelError where what was copied is not what was to be."""
+def check_place(target: Path, *, force: bool) -> None:
+    """Raises RecipeError for a folder that is there, or that is a run's."""
+    for folder in (target, *target.parents):
+        if RunDir(folder).manifest.is_file():
+            # What is handed over has lost its paths: as the run's own export it would be another, and without its lineage.
+            raise RecipeError(f"{target}: lies in the run {folder}, whose exports and checkpoints stay as they are; choose another folder")
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise RecipeError(f"{target}: is there, and holds no {MANIFEST}, so it is no export that could be replaced; choose another folder")
     if target.exists() and not force:
         raise RecipeError(f"{target}: is there already; --force replaces it")
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise RecipeError(f"{target}: holds no {MANIFEST}, so it is no export that could be replaced; choose another folder")
+
+
+def push_to_folder(plan: Plan, target: Path, *, force: bool) -> None:
+    """Raises RecipeError for a folder that is not to be written, ModelError where what was copied is not what was to be."""
+    check_place(target, force=force)
     staging = target.with_name(f"{target.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -204,7 +214,7 @@ def push_to_hub(plan: Plan, repo: str, *, private: bool) -> str:
     """The address of the commit. Raises RecipeError for a name that the hub does not take, HarnessError where it cannot be reached or
     refuses."""
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     api = HfApi()
     try:
@@ -215,9 +225,19 @@ def push_to_hub(plan: Plan, repo: str, *, private: bool) -> str:
         return api.create_commit(repo, added, commit_message=f"Hand over {plan.source.parent.name}/{plan.source.name}").commit_url
     except HFValidationError as error:
         raise RecipeError(f"--to {repo}: {error}") from None
+    except OfflineModeIsEnabled:
+        raise HarnessError(f"{repo}: cannot be pushed: HF_HUB_OFFLINE is set; unset it, on a machine that has a network") from None
     except (OSError, ValueError) as error:
-        # Its own errors are OSErrors and ValueErrors: no token, no such organisation, no network, offline.
+        # Its own errors are OSErrors and ValueErrors: no token, no such organisation.
         reason = str(error).strip().splitlines()[0]
         raise HarnessError(
             f"{repo}: cannot be pushed: {reason}; log in with `hf auth login`, or set HF_TOKEN to one that may write"
+        ) from None
+    except Exception as error:
+        # httpx's own, through huggingface_hub, which raises them as they are.
+        if not type(error).__module__.startswith("httpx"):
+            raise
+        raise HarnessError(
+            f"{repo}: cannot be pushed: {endpoint()} cannot be reached, or the connection was cut ({error}); nothing or all is there, "
+            "and the same command does it again; is there a network here (HTTPS_PROXY, HF_ENDPOINT)? --to ./FOLDER needs none"
         ) from None

@@ -228,10 +228,13 @@ def test_an_adapter_whose_base_nobody_else_has_is_refused_with_what_to_do(lora):
 
 def test_a_folder_that_is_no_export_is_not_replaced(full, tmp_path):
     (tmp_path / "mine").mkdir()
+    for force in (False, True):
+        with pytest.raises(RecipeError, match="no export that could be replaced"):
+            push_to_folder(plan(full), tmp_path / "mine", force=force)
+    push_to_folder(plan(full), tmp_path / "handed", force=False)
     with pytest.raises(RecipeError, match="--force"):
-        push_to_folder(plan(full), tmp_path / "mine", force=False)
-    with pytest.raises(RecipeError, match="no export that could be replaced"):
-        push_to_folder(plan(full), tmp_path / "mine", force=True)
+        push_to_folder(plan(full), tmp_path / "handed", force=False)
+    push_to_folder(plan(full), tmp_path / "handed", force=True)
 
 
 # ---- the command, and a hub
@@ -300,11 +303,30 @@ def test_a_dry_run_shows_the_card_and_the_files_and_writes_nothing(full, tmp_pat
     assert "nothing is written" in done.output and not (tmp_path / "there").exists()
 
 
+def test_a_dry_run_refuses_the_folder_that_the_push_would_refuse(full, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = push(full.path, "--to", tmp_path, "--force", "--dry-run")
+    assert isinstance(done.exception, RecipeError) and "no export that could be replaced" in str(done.exception)
+
+
+def test_the_exports_of_a_run_are_not_replaced_by_what_is_handed_over(full, lora):
+    before = (lora.final / MANIFEST).read_bytes()
+    for place in (full.final, full.path / "pushed", lora.final, lora.path / "checkpoint-9" / "x"):
+        done = push(full.path, "--to", place, "--force")
+        assert isinstance(done.exception, RecipeError) and "lies in the run" in str(done.exception)
+        assert place.exists() == (place.name == "final")
+    assert (lora.final / MANIFEST).read_bytes() == before
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line_with_what_to_do(full):
     # HF_HUB_OFFLINE is set for the tests.
-    with pytest.raises(HarnessError, match="org/model: cannot be pushed: .*hf auth login") as found:
+    with pytest.raises(HarnessError, match="org/model: cannot be pushed: HF_HUB_OFFLINE is set; unset it") as found:
         push_to_hub(plan(full), "org/model", private=False)
     assert "\n" not in str(found.value)
+    # Nobody listens at that port.
+    done = harness("push", full.path, "--to", "org/model", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    assert done.code == 1 and "127.0.0.1:9 cannot be reached" in done.output and "HTTPS_PROXY" in done.output
+    assert "Traceback" not in done.output
 
 
 def test_a_target_that_is_neither_and_an_export_that_is_not_there_are_refused(full):
