@@ -28,6 +28,7 @@ The prepared data alone lies elsewhere, in the cache, from where it can be made 
 """
 
 import contextlib
+import difflib
 import fcntl
 import json
 import os
@@ -58,6 +59,8 @@ OURS = re.compile(
 _HELD: dict = {}
 _LOADED = time.time()
 LIBRARIES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "wandb")
+RUNS_SHOWN = 4
+"""In a message."""
 ATTEMPT_VARIABLE = "HARNESS_ATTEMPT"
 """Set by a `harness run` parent for its ranks: the folder of the attempt that it has opened; empty on other machines than the first."""
 LAUNCH_VARIABLE = "HARNESS_LAUNCH"
@@ -188,7 +191,7 @@ class RunDir:
 
     def read_manifest(self) -> dict:
         if not self.manifest.is_file():
-            raise LaunchError(f"{self.path}: holds no run.json, so no run of harness began here; give a run folder such as runs/quickstart")
+            raise LaunchError(f"{self.path}: holds no run.json, so no run of harness began here; {advise_run(self.path)}")
         return json.loads(self.manifest.read_text())
 
 
@@ -222,6 +225,24 @@ def write_text_atomically(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The runs in a folder of runs, or of folders of runs."""
+    return sorted(manifest.parent for depth in ("*", "*/*") for manifest in folder.glob(f"{depth}/run.json"))
+
+
+def advise_run(path: Path) -> str:
+    """Which run was most likely meant by a path that is none: the one around it, those in it, the one that is called almost so."""
+    around = next((folder for folder in path.parents if (folder / "run.json").is_file()), None)
+    if around is not None:
+        return f"it lies in the run {around}; give that"
+    if inside := runs_below(path):
+        shown = ", ".join(str(run) for run in inside[:RUNS_SHOWN])
+        return f"give one of the runs in it ({shown}{', …' if len(inside) > RUNS_SHOWN else ''})"
+    beside = {run.name: run for run in runs_below(path.parent)}
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"did you mean {beside[close[0]]}? Give a run" if close else "give a run's folder, such as runs/quickstart/base"
 
 
 def replace_folder(staging: Path, target: Path) -> None:

@@ -253,3 +253,18 @@ def test_a_copy_of_a_run_that_followed_the_link_to_the_newest_attempt_can_go_on(
     assert not (copy.path / "logs" / "latest").is_symlink()
     second = copy.open_attempt()
     assert (copy.path / "logs" / "latest").resolve() == second.resolve() == copy.attempt(2).resolve()
+
+
+def test_a_folder_that_is_no_run_is_answered_with_the_run_that_was_meant(tmp_path):
+    for name in ("quickstart/base", "quickstart/adapt", "first"):
+        (tmp_path / name / "final").mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text("{}")
+    for asked, said in (
+        ("quickstart", f"give one of the runs in it ({tmp_path}/quickstart/adapt, {tmp_path}/quickstart/base)"),
+        ("first/final", f"it lies in the run {tmp_path}/first; give that"),
+        ("frist", f"did you mean {tmp_path}/first?"),
+        ("nothing/like/it", "give a run's folder, such as runs/quickstart/base"),
+    ):
+        with pytest.raises(LaunchError) as refused:
+            RunDir(tmp_path / asked).read_manifest()
+        assert said in str(refused.value)

@@ -61,6 +61,11 @@ def command(target, suites, output, processes, shards, shard, against, project, 
         raise RecipeError("--model and --api-key-variable are for a URL, and the target is none")
     machines = Machines(1 if served else processes or max(1, visible_gpus()))
     output = output.expanduser().resolve()
+    if against:
+        from harness.evaluate.report import load_results
+
+        # Now, and not when everything has been asked.
+        load_results(against.expanduser().resolve())
     told = _Told(output, against, project, as_json)
     if "RANK" in os.environ or machines.processes == 1:
         index = shard * world_size() + rank()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from harness.errors import DataError, EvaluationError, ModelError, RecipeError, TeacherError, first_line
 from harness.evaluate.items import Item
-from harness.run import RunDir
+from harness.model.export import MANIFEST
+from harness.run import RunDir, advise_run, runs_below
 from harness.teacher.client import Client, Refused
 
 IN_VAIN = (400, 413, 422)
@@ -98,8 +100,13 @@ def find_model(target: str) -> tuple[str, dict]:
                 f"{target}: holds no run.json, config.json or adapter_config.json; give a run, a model's folder, a hub id or a URL"
             )
         return str(path.resolve()), {"model": str(path.resolve()), "weights": weights_digest(path)} | _base_of(path)
-    if path.is_absolute() or target.startswith(".") or target.count("/") > 1:
-        raise RecipeError(f"{target}: there is no such folder; give a run, a model's folder, a hub id or a URL that begins with http")
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", target):
+        raise RecipeError(f"{target}: is no folder and no hub id; a server is named by its URL: http://{target.partition('/')[0]}/v1")
+    if path.is_absolute() or target.startswith(".") or target.count("/") > 1 or ("/" in target and runs_below(path.parent)):
+        # Beside runs lies no organisation's model, and a name that is misspelt shall not be looked for on the hub.
+        raise RecipeError(
+            f"{target}: there is no such folder; {advise_run(path)}, a model's folder, a hub id or a URL that begins with http"
+        )
     return target, {"model": target, "commit": _commit_of(target)}
 
 
@@ -114,13 +121,16 @@ def _base_of(folder: Path) -> dict:
 
 
 def _commit_of(name: str) -> str | None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from transformers.utils.hub import cached_file, extract_commit_hash
 
+    gone = False
     for file in ("config.json", "adapter_config.json"):
         try:
-            return extract_commit_hash(cached_file(name, file), None)
-        except (OSError, ValueError):
-            continue
+            return extract_commit_hash(cached_file(name, file, local_files_only=gone), None)
+        except (OSError, ValueError) as error:
+            # A hub that is not there is waited for once, half a minute, and not for every file.
+            gone = isinstance(error.__cause__, LocalEntryNotFoundError)
     raise ModelError(f"{name}: no such model on the hub, or it cannot be reached; give a run, a model's folder, a hub id or a URL")
 
 
@@ -135,6 +145,9 @@ class Local:
         from harness.tasks.templates import training_template
 
         self.source, self.identity = find_model(target)
+        manifest = Path(self.source) / MANIFEST
+        if manifest.is_file() and json.loads(manifest.read_text())["task"] == "reward":
+            raise ModelError(f"{target}: is a reward model, which gives scores and says nothing; give the model that it judges")
         self._settings, self._model = settings, None
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.source)
@@ -296,6 +309,15 @@ def option_of(setting: str) -> str:
     return "URL" if setting == "url" else f"--{setting.replace('_', '-')}"
 
 
+def check_api_can(url: str, needs: str) -> None:
+    """Raises EvaluationError for what no server tells; asks none."""
+    if needs != "answers":
+        raise EvaluationError(
+            f"{url}: this suite needs log-probabilities of given text under the model's chat template, which no chat API tells; give the "
+            "model itself"
+        )
+
+
 class Served:
     """A model behind POST /chat/completions. Its calls come back structured or as text, and both are read: a structured one is written down
     as Hermes writes it."""
@@ -316,11 +338,7 @@ class Served:
         return names[0]
 
     def check_can(self, needs: str, items: Sequence[Item]) -> None:
-        if needs != "answers":
-            raise EvaluationError(
-                f"{self._client.url}: this suite needs log-probabilities of given text under the model's chat template, which no chat API "
-                "tells; give the model itself"
-            )
+        check_api_can(self._client.url, needs)
 
     def speak(self, item: Item, seed: int, hear: Callable[[str], None], *, shorten: bool = False) -> Said:
         """The answer to one item, which `hear` is told as a whole."""

@@ -18,9 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.errors import DataError, EvaluationError, ModelError
+from harness.errors import DataError, EvaluationError
 from harness.evaluate.items import Item
-from harness.model.export import MANIFEST
 from harness.tasks.answering import Connection, Local, Served, Settings, is_served
 from harness.tools import Fault, Problem, ToolCall, check_call, read_turn
 from harness.tools.offered import Offered
@@ -145,13 +144,9 @@ class Chat:
 
 
 def open_target(target: str, settings: Settings, connection: Connection) -> Local | Served:
-    """Raises ModelError for a model that gives scores in place of words."""
     if is_served(target):
         return Served(target, settings, connection, PATIENCE)
     who = Local(target, settings)
-    manifest = Path(who.source) / MANIFEST
-    if manifest.is_file() and json.loads(manifest.read_text())["task"] == "reward":
-        raise ModelError(f"{target}: is a reward model, which gives scores and says nothing; chat with the model that it judges")
     who.load()
     return who
 

@@ -30,7 +30,7 @@ from harness.evaluate.report import ITEMS, SUMMARY, by_category, load_results, s
 from harness.evaluate.suites import Loaded, Verdict, find_suite
 from harness.model.export import digest_file
 from harness.run import git_commit, library_versions
-from harness.tasks.answering import Connection, Local, Said, Served, Settings, is_served
+from harness.tasks.answering import Connection, Local, Said, Served, Settings, check_api_can, is_served
 from harness.teacher.forecast import clock
 from harness.units import Worker, claim, committing, each_missing, missing_units
 
@@ -110,12 +110,18 @@ def evaluate(
     a model that cannot be loaded, EvaluationError for a suite that the target cannot answer and an output that is another's.
     """
     asked = load_suites(wanted, settings)
-    who = Served(target, settings, connection) if is_served(target) else Local(target, settings)
-    for one in asked:
-        try:
+    if is_served(target):
+        # Before the server is waited for.
+        for one in asked:
+            try:
+                check_api_can(target, one.suite.NEEDS)
+            except EvaluationError as error:
+                raise EvaluationError(f"--suite {one.name}: {error}") from None
+        who = Served(target, settings, connection)
+    else:
+        who = Local(target, settings)
+        for one in asked:
             who.check_can(one.suite.NEEDS, one.items)
-        except EvaluationError as error:
-            raise EvaluationError(f"--suite {one.name}: {error}") from None
     work = _Work(asked, who, settings, output, say)
     say(work.describe())
     try:
@@ -190,7 +196,12 @@ class _Work:
         for name, of_suite in rows.items():
             vain = [row for row in of_suite if row["failure"] in ("too_long", "refused")]
             if len(vain) == len(of_suite):
-                raise EvaluationError(f"--suite {name}: not one of {len(vain)} items could be asked; the first: {vain[0]['detail']}")
+                first = vain[0]
+                remedy = "; a lower --max-new-tokens leaves more to the questions (with another --output)"
+                raise EvaluationError(
+                    f"--suite {name}: not one of {len(vain)} items could be asked; the first: {first['detail']}"
+                    f"{remedy if first['failure'] == 'too_long' else ''}"
+                )
         summary = self._summary(rows)
         with committing(self.output / ITEMS) as stream:
             for of_suite in rows.values():

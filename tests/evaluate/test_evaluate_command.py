@@ -16,6 +16,7 @@ import pytest
 import torch
 from by_heart import learn_by_heart
 from conftest import REPOSITORY, harness, run_command
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_files import closed_wandb_files, wandb_history
 
@@ -29,7 +30,7 @@ from harness.evaluate.report import load_results
 from harness.evaluate.suites import calls, when2call
 from harness.recipe.schema import Source
 from harness.tasks import answering
-from harness.tasks.answering import Connection, Settings
+from harness.tasks.answering import Connection, Settings, find_model
 from harness.tasks.evaluate import evaluate
 from harness.units import Worker
 
@@ -402,13 +403,14 @@ def test_of_several_models_of_a_server_one_has_to_be_named(world, tmp_path):
         (["--suite", "calls=tests"], RecipeError, "is a folder; give its files"),
         (["--suite", "calls=x", "--shards", "2", "--shard", "2"], RecipeError, "goes from 0 to 1"),
         (["--suite", "calls=x", "--model", "a"], RecipeError, "are for a URL"),
+        (["--suite", "calls=x", "--against", "tests"], EvaluationError, "holds no summary.json"),
     ],
 )
 def test_a_command_that_is_wrong_ends_before_a_model_is_looked_for(tmp_path, monkeypatch, capsys, arguments, error, words):
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "embedded:tiny-llama", *arguments, "--output", str(tmp_path / "out")])
-    assert ended.value.code == 2
+    assert ended.value.code == (2 if error is RecipeError else 1)
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -428,6 +430,44 @@ def test_a_target_that_is_none_is_named(world, tmp_path, made, error, words):
             (target / name).write_text(text)
     with pytest.raises(error, match=words):
         run(world, tmp_path / "out", target=target)
+
+
+def test_a_misspelt_run_and_an_address_without_http_are_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.tasks.answering._commit_of", lambda name: pytest.fail(f"{name} is asked of the hub"))
+    monkeypatch.chdir(tmp_path)
+    Path("runs/first").mkdir(parents=True)
+    Path("runs/first/run.json").write_text("{}")
+    with pytest.raises(RecipeError, match="runs/frist: there is no such folder; did you mean runs/first?"):
+        find_model("runs/frist")
+    with pytest.raises(RecipeError, match="a server is named by its URL: http://localhost:8000/v1"):
+        find_model("localhost:8000")
+
+
+def test_a_hub_that_is_not_there_is_waited_for_once(monkeypatch):
+    asked = []
+
+    def cached_file(name, file, local_files_only=False):
+        asked.append(local_files_only)
+        raise OSError("no connection") from LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    with pytest.raises(ModelError, match="org/model: no such model on the hub, or it cannot be reached"):
+        find_model("org/model")
+    assert asked == [False, True]
+
+
+def test_a_model_that_gives_scores_is_not_asked_for_words(world, tmp_path):
+    target = tmp_path / "model"
+    shutil.copytree(world / "model", target)
+    (target / "harness.json").write_text('{"task": "reward"}')
+    with pytest.raises(ModelError, match="is a reward model, which gives scores"):
+        run(world, tmp_path / "out", target=target)
+
+
+def test_a_suite_that_no_server_answers_is_refused_before_one_is_waited_for(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.tasks.evaluate.Served", lambda *arguments: pytest.fail("a server is asked"))
+    with pytest.raises(EvaluationError, match="--suite when2call: .*which no chat API tells"):
+        run(world, tmp_path / "out", target="http://127.0.0.1:9/v1", wanted=suites(world)[1:2])
 
 
 def test_a_template_that_does_not_show_tools_is_refused(world, tmp_path):
