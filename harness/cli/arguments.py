@@ -52,6 +52,9 @@ def _check_options(overrides: tuple[str, ...]) -> None:
     for argument in overrides:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and "." not in name and name not in Recipe.model_fields:
-            advice = advise_key(name, [*options, "help"], leaf_keys(Recipe))
+            known = [*options, "help"]
+            advice = advise_key(name, known, leaf_keys(Recipe))
+            if advice in [f"did you mean `{option}`?" for option in known]:
+                advice = advice.replace("`", "`--", 1)
             verb = context.info_name
             raise RecipeError(f"--{name}: no such option of harness {verb}; {advice} (a recipe's keys are written key.path=value)")

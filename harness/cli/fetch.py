@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, read_overrides, recipe_argument
+from harness.errors import LaunchError
 
 
 @click.command("fetch", context_settings=RECIPE_CONTEXT)
@@ -25,7 +26,7 @@ def command(recipe: str, overrides: tuple[str, ...], dry_run: bool, verify: bool
             f"not fetched: attn_implementation {name}: its build belongs to the GPU; `kernels download` on a node with one, or use auto"
         )
     if not needs:
-        click.echo(f"{recipe}: takes nothing from the hub; all that it names lies here, or is embedded")
+        click.echo(f"{recipe}: takes nothing from the hub; {tell_places(recipe, recipes)}")
     elif dry_run:
         show_plan(plan_all(needs))
     elif verify or is_offline():
@@ -46,6 +47,21 @@ def read_recipes(recipe: str, overrides: tuple[str, ...]) -> tuple[list, list[Pa
     enter_directory(file)
     pipeline = load_pipeline(file, read_overrides(overrides))
     return [one for plan in plan_stages(pipeline) for one in plan.recipes], [pipeline.folder]
+
+
+def tell_places(recipe: str, recipes: list) -> str:
+    """Where that is which does not come from the hub: a path that leads nowhere shall not pass for one that is fetched."""
+    from harness.cluster.pipeline import find_pipeline
+    from harness.cluster.submission import check_inputs
+
+    if find_pipeline(recipe):
+        return "what it names is embedded, made by its own stages, or a path of this machine"
+    try:
+        for one in recipes:
+            check_inputs(one)
+    except LaunchError as error:
+        return f"but {error}"
+    return "all that it names lies here, or is embedded"
 
 
 def plan_all(needs: list) -> list:

@@ -4,6 +4,7 @@ YAML is read as version 1.2 means it: only true and false are booleans (so `eval
 and a key that stands twice is an error. Nothing is converted in silence: "8" is not 8.
 """
 
+import difflib
 import hashlib
 import io
 import json
@@ -31,6 +32,10 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     """
     file = find_recipe(path)
     settings = read_yaml(file)
+    if "stages" in settings:
+        raise RecipeError(
+            f"{path}: is a pipeline, which harness run, submit and fetch take; here name the recipe of one of its stages"
+        )
     if isinstance(settings.get("data"), dict):
         # So that data.train.0.max_rows=3 finds a source, however the file wrote it.
         settings["data"] |= {key: as_sources(settings["data"][key]) for key in ("train", "eval") if key in settings["data"]}
@@ -46,10 +51,16 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 
 def find_recipe(path: str | Path) -> Path:
     file = find_config(str(path))
-    if file is None:
-        known = [name for name in shipped_names("") if not name.startswith(NO_RECIPES)]
-        raise RecipeError(f"{path}: no such recipe; give the path of a YAML file or one of: {', '.join(known)}")
-    return file
+    if file is not None:
+        return file
+    if (own := Path(path).expanduser() / "recipe.yaml").is_file():
+        raise RecipeError(f"{path}: is a run's folder, and no recipe; its recipe is {own}")
+    known = [name for name in shipped_names("") if not name.startswith(NO_RECIPES)]
+    beside = [str(found) for found in sorted(Path(path).expanduser().parent.glob("*.y*ml"))]
+    close = difflib.get_close_matches(str(path), [*known, *beside], n=1, cutoff=0.75)
+    if close:
+        raise RecipeError(f"{path}: no such recipe; did you mean {close[0]}?")
+    raise RecipeError(f"{path}: no such recipe; give the path of a YAML file or one of: {', '.join(known)}")
 
 
 def _recipe_name(file: Path) -> str:

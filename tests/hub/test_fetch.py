@@ -287,6 +287,14 @@ def test_a_pipeline_is_fetched_with_all_its_stages_and_without_what_they_make_fo
     assert "org/tiny" in done.output and "org/rows" in done.output and "runs" not in done.output
 
 
+def test_a_path_that_leads_nowhere_does_not_pass_for_one_that_lies_here(tmp_path):
+    done = harness("fetch", "tiny/sft-lora", f"model.name_or_path={tmp_path}/nowhere")
+    assert "takes nothing from the hub; but model.name_or_path = " in done.output and "there is no such file" in done.output
+    assert "lies here" not in done.output
+    misspelt = harness("fetch", "tiny/sft-lora", "--dryrun")
+    assert misspelt.code == 2 and "did you mean `--dry-run`?" in misspelt.output
+
+
 def test_submit_names_fetch_when_an_offline_job_would_not_find_its_model(tmp_path, monkeypatch):
     from harness.cluster.schema import Cluster
     from harness.cluster.submission import Submission, check_fetched

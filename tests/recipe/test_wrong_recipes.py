@@ -131,6 +131,18 @@ def test_an_unknown_recipe_is_answered_with_the_known_ones(capsys):
     assert "tiny/sft-lora" in message
 
 
+def test_a_file_that_is_no_recipe_but_nearly_one_is_answered_with_what_was_meant(tmp_path, monkeypatch, capsys):
+    assert refused_by_command(["sft/qwen2.5-7b-tools-lor"], capsys).strip().endswith("did you mean sft/qwen2.5-7b-tools-lora?")
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    for file in ("run/recipe.yaml", "tools.yaml"):
+        Path(file).write_text("task: sft\n")
+    assert "is a run's folder, and no recipe; its recipe is run/recipe.yaml" in refused_by_command(["run"], capsys)
+    assert "did you mean tools.yaml?" in refused_by_command(["tools.yml"], capsys)
+    pipeline = refused_by_command(["pipelines/tiny"], capsys)
+    assert "is a pipeline" in pipeline and "one of its stages" in pipeline and "unknown key" not in pipeline
+
+
 # ---- ranks
 
 
@@ -252,7 +264,9 @@ def _messages(tmp_path: Path, base: Path) -> str:
     for make, table in ((backend_file, wrong.BACKENDS), (json_backend, wrong.DEEPSPEED_JSONS)):
         for _, text, *_ in table:
             tell(load_recipe, base, [f"backend={make(tmp_path, text)}"])
-    tell(load_recipe, "nope")
+    (tmp_path / "recipe.yaml").write_text("task: sft\n")
+    for name in ("nope", "tiny/sft-lorra", "pipelines/tiny", tmp_path):
+        tell(load_recipe, name)
     tell(load_recipe, base, ["backend=" + str(backend_file(tmp_path, f"{wrong.DEEPSPEED}{{deepspeed_config_file: nowhere.json}}\n"))])
     for environment, _ in MACHINES:
         tell(Machines.from_environment, 1, environment)
