@@ -98,11 +98,17 @@ def _schemas_in(path: Path) -> list[dict]:
             read = json.loads(text)
             return normalise_tools(read.get("tools", [read]) if isinstance(read, dict) else read)
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from None
     found: dict[str, dict] = {}
-    for row in rows:
-        for tool in normalise_tools(row.get("tools")) if isinstance(row, dict) else ():
+    for at, row in enumerate(rows, 1):
+        try:
+            offered = normalise_tools(row.get("tools")) if isinstance(row, dict) else ()
+        except DataError as error:
+            raise DataError(f"{path}: row {at}: {error}") from None
+        for tool in offered:
             found.setdefault(json.dumps(tool, sort_keys=True), tool)
     if not 0 < len(found) <= MOST:
         raise DataError(f"{path}: its rows offer {len(found)} tools; must be 1 to {MOST}, or give a .json list of those that are meant")
@@ -117,7 +123,7 @@ def _functions_in(path: Path) -> list[Callable]:
     sys.modules[path.stem] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RecipeError(f"--tools {path}; cannot be imported: {type(error).__name__}: {error}") from error
     return [value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == path.stem and key[:1] != "_"]
 

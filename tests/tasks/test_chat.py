@@ -144,6 +144,13 @@ def test_schemas_and_functions_are_named_in_four_ways_and_their_faults_are_refus
     with pytest.raises(RecipeError, match="no schema can be read from f"):
         load_offered(str(tmp_path / "bare.py"))
     (tmp_path / "twice.json").write_text('[{"name": "f"}, {"name": "f"}]')
+    for name, text in (("keys.json", '{"a": 1}'), ("words.json", '["x"]'), ("rows.jsonl", '{"tools": [{"a": 1}]}')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=f"{name}: .*a tool "):
+            load_offered(str(tmp_path / name))
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit('usage: leaves.py FILE')\n")
+    with pytest.raises(RecipeError, match="leaves.py; cannot be imported: SystemExit: usage"):
+        load_offered(str(tmp_path / "leaves.py"))
     with pytest.raises(DataError, match='two tools are called "f"'):
         load_offered(str(tmp_path / "twice.json"))
 
