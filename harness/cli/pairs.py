@@ -48,6 +48,8 @@ def command(
     folder = RunDir(run.expanduser().resolve())
     folder.read_manifest()
     target = (output_dir or folder.path / "pairs").expanduser().resolve()
+    if target == folder.path or RunDir(target).manifest.is_file():
+        raise RecipeError(f"--output-dir {target}: is a run's own folder; give one of its own, such as {target / 'pairs'}")
     quieten()
     from harness.tasks.pairs import Wanted, check_has_pairs, plan_pairs, save_pairs
 

@@ -593,3 +593,13 @@ def test_a_run_that_has_learnt_little_is_mined_by_two_processes_and_every_pair_i
     again = harness(*asking)
     assert again.code == 0 and "tokens in" not in again.output
     assert (run / "pairs" / "pairs.jsonl").read_text() == text
+
+
+def test_pairs_are_not_written_among_the_files_of_a_run(tmp_path, capsys):
+    for name in ("first", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        with pytest.raises(SystemExit) as ended:
+            main(["pairs", str(tmp_path / "first"), "--data", "rows.jsonl", "--output-dir", str(tmp_path / name)])
+        assert ended.value.code == 2 and "is a run's own folder; give one of its own" in capsys.readouterr().err
+        assert [file.name for file in (tmp_path / name).iterdir()] == ["run.json"]
