@@ -28,6 +28,8 @@ from harness.watchdog import follow_parent
 AREA = "accelerator"
 GPU_SHARE_IN_USE = 0.15
 """More than CUDA's own context takes of the smallest GPU that anyone trains on."""
+LARGE = 1e9
+"""Parameters above which nobody means to train on a CPU."""
 MATRIX = 2048
 NVIDIA = Path("/proc/driver/nvidia")
 
@@ -59,8 +61,26 @@ def check_torch(recipe: Recipe | None) -> list[Check]:
             what, _, remedy = str(error).rpartition("; ")
             found.append(Check(AREA, "device", "fail", what, remedy))
     if not visible:
-        found.append(Check(AREA, "GPU", "ok", "none; recipes run on the CPU" + (" (CUDA_VISIBLE_DEVICES hides some)" if there else "")))
+        found.append(judge_no_gpu(count_parameters(recipe) if recipe else 0, hides_some=there > 0))
     return found
+
+
+def count_parameters(recipe: Recipe) -> int:
+    """Of the model that is trained; 0 where its shapes are not here."""
+    from harness.planner.architecture import load_architecture
+
+    try:
+        return load_architecture(recipe.model.init or recipe.model.name_or_path, recipe.model.revision).parameters
+    except HarnessError:
+        return 0
+
+
+def judge_no_gpu(parameters: int, *, hides_some: bool) -> Check:
+    hidden = " (CUDA_VISIBLE_DEVICES hides some)" if hides_some else ""
+    if parameters < LARGE:
+        return Check(AREA, "GPU", "ok", f"none; recipes run on the CPU{hidden}")
+    what = f"none{hidden}; on the CPU a model of {parameters / 1e9:.1f} billion parameters takes months where a GPU takes hours"
+    return Check(AREA, "GPU", "warn", what, "run it where there is a GPU: `harness submit` sends it to a cluster's")
 
 
 def check_gpus(recipe: Recipe | None) -> list[Check]:

@@ -85,8 +85,8 @@ def measured_speed(run: Path) -> float:
     try:
         points = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise RecipeError(f"--measured {run}: {file} cannot be read: {error}") from None
+        raise RecipeError(f"measured = {run}: {file} cannot be read ({error}); train that run first, or state tokens_per_s") from None
     speeds = [point["speed/tokens_per_s"] for point in points if "speed/tokens_per_s" in point]
     if not speeds:
-        raise RecipeError(f"--measured {run}: {file} holds no speed/tokens_per_s; give a run that has trained a few steps")
+        raise RecipeError(f"measured = {run}: {file} holds no speed/tokens_per_s; give a run that has trained a few steps")
     return median(speeds[1:] or speeds)

@@ -133,3 +133,12 @@ def test_a_torch_that_does_not_load_is_said_with_its_own_words(tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
     (check,) = examine.run_apart(examine.Task("accelerator", "torch", names=("torch",)), None)
     assert (check.name, check.level) == ("torch", "fail") and "libcudart.so.12: cannot open" in check.what
+
+
+def test_without_a_gpu_a_large_model_is_warned_of_and_a_tiny_one_is_not():
+    hub_like = load("sft/llama3-8b-tools-qlora")
+    counted = accelerator.count_parameters(hub_like)
+    assert counted == pytest.approx(8.03e9, rel=0.01)  # Meta's own figure
+    found = accelerator.judge_no_gpu(counted, hides_some=False)
+    assert found.level == "warn" and "8.0 billion parameters" in found.what and "harness submit" in found.remedy
+    assert accelerator.judge_no_gpu(accelerator.count_parameters(load("tiny/sft-lora")), hides_some=True).level == "ok"

@@ -248,7 +248,7 @@ def test_hours_are_by_a_runs_own_speed_without_its_first_line(tmp_path):
     lines = [{"step": 1, "speed/tokens_per_s": 1.0}, {"step": 2, "speed/tokens_per_s": 500.0}, {"step": 3, "eval/loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert measured_speed(tmp_path) == 500
-    with pytest.raises(RecipeError, match=r"--measured .*nowhere: .* cannot be read"):
+    with pytest.raises(RecipeError, match=r"measured = .*nowhere: .* cannot be read .*; train that run first"):
         measured_speed(tmp_path / "nowhere")
 
 
