@@ -16,7 +16,7 @@ FILE = "report.html"
 
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.  [default: report.html in the run, or beside several]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page.  [default: report.html in the run, or beside several]")
 @click.option("--live", is_flag=True, help="Serve the page on localhost while the runs grow, and write nothing.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Of --live.  [default: a free one]")
 @click.option("--json", "as_json", is_flag=True, help="Print what the page is drawn from, and write nothing.")

@@ -1,9 +1,9 @@
-"""Pages that need nothing beside themselves: one HTML file, no script, font or picture from elsewhere, light and dark, for a phone and paper.
+"""Pages that need nothing beside themselves: one HTML file, nothing from elsewhere, light and dark, for a phone and for paper.
 
     render_document("title", body, style=own_css) -> the file's text
 
-page.css is the house style, which every page has; a page adds its own sheet. Whatever comes from a run, a recipe or a model is for the caller
-to escape. The promise is kept twice: nothing here loads anything, and the page's own policy forbids it to what may have slipped in.
+page.css is the house style, which every page has; a page adds its own sheet. Whatever comes from a run, a recipe or a model is for the
+caller to escape. The promise is kept twice: nothing here loads anything, and the page's own policy forbids it to what may have slipped in.
 """
 
 from __future__ import annotations

@@ -9,10 +9,12 @@
     memory.py    what the planner forecast, beside what was measured
     panels.py    which metrics are drawn beside which
     plots.py     curves, time line and bars as SVG
-    words.py     numbers and durations for people, and the sentence at the top
+    words.py     numbers and durations for people
+    headline.py  the sentence at the top
+    figures.py   curves, time and memory as sections of the page
     page.py      the page
     live.py      the page on localhost
 
-What the page says is in the run's own files: metrics.jsonl, ledger.jsonl, run.json, recipe.yaml and logs/. A file that is missing, torn or of
-another version costs what it would have said, and the page says so.
+What the page says is in the run's own files: metrics.jsonl, ledger.jsonl, run.json, recipe.yaml and logs/. A file that is missing, torn
+or of another version costs what it would have said, and the page says so.
 """

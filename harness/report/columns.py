@@ -1,7 +1,7 @@
 """metrics.jsonl as columns of numbers: a run of millions of lines fits into memory, and a file that grows is read on from where it ended.
 
-A line counts once its newline is there. A torn one (a life was killed while it wrote), and one that is no line of a run, is counted and left
-out. A value that is not finite is no number of its column; it is kept by name (`not_finite`).
+A line counts once its newline is there. A torn one (a life was killed while it wrote), and one that is no line of a run, is counted and
+left out. A value that is not finite is no number of its column; it is kept by name (`not_finite`).
 """
 
 import json

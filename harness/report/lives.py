@@ -16,7 +16,7 @@ The time of a run, from its submission or else its first life to its end or to n
     queue        from being sent or requeued to the job's begin
     between      no life and no queue: pre-flight, preparing data, nobody there
 
-Steps that no line tells of, because a life ended between two lines, are counted at the pace of the line before; `estimated_steps` says how many.
+Steps that no line tells of, because a life ended between two lines, are counted at the pace of the line before (`estimated_steps`).
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """What the planner forecasts for a run as it was started, beside what the run measured.
 
-The planner's sum for the fullest moment is of a whole card: tensors, what the allocator cannot use, and the CUDA context. The run measures the
-first (memory/peak_gib) and the first two (memory/peak_reserved_gib), so each is set beside the same part of the forecast. On a CPU it measures
-the resident memory of a process, which no forecast here is of.
+The planner's sum for the fullest moment is of a whole card: tensors, what the allocator cannot use, and the CUDA context. The run measures
+the first (memory/peak_gib) and the first two (memory/peak_reserved_gib), so each is set beside the same part of the forecast. On a CPU it
+measures the resident memory of a process, which no forecast here is of.
 """
 
 import contextlib

@@ -103,7 +103,9 @@ PANELS = (
     Panel("divergence from the reference", (Line("train/kl", ""),), unit="nats a token"),
     Panel("tokens guessed right", both("mean_token_accuracy"), form="percent"),
     Panel("entropy", both("entropy"), unit="nats a token", log=False),
-    Panel("length of an answer", (Line("train/completions/mean_length", ""), Line("distill/completion_length", "")), unit="tokens", log=False),
+    Panel(
+        "length of an answer", (Line("train/completions/mean_length", ""), Line("distill/completion_length", "")), unit="tokens", log=False
+    ),
     Panel("answers cut off", (Line("train/completions/clipped_ratio", ""),), form="percent", from_zero=True),
     Panel("prompts that teach nothing", (Line("train/frac_reward_zero_std", ""),), form="percent", from_zero=True),
     Panel("learning rate", (Line("train/learning_rate", ""),), smooths=False, log=False, from_zero=True),

@@ -206,7 +206,9 @@ def _end_labels(drawn: Sequence[Drawn], down: Callable[[float], float], bottom: 
 # ---- the time line
 
 
-def time_line(lives: Sequence[Life], spent: Account, events: Sequence[dict], evaluations: Sequence[float], until: float | None = None) -> str:
+def time_line(
+    lives: Sequence[Life], spent: Account, events: Sequence[dict], evaluations: Sequence[float], until: float | None = None
+) -> str:
     """What the run did when. until: the end of the axis in seconds from its begin, where several runs share one."""
     across = Scale(0.0, max(until or 0.0, spent.wall_s, 1e-3))
     top, bottom = 16, 34
@@ -244,7 +246,7 @@ def time_line(lives: Sequence[Life], spent: Account, events: Sequence[dict], eva
         told = f"life {life.number} {life.ended}" + (f": {life.why}" if life.why else "")
         sign = {"finished": "✓", "running": "…", "killed": "✕", "failed": "✕", "hung": "✕"}.get(life.ended, "■")
         parts.append(
-            f'<text class="ended {life.ended.replace(" ", "-")}" x="{place(life.end)}" y="{bottom - 5}" dx="-2">{sign}'
+            f'<text class="ended {life.ended.replace(" ", "-")}" x="{place(life.end)}" y="{bottom - 5}" dx="9">{sign}'
             f"<title>{escape(told)}</title></text>"
         )
     axis = bottom + 10
@@ -267,9 +269,7 @@ def stack(parts: Sequence[tuple[str, float, str]], said: str) -> str:
     drawn, at = [], 0.0
     for name, share, what in parts:
         if share > 0:
-            drawn.append(
-                f'<rect class="{name}" x="{at:.3%}" width="{share:.3%}" y="0" height="22"><title>{escape(what)}</title></rect>'
-            )
+            drawn.append(f'<rect class="{name}" x="{at:.3%}" width="{share:.3%}" y="0" height="22"><title>{escape(what)}</title></rect>')
             at += share
     return svg(22, said, drawn)
 

@@ -222,9 +222,9 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing_settings(stories: Sequence[Story]) -> dict[str, list[Any]]:
-    """Dotted key -> its value in each run, None where it has none, for those that are not the same in all."""
-    flat = [flatten(story.settings) for story in stories]
-    keys = dict.fromkeys(key for one in flat for key in one if key not in WHERE)
+    """Dotted key -> its value in each run, None where it has none. Of those that are no default in one of them, and not the same in all."""
+    flat = [flatten(story.settings) | story.differences for story in stories]
+    keys = dict.fromkeys(key for story in stories for key in story.differences if key not in WHERE)
     rows = {key: [one.get(key) for one in flat] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
@@ -268,8 +268,14 @@ def _life_object(life: Life) -> dict:
 
 
 def _curve_object(curve: Curve) -> dict:
-    return {"first": curve.first, "last": curve.last, "low": curve.low[1], "high": curve.high[1], "median": curve.median, "count": curve.count}
+    names = ("first", "last", "median", "count")
+    return {name: getattr(curve, name) for name in names} | {"low": curve.low[1], "high": curve.high[1]}
 
 
 def title_of(stories: Sequence[Story]) -> str:
-    return listed([story.name for story in stories]) if len(stories) <= 3 else f"{len(stories)} runs"
+    if len(stories) == 1:
+        return stories[0].name
+    folders = {story.run.path.parent for story in stories}
+    return (
+        folders.pop().name if len(folders) == 1 else listed([story.name for story in stories][:3]) if len(stories) <= 3 else "Several runs"
+    )
