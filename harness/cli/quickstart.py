@@ -201,7 +201,7 @@ Both students begin at the same weights and see the same rows in the same order.
 
 written to {output_dir}/
   results.json          the numbers above
-  {page.name}           the whole story of all five runs, as one page
+  {page.name}           the whole story, as one page
   {picture.name}            training and held-out loss of both stages
   base/final            the fine-tuned model, adapt/final the adapter, adapt/merged the teacher, distill/final its student,
                         alone/final the student without it; recipe, logs and metrics.jsonl beside each

@@ -1,6 +1,6 @@
-"""What is drawn of one metric: the values that the run was made with, those that were lost, and a mean through them.
+"""What is drawn of one metric: its values, those of steps that a later life made again, and a mean through them.
 
-A step that a later life made again counts as it went the last time. Curves are thinned for the page: of each of so many equal parts of the
+A step counts as it went the last time. Curves are thinned for the page: of each of so many equal parts of the
 axis the first, the lowest, the highest and the last point stay, so that no peak is lost. Means are taken before that, over all points.
 """
 
@@ -30,7 +30,7 @@ class Curve:
     smoothed: Points = field(default_factory=list)
     """Thinned; empty where the points are few."""
     lost: list[Points] = field(default_factory=list)
-    """For each life that lost some, from its last kept point on."""
+    """For each life whose last steps were made again, these, from the point before them on."""
     not_finite: Points = field(default_factory=list)
     """Steps at which it was not a number; the value is the one before, or nan."""
     count: int = 0
@@ -78,7 +78,7 @@ def _split(columns: Columns, lives: Sequence[Life], key: str) -> tuple[dict[int,
     for row, value in columns.of(key):
         while life_at < len(lives) and row >= lives[life_at].end_row:
             life_at, losing, before = life_at + 1, [], None
-        until = lives[life_at].kept_until if life_at < len(lives) else math.inf
+        until = lives[life_at].stands_until if life_at < len(lives) else math.inf
         step = columns.steps[row]
         if step <= until:
             kept[step] = value

@@ -128,10 +128,9 @@ def _figure(panel: Panel, drawn: Sequence[Drawn], group: Sequence[Story], steps:
         f'<span class="key c{one.colour}">{escape(one.label)} <b data-curve="{one.id}">{_last(one, panel)}</b></span>' for one in shown
     )
     unit = f' <span class="unit">{escape(panel.unit)}</span>' if panel.unit else ""
-    log = ' <span class="unit">log</span>' if "data-log" in chart else ""
     kind = "panel tall" if panel.tall else "panel"
     return (
-        f'<figure class="{kind}"><figcaption><span class="title">{escape(panel.title)}{unit}{log}</span>{readings}</figcaption>'
+        f'<figure class="{kind}"><figcaption><span class="title">{escape(panel.title)}{unit}</span>{readings}</figcaption>'
         f'<div class="frame{" named" if 1 < len(drawn) <= COLOURS else ""}">{chart}</div></figure>'
     )
 

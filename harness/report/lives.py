@@ -59,6 +59,8 @@ class Life:
     why: str = ""
     kept_until: float = math.inf
     """Steps up to this one were kept."""
+    stands_until: float = math.inf
+    """Steps up to this one were not made again by a later life: they are the last that there is of them, kept or not."""
     first_row: int = 0
     end_row: int = 0
     """Its lines of metrics.jsonl."""
@@ -164,7 +166,7 @@ def _node_reports(folder) -> list[dict]:
 def _share_lines(lives: list[Life], columns: Columns) -> None:
     """Each line to the last life that had shown a sign when it was written; the file is in the order of the lives."""
     row = 0
-    for life, following in zip(lives, [*lives[1:], None], strict=True):
+    for life, following in zip(lives, [*lives, None][1:], strict=True):
         life.first_row = row
         while row < len(columns) and (following is None or columns.times[row] < following.start):
             row += 1
@@ -198,12 +200,14 @@ def _judge(run: RunDir, lives: list[Life], events: list[dict], state: str, now: 
     if state in ("running", "ending") and last.ended in ("killed", "unknown"):
         last.ended, last.why, last.end = "running", "", max(now, last.end)
     bound = math.inf
-    if state not in GOES_ON and last.ended != "finished":
+    # Where no ledger is left, nobody knows of a checkpoint.
+    if state not in GOES_ON and last.ended != "finished" and events:
         bound = _last_commit(lives, events)
+    made_again = math.inf
     for life in reversed(lives):
-        life.kept_until = bound
+        life.kept_until, life.stands_until = min(bound, made_again), made_again
         if life.trains:
-            bound = min(bound, life.resumed_from)
+            made_again = min(made_again, life.resumed_from)
 
 
 def _last_commit(lives: list[Life], events: list[dict]) -> int:

@@ -179,7 +179,7 @@ def _lineage(story: Story) -> str:
             if value is not None and key not in ("task", "base"):
                 text = value if isinstance(value, str) else json.dumps(value)
                 short = text[:12] if key.endswith(("digest", "commit")) or key == "data" else text
-                told.append(f'{key.replace("_", " ")} <code title="{escape(text)}">{escape(short)}</code>')
+                told.append(f'{escape(key.replace("_", " "))} <code title="{escape(text)}">{escape(short)}</code>')
         lines.append(f"<li>{', '.join(told)}</li>")
     return f'<h3>Lineage</h3><ol class="lineage">{"".join(lines)}</ol>'
 

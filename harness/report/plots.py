@@ -123,6 +123,8 @@ def line_chart(
     for tick in scale.ticks(max(3, bottom // 42)):
         parts.append(f'<line class="grid" x1="0%" x2="100%" y1="{down(tick)}" y2="{down(tick)}"/>')
         parts.append(f'<text class="tick y" x="0" dx="-7" y="{down(tick) + 4}">{escape(write(tick))}</text>')
+    if scale.is_log:
+        parts.append('<text class="tick y" x="0" dx="-7" y="8">log</text>')
     parts.append(f'<line class="axis" x1="0%" x2="100%" y1="{bottom}" y2="{bottom}"/>')
     parts += _step_ticks(across, bottom)
     for low, expected, high, what in bands:

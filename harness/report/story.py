@@ -69,8 +69,8 @@ class Story:
 
     @property
     def last_step(self) -> int:
-        """Of the run as it stands."""
-        return max((int(min(life.kept_until, life.last_step)) for life in self.lives if life.trains), default=0)
+        """To which it came."""
+        return max((int(min(life.stands_until, life.last_step)) for life in self.lives if life.trains), default=0)
 
     @property
     def lost_steps(self) -> int:

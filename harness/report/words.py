@@ -10,8 +10,9 @@ UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
 
 def duration(seconds: float) -> str:
     """`3 d 4 h`, `4 h 12 min`, `12 min 4 s`, `41 s`, `0.06 s`."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 or not seconds else f"{seconds:.1f} s" if seconds >= 0.95 else f"{seconds:.2g} s"
+    seconds = round(seconds)
     for length, unit, part, unit_of_part in UNITS:
         if seconds >= length:
             whole, rest = divmod(round(seconds / part), length // part)
