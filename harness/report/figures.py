@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 
 from harness.report.lives import PARTS
 from harness.report.memory import Memory
 from harness.report.panels import Line, Panel, choose_panels, is_evaluation
-from harness.report.plots import Drawn, Mark, line_chart, range_bar, stack, time_line
+from harness.report.plots import Drawn, Mark, axis_of, line_chart, range_bar, stack, time_line
 from harness.report.story import Story
 from harness.report.words import counted, duration, moment, number, percent
 
@@ -78,7 +79,7 @@ def _one_line(panel: Panel, line: Line) -> Panel:
     """Of several runs each metric has a picture of its own, with a line for each run."""
     told = line.label if line.label != "training" else ""
     title = panel.title if not told or told in panel.title else f"{panel.title}, {told}"
-    return Panel(title, (line,), panel.unit, panel.form, panel.smooths, panel.log, panel.from_zero, panel.tall)
+    return replace(panel, title=title, lines=(line,))
 
 
 def _steps(group: Sequence[Story]) -> tuple[int, int]:
@@ -99,7 +100,8 @@ def _drawn(panel: Panel, group: Sequence[Story], stories: Sequence[Story], parts
             label = line.label if one else story.name
             is_evaluated = is_evaluation(line.key)
             smooths = panel.smooths and not is_evaluated
-            found.append(Drawn(f"{place}-{len(found)}", label, curve, colour, is_evaluated, smooths))
+            dashed = not one and stories.index(story) >= COLOURS
+            found.append(Drawn(f"{place}-{len(found)}", label, curve, colour, dashed, is_evaluated, smooths))
     return found
 
 
@@ -111,15 +113,15 @@ def _figure(panel: Panel, drawn: Sequence[Drawn], group: Sequence[Story], steps:
                 before = group[0].lives[group[0].lives.index(life) - 1]
                 told = f"life {life.number} goes on from step {life.resumed_from:,}; the one before was {before.ended}"
                 marks.append(Mark(life.resumed_from, f"{life.number}" if panel.tall else "", told))
+    scale = axis_of(drawn, may_be_log=panel.log, from_zero=panel.from_zero)
     said = f"{panel.title} over steps {steps[0]:,} to {steps[1]:,}"
     chart = line_chart(
         drawn,
         steps,
         236 if panel.tall else 132,
         said=said,
+        scale=scale,
         write=lambda value: tick_text(value, panel.form),
-        may_be_log=panel.log,
-        from_zero=panel.from_zero,
         marks=marks if len(marks) <= 40 else (),
         names=len(drawn) > 1 and len(drawn) <= COLOURS,
     )
@@ -128,9 +130,10 @@ def _figure(panel: Panel, drawn: Sequence[Drawn], group: Sequence[Story], steps:
         f'<span class="key c{one.colour}">{escape(one.label)} <b data-curve="{one.id}">{_last(one, panel)}</b></span>' for one in shown
     )
     unit = f' <span class="unit">{escape(panel.unit)}</span>' if panel.unit else ""
+    log = ' <span class="unit">log</span>' if scale.is_log else ""
     kind = "panel tall" if panel.tall else "panel"
     return (
-        f'<figure class="{kind}"><figcaption><span class="title">{escape(panel.title)}{unit}</span>{readings}</figcaption>'
+        f'<figure class="{kind}"><figcaption><span class="title">{escape(panel.title)}{unit}{log}</span>{readings}</figcaption>'
         f'<div class="frame{" named" if 1 < len(drawn) <= COLOURS else ""}">{chart}</div></figure>'
     )
 

@@ -232,7 +232,8 @@ def _how_it_ended(run: RunDir, life: Life, events: list[dict]) -> tuple[str, str
         return "finished", ""
     if name == "stopped":
         said = f"{why} {outcome.get('reason', '')}"
-        return ("preempted" if "preempt" in said else "time limit" if "time limit" in said else "stopped"), why
+        word = "preempted" if "preempt" in said else "time limit" if "time limit" in said else "stopped"
+        return word, why.removeprefix("slurm: ").removeprefix(f"{word}: ")
     if name:
         return {"rolled_back": "rolled back", "hang": "hung"}.get(name, name), why
     errors = rank_reports(attempt, "errors") if attempt.is_dir() else []

@@ -47,21 +47,15 @@
       element.textContent = written(curve.v[at], curve.f);
       element.title = `step ${curve.s[at].toLocaleString("en")}`;
     }
-    for (const title of panels.querySelectorAll("figcaption .title")) {
-      let reading = title.querySelector(".reading");
-      if (!reading) {
-        reading = document.createElement("span");
-        reading.className = "unit reading";
-        title.append(reading);
-      }
-      reading.textContent = ` step ${Math.round(step).toLocaleString("en")}`;
+    for (const label of panels.querySelectorAll(".at")) {
+      label.setAttribute("x", place);
+      label.textContent = Math.round(step).toLocaleString("en");
     }
   };
 
   const hide = (panels, group) => {
     panels.classList.remove("read");
     for (const { element, said } of group.readings) element.textContent = said;
-    for (const reading of panels.querySelectorAll(".reading")) reading.remove();
   };
 
   let under = null;

@@ -27,6 +27,8 @@ class Panel:
     """On a logarithmic axis where the values span more than two decades, and are all positive."""
     from_zero: bool = False
     tall: bool = False
+    only_with: str = ""
+    """Drawn where some metric begins so; the same name means something else elsewhere."""
 
 
 def both(name: str) -> tuple[Line, ...]:
@@ -62,7 +64,12 @@ PANELS = (
         form="percent",
         from_zero=True,
     ),
-    Panel("divergence from the teacher", (Line("distill/kl", "training"), Line("eval/kl", "held out")), unit="nats a token"),
+    Panel(
+        "divergence from the teacher",
+        (Line("distill/kl", "training"), Line("eval/kl", "held out")),
+        unit="nats a token",
+        only_with="distill/",
+    ),
     Panel(
         "agreement with the teacher",
         (
@@ -100,7 +107,7 @@ PANELS = (
     Panel("margin of scores", both("margin"), log=False),
     Panel("score", (Line("train/chosen_reward", "chosen"), Line("train/rejected_reward", "rejected")), log=False),
     Panel("calibration error, held out", (Line("eval/calibration_error", ""),), from_zero=True),
-    Panel("divergence from the reference", (Line("train/kl", ""),), unit="nats a token"),
+    Panel("divergence from the reference", both("kl"), unit="nats a token", log=False),
     Panel("tokens guessed right", both("mean_token_accuracy"), form="percent"),
     Panel("entropy", both("entropy"), unit="nats a token", log=False),
     Panel(
@@ -125,10 +132,13 @@ PANELS = (
 
 
 def choose_panels(keys: Iterable[str]) -> list[Panel]:
-    """The panels of which at least one metric was logged, with the lines that were."""
+    """The panels of which at least one metric was logged, with the lines that were; each metric in the first that names it."""
     there, chosen = sorted(keys), []
     for panel in (LOSS, *PANELS):
-        lines = tuple(found for line in panel.lines for found in _found(line, there))
+        if not any(key.startswith(panel.only_with) for key in there):
+            continue
+        drawn = {line.key for earlier in chosen for line in earlier.lines}
+        lines = tuple(found for line in panel.lines for found in _found(line, there) if found.key not in drawn)
         if [line.key for line in lines] == ["memory/peak_gib"]:
             # Measured so on a CPU alone.
             lines = (Line("memory/peak_gib", "resident"),)

@@ -16,6 +16,8 @@ from harness.report.words import counted, duration, moment, number
 WIDE = 1000
 """Units across the inner picture of paths, which is stretched to the width."""
 LABEL_PX = 13
+MOST_RAW = 4
+"""With more curves in a picture only the means are drawn of those that have one."""
 SPANS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800)
 
 
@@ -83,6 +85,7 @@ class Drawn:
     label: str
     curve: Curve
     colour: int
+    is_dashed: bool = False
     is_dotted: bool = False
     """Few and exact points, each of which is shown: an evaluation."""
     smooths: bool = False
@@ -97,22 +100,22 @@ class Mark:
     said: str
 
 
+def axis_of(drawn: Sequence[Drawn], *, may_be_log: bool, from_zero: bool) -> Scale:
+    return scale_of([value for one in drawn for value in _extent(one)] or [0.0, 1.0], may_be_log=may_be_log, from_zero=from_zero)
+
+
 def line_chart(
     drawn: Sequence[Drawn],
     steps: tuple[int, int],
     height: int,
     *,
     said: str,
+    scale: Scale,
     write: Callable[[float], str],
-    may_be_log: bool = True,
-    from_zero: bool = False,
     marks: Sequence[Mark] = (),
     names: bool = True,
-    bands: Sequence[tuple[float, float, float, str]] = (),
 ) -> str:
-    """bands: (low, expected, high, what) that the values are to be read against. names: at the right end of each curve stands its label."""
-    values = [value for one in drawn for value in _extent(one)] + [edge for band in bands for edge in band[:3]]
-    scale = scale_of(values or [0.0, 1.0], may_be_log=may_be_log, from_zero=from_zero)
+    """names: at the right end of each curve stands its label."""
     across = Scale(steps[0], max(steps[1], steps[0] + 1))
     bottom = height - 18
 
@@ -123,26 +126,20 @@ def line_chart(
     for tick in scale.ticks(max(3, bottom // 42)):
         parts.append(f'<line class="grid" x1="0%" x2="100%" y1="{down(tick)}" y2="{down(tick)}"/>')
         parts.append(f'<text class="tick y" x="0" dx="-7" y="{down(tick) + 4}">{escape(write(tick))}</text>')
-    if scale.is_log:
-        parts.append('<text class="tick y" x="0" dx="-7" y="8">log</text>')
     parts.append(f'<line class="axis" x1="0%" x2="100%" y1="{bottom}" y2="{bottom}"/>')
     parts += _step_ticks(across, bottom)
-    for low, expected, high, what in bands:
-        top, foot = down(high), down(low)
-        parts.append(
-            f'<rect class="band" x="0%" width="100%" y="{top}" height="{max(1.0, foot - top):.1f}"><title>{escape(what)}</title></rect>'
-            f'<line class="expected" x1="0%" x2="100%" y1="{down(expected)}" y2="{down(expected)}"/>'
-        )
     parts += [_mark(mark, across, bottom) for mark in marks]
     paths, dots = [], []
     for one in drawn:
         for lost in one.curve.lost:
             paths.append(f'<path class="lost c{one.colour}" d="{_path(lost, across, down)}"/>')
+        dashed = "curve dashed" if one.is_dashed else "curve"
         if one.curve.smoothed and one.smooths:
-            paths.append(f'<path class="raw c{one.colour}" d="{_path(one.curve.points, across, down)}"/>')
-            paths.append(f'<path class="curve c{one.colour}" d="{_path(one.curve.smoothed, across, down)}"/>')
+            if len(drawn) <= MOST_RAW:
+                paths.append(f'<path class="raw c{one.colour}" d="{_path(one.curve.points, across, down)}"/>')
+            paths.append(f'<path class="{dashed} c{one.colour}" d="{_path(one.curve.smoothed, across, down)}"/>')
         else:
-            style = "curve thin" if one.is_dotted else "curve"
+            style = f"{dashed} thin" if one.is_dotted else dashed
             paths.append(f'<path class="{style} c{one.colour}" d="{_path(one.curve.points, across, down)}"/>')
         if one.is_dotted and len(one.curve.points) <= 60 or len(one.curve.points) == 1:
             dots += [
@@ -157,7 +154,7 @@ def line_chart(
         f"{''.join(paths)}</svg>"
     )
     labels = _end_labels(drawn, down, bottom) if names else []
-    rule = f'<line class="rule" x1="0" x2="0" y1="2" y2="{bottom}"/>'
+    rule = f'<line class="rule" x1="0" x2="0" y1="2" y2="{bottom}"/><text class="at" x="0" y="{bottom + 14}"></text>'
     return svg(height, said, [*parts, inner, *dots, *labels, rule])
 
 

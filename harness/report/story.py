@@ -86,8 +86,13 @@ class Story:
     def differences(self) -> dict[str, Any]:
         """Dotted key -> value, of what is not a default; of a recipe that cannot be read, of all that stands there."""
         if self.recipe is None:
-            return flatten(self.settings)
-        return {key: redact(value, key.rpartition(".")[2]) for key, value in difference_from_defaults(self.recipe).items()}
+            return {key: value for key, value in flatten(self.settings).items() if key not in WHERE}
+        found = {key: redact(value, key.rpartition(".")[2]) for key, value in difference_from_defaults(self.recipe).items()}
+        # A section that is no default by being there: with what it says, and not only with what differs from its own defaults.
+        return {key: self._said_of(key) if isinstance(value, dict) else value for key, value in found.items() if key not in WHERE}
+
+    def _said_of(self, section: str) -> dict[str, Any]:
+        return {key: value for key, value in (self.setting(section) or {}).items() if value not in (None, False, [], {})}
 
 
 PEAKS = ("memory/peak_gib", "memory/peak_reserved_gib")

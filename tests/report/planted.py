@@ -58,9 +58,9 @@ class Planted:
 def interrupted(path: Path) -> Planted:
     """Sent, killed after step 8 with a checkpoint of step 4, begun again from it, and done. Seconds:
 
-        0 sent   10 the job begins   20 life 1 shows itself, and trains from 32 on: two steps of 2 s for each line
-        41 checkpoint-4, which took 1 s   49 step 8, and death   70 life 2 shows itself, and trains from 71 on
-        75 step 6   78 its evaluation, which took 3 s   82 step 8   84 checkpoint-8, which took 1.5 s   86 the end
+    0 sent   10 the job begins   20 life 1 shows itself, and trains from 32 on: two steps of 2 s for each line
+    41 checkpoint-4, which took 1 s   49 step 8, and death   70 life 2 shows itself, and trains from 71 on
+    75 step 6   78 its evaluation, which took 3 s   82 step 8   84 checkpoint-8, which took 1.5 s   86 the end
     """
     run = Planted(path).manifest().ended(1, None).ended(2, "done", step=8)
     run.event(0, "submitted", last_attempt=0).event(10, "job_began", job="7", restart=0, hosts=["n1"])

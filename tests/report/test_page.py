@@ -1,4 +1,4 @@
-"""The page and the command: nothing is loaded from elsewhere, nothing of a run is taken for HTML, and whatever a folder holds, it is shown."""
+"""The page and the command: nothing is loaded from elsewhere, nothing of a run is taken for HTML, and whatever a folder holds is shown."""
 
 import json
 import os
@@ -158,6 +158,14 @@ def test_metrics_of_every_task_are_drawn_and_what_no_picture_names_stands_in_a_t
     for title in keys.values():
         assert f'<span class="title">{title}' in page.text, title
     assert "<code>train/odd_one</code>" in page.text and "<code>train/reward</code>" not in page.text
+
+
+def test_a_divergence_is_from_the_teacher_only_where_there_is_one(tmp_path):
+    run = Planted(tmp_path / "run")
+    for step in (1, 2):
+        run.line(step, step, train_loss=1.0, **{"train/kl": 0.1, "eval/kl": 0.2 * step})
+    page = page_of(run.path)
+    assert "divergence from the reference" in page.text and "divergence from the teacher" not in page.text
 
 
 def test_several_runs_are_drawn_over_each_other_and_losses_of_different_tasks_are_not(tmp_path):
