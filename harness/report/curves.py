@@ -9,7 +9,6 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 from harness.report.columns import Columns
 from harness.report.lives import Life
@@ -125,9 +124,3 @@ def thin(steps: Sequence[int], values: Sequence[float], parts: int) -> Points:
         kept += [(steps[index], values[index]) for index in sorted(chosen)]
         at = end
     return kept
-
-
-def value_at(points: Points, step: int) -> float | None:
-    """The last one up to this step."""
-    at = bisect_right(points, step, key=itemgetter(0))
-    return points[at - 1][1] if at else None
