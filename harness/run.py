@@ -19,6 +19,7 @@ runs/<name>/
   final/                 the export: plain Hugging Face or PEFT layout, reopened and verified; harness.json holds its digests
   merged/, gguf-TYPE/    `harness export --merge`, `--gguf TYPE`
   pairs/                 `harness pairs`
+  report.html            `harness report`
   .lock                  held by the process that runs in the folder
   share.json             of a run that trains nothing, and does a share of units of work (harness.share)
   job.sbatch, job.json, cluster.yaml, code.diff, logs/slurm-N.log, logs/owner, logs/nodes.lock
@@ -53,7 +54,7 @@ from harness.recipe import Recipe, load, recipe_digest, render_recipe
 LOCK = ".lock"
 OURS = re.compile(
     r"recipe\.yaml|run\.json|logs|(metrics|ledger)\.jsonl|wandb|wandb\.json|checkpoint-\d+|(final|merged|init|gguf-\w+)(\.incomplete|\.old)?"
-    r"|pairs|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+|share\.json|job\.sbatch|job\.json|cluster\.yaml|code\.diff"
+    r"|report\.html|pairs|STOP|SAVE|\.lock|\.staging|\.retired|\.quarantine|\..+\.\d+|share\.json|job\.sbatch|job\.json|cluster\.yaml|code\.diff"
 )
 """The names of what a run leaves in its folder, `.NAME.PID` and `.NAME.PID.N` being files that were about to be renamed."""
 _HELD: dict = {}

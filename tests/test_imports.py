@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "harness"
 # From left to right: a module imports only from layers before its own. Names are those of files and folders in harness/.
 LAYERS = [
     {"__init__", "errors"},
-    {"resources", "overrides", "logs", "units", "plugins", "sizes"},
+    {"resources", "overrides", "logs", "units", "plugins", "sizes", "page"},
     {"recipe"},
     {"run", "tools", "planner", "distributed", "losses"},
     {"launcher", "failures", "watchdog", "share", "attention", "operators", "guard", "quickstart"},
@@ -26,6 +26,7 @@ LAYERS = [
     {"teacher", "checkpoint", "tracking", "evaluate", "hub"},
     {"tasks", "life", "watched", "doctor"},
     {"rank", "cluster"},
+    {"report"},
     {"cli"},
     {"__main__"},
 ]
@@ -77,6 +78,8 @@ LIGHT = {
     "cluster",
     "cli",
     "rank",
+    "page",
+    "report",
 }
 HEAVY = {"torch", "transformers", "datasets", "trl", "accelerate", "deepspeed", "peft", "bitsandbytes", "wandb", "pyarrow", "matplotlib"}
 

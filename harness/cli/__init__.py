@@ -28,6 +28,7 @@ VERBS = {
     "score": "Score tool calls that came from anywhere against a suite's answers.",
     "submit": "Send a recipe to Slurm, or render the script that would be sent.",
     "status": "Say how runs stand: state, step, time left, restarts, last commit.",
+    "report": "Write the story of a run as one page: curves, lives, goodput, memory, recipe; or serve it while it runs.",
     "logs": "Print or follow what a rank, or a run's Slurm job, has written.",
     "cancel": "End a run's job, at once or when the run has saved.",
     "nodes": "Show what is free on the cluster, and what a job would fit on.",

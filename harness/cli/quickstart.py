@@ -52,7 +52,7 @@ def command(output_dir: Path):
     from harness.tracking import plot_losses
 
     picture = plot_losses([output_dir / name for name, *_ in STAGES], output_dir / "losses.png")
-    show(stages, sizes, preferred, seconds, output_dir, picture)
+    show(stages, sizes, preferred, seconds, output_dir, picture, report(output_dir))
 
 
 def run_stage(name: str, recipe: str, questions: str, output_dir: Path, base: Path | None) -> dict:
@@ -94,6 +94,15 @@ def distill(output_dir: Path, questions: str) -> dict:
     train("distill", alone)
     models = {"teacher": adapted / "merged", "taught": Path(taught.output_dir) / "final", "alone": Path(alone.output_dir) / "final"}
     return {name: {"parameters": parameters(folder)} | score(folder, questions) for name, folder in models.items()}
+
+
+def report(output_dir: Path) -> Path:
+    """The story of all its runs as one page, as `harness report` writes it."""
+    from harness.cli.report import FILE, write_report
+    from harness.cluster.status import find_runs
+    from harness.report.story import load_stories
+
+    return write_report(load_stories(find_runs(str(output_dir), output_dir)), output_dir / FILE)
 
 
 def by_hand(stage: str, *arguments: str) -> None:
@@ -157,7 +166,7 @@ def score(folder: Path, questions: str) -> dict:
     return {key: metrics[key] for key in METRICS} | {"questions": metrics["count"]}
 
 
-def show(stages: list[dict], sizes: dict, preferred: dict, seconds: float, output_dir: Path, picture: Path) -> None:
+def show(stages: list[dict], sizes: dict, preferred: dict, seconds: float, output_dir: Path, picture: Path, page: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -192,6 +201,7 @@ Both students begin at the same weights and see the same rows in the same order.
 
 written to {output_dir}/
   results.json          the numbers above
+  {page.name}           the whole story, as one page
   {picture.name}            training and held-out loss of both stages
   base/final            the fine-tuned model, adapt/final the adapter, adapt/merged the teacher, distill/final its student,
                         alone/final the student without it; recipe, logs and metrics.jsonl beside each

@@ -324,10 +324,12 @@ def _recent_metrics(run: RunDir) -> list[dict]:
     except FileNotFoundError:
         return []
     lines = []
-    # The first may be cut, and a life that was killed may have torn any.
-    for line in written[1 if start else 0 :]:
+    # The first may be cut, and a life that was killed may have torn any, so that what is left of it may be read as something else.
+    for written_line in written[1 if start else 0 :]:
         with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+            line = json.loads(written_line)
+            if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("time"), int | float):
+                lines.append(line)
     return lines
 
 

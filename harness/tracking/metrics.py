@@ -146,11 +146,12 @@ def loss_curve(lines: Iterable[dict[str, Any]], key: str) -> tuple[list[int], li
     return sorted(latest), [latest[step] for step in sorted(latest)]
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Mean over a window around each point, a twentieth of the curve wide (a running average lags, and draws a falling loss too high)."""
+def smooth(values: Sequence[float], places: Iterable[int] | None = None) -> list[float]:
+    """Mean over a window around each point, a twentieth of the curve wide (a running average lags, and draws a falling loss too high).
+    places: of these points alone."""
     reach = len(values) // 40
     smoothed = []
-    for index in range(len(values)):
+    for index in range(len(values)) if places is None else places:
         near = min(reach, index, len(values) - 1 - index)  # as far to the left as to the right, also at the ends
         window = values[index - near : index + near + 1]
         smoothed.append(sum(window) / len(window))

@@ -31,5 +31,7 @@ def test_the_quickstart_learns_its_tools_and_adapts_to_new_ones_and_writes_what_
     assert preferred["before"] == taught and preferred["after"]["exact_match"] >= taught["exact_match"] - 0.02
     assert preferred["after"]["valid_schema"] >= 0.95
     assert (tmp_path / "runs" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert "5 runs: 5 done" in page and "Curves: dpo" in page
     # It promises eight minutes of two cores that nobody else uses, and these may be shared.
     assert 0 < results["seconds"] < 2400

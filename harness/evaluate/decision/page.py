@@ -12,13 +12,13 @@ from pathlib import Path
 from harness.evaluate.decision.plots import fall_plot, interval_plot, token_bar
 from harness.evaluate.decision.report import evidence_cells, said_of_plan, said_of_training
 from harness.evaluate.decision.verdicts import DPO, FIX, KEEP, RETRIEVE, SFT, UNKNOWN, in_prompts, shown_p
+from harness.page import render_document
 
 STYLE = Path(__file__).with_name("page.css")
 CLASS_OF_VERDICT = {KEEP: "keep", RETRIEVE: "retrieve", SFT: "sft", DPO: "dpo", FIX: "fix", UNKNOWN: "unknown"}
 
 
 def render_page(report: dict) -> str:
-    title = escape(report["title"])
     body = "\n".join(
         [
             _head(report),
@@ -31,12 +31,7 @@ def render_page(report: dict) -> str:
             _method(report),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}: prompt, retrieve or fine-tune</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return render_document(f"{report['title']}: prompt, retrieve or fine-tune", body, style=STYLE.read_text(encoding="utf-8"))
 
 
 def _head(report: dict) -> str:

@@ -5,7 +5,7 @@ Colours come from the page's style sheet, so that they follow its light and its 
 
 from __future__ import annotations
 
-from html import escape
+from harness.page import svg
 
 ROW_PX = 22
 
@@ -24,7 +24,7 @@ def interval_plot(rate: float | None, interval: tuple[float, float] | None, targ
         said = f"{rate:.0%}, {low:.0%} to {high:.0%}"
     else:
         said = "no item"
-    return _svg(ROW_PX, said, parts)
+    return svg(ROW_PX, said, parts)
 
 
 def token_bar(prompt: float, answer: float, longest: float) -> str:
@@ -34,7 +34,7 @@ def token_bar(prompt: float, answer: float, longest: float) -> str:
         f'<rect class="prompt" x="0%" y="5" width="{of_prompt:.1%}" height="{ROW_PX - 10}" rx="2"/>',
         f'<rect class="answer" x="{of_prompt:.1%}" y="5" width="{max(of_answer, 0.004):.1%}" height="{ROW_PX - 10}" rx="2"/>',
     ]
-    return _svg(ROW_PX, f"{prompt:.0f} tokens of prompt, {answer:.0f} of answer", parts)
+    return svg(ROW_PX, f"{prompt:.0f} tokens of prompt, {answer:.0f} of answer", parts)
 
 
 def fall_plot(before: float, after: float) -> str:
@@ -46,9 +46,4 @@ def fall_plot(before: float, after: float) -> str:
         f'<circle class="ring" cx="{before:.1%}" cy="{middle}" r="4"/>',
         f'<circle class="point misses" cx="{after:.1%}" cy="{middle}" r="5"/>',
     ]
-    return _svg(ROW_PX, f"from {before:.0%} to {after:.0%}", parts)
-
-
-def _svg(height: float, said: str, parts: list[str]) -> str:
-    """Points at 0 % and 100 % stand out of the picture by half, which is let be."""
-    return f'<svg class="plot" width="100%" height="{height}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
+    return svg(ROW_PX, f"from {before:.0%} to {after:.0%}", parts)
