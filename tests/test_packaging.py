@@ -118,7 +118,7 @@ def test_the_installed_command_knows_the_tested_versions(run_installed, installe
 
 
 def test_what_a_build_of_torch_brings_for_itself_is_not_pinned():
-    """torch for CUDA asks for one triton and one set of NVIDIA's libraries, exactly: another pin of them and nobody with a GPU can install."""
+    """torch for CUDA asks for exactly one triton and NVIDIA's libraries: with another pin of them nobody with a GPU can install."""
     pinned = [line.split("==")[0] for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line]
     assert "torch" in pinned
     assert not [name for name in pinned if name.startswith(("triton", "nvidia-", "cuda-", "pytorch-"))]
