@@ -114,8 +114,10 @@ def test_nodes_that_are_well_have_a_line_each_with_the_bandwidth(job):
     assert [node.wait(50) for node in [job.start(index) for index in range(3)]] == [0, 0, 0]
     assert time.monotonic() - begun < 30
     text = render_findings(job.judge())
-    lines = text.splitlines()
-    assert [line.split()[:2] for line in lines] == [["r1", "ok"], ["r2", "ok"], ["r3", "ok"]]
+    # On busy cores a check may come too late, which is a warning, and no node's fault.
+    lines = [line for line in text.splitlines() if line.split()[1:2] == ["ok"]]
+    assert [line.split()[0] for line in lines] == ["r1", "r2", "r3"]
+    assert "FAIL" not in text
     for line in lines:
         rate, bus = re.search(r"all-reduce of 3 ranks ([\d.]+) GB/s \(bus ([\d.]+) GB/s\) by gloo on \w+", line).groups()
         # Each element goes 2 (n - 1) / n times over each node's wire.

@@ -42,7 +42,7 @@ import time
 import traceback
 from pathlib import Path
 
-STARTED_WITHIN_S = 120
+STARTED_WITHIN_S = 300
 LIFE_S = 120
 FAILURE_GRACE_S = 10
 """How long the others may go on when a rank has failed with an exit code of its own."""
