@@ -41,6 +41,7 @@ from sft import (
     gib,
     met,
     save_model,
+    save_result,
     save_tokenizer,
     say,
     spread,
@@ -577,11 +578,8 @@ def main(argv: list[str] | None = None) -> None:
         if not options.work:
             shutil.rmtree(work, ignore_errors=True)
     results = options.results or HERE / "results"
-    results.mkdir(parents=True, exist_ok=True)
     target = results / f"checkpoint-{kind}"
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(render(result))
-    say(f"\n{render(result)}\nwritten to {target}.json and .md after {result['seconds']:.0f} s")
+    save_result(result, render(result), target)
 
 
 if __name__ == "__main__":

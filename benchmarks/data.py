@@ -26,7 +26,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from sft import describe_machine, met, say, spread  # noqa: E402
+from sft import describe_machine, met, save_result, say, spread  # noqa: E402
 
 from harness.run import git_commit, library_versions  # noqa: E402
 
@@ -346,10 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-data-") as work:
         result = run(TRIAL if options.trial else PLAN, Path(work))
     target = (options.results or HERE / "results") / "data-cpu"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(render(result))
-    say(f"\n{render(result)}\nwritten to {target}.json and .md after {result['seconds']:.0f} s")
+    save_result(result, render(result), target)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import distill_steps  # noqa: E402
 from distill_report import CAPTURE_AIM, render  # noqa: E402
 from distill_steps import CACHED, SIZES, Size, llama  # noqa: E402
 from distill_stories import TEACHER as STORIES  # noqa: E402
-from sft import describe_machine, say  # noqa: E402
+from sft import describe_machine, save_result, say  # noqa: E402
 
 from harness.run import git_commit, library_versions  # noqa: E402
 
@@ -114,10 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-distill-") as work:
         result = run(kind, size, losses, batches, Path(work))
     target = (options.results or HERE / "results") / f"distill-{kind}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(render(result))
-    say(f"\n{render(result)}\nwritten to {target}.json and .md after {result['seconds']:.0f} s")
+    save_result(result, render(result), target)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from sft import SIZES as SFT_SIZES  # noqa: E402
-from sft import Side, Size, describe_machine, race, save_model, save_tokenizer, say, spread  # noqa: E402
+from sft import Side, Size, describe_machine, race, save_model, save_result, save_tokenizer, say, spread  # noqa: E402
 
 from harness.run import git_commit, library_versions  # noqa: E402
 
@@ -274,10 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-dpo-") as work:
         result = run(device, TRIAL if options.trial else PLANS[device], Path(work))
     target = (options.results or HERE / "results") / f"dpo-{device}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(render(result))
-    say(f"\n{render(result)}\nwritten to {target}.json and .md after {result['seconds']:.0f} s")
+    save_result(result, render(result), target)
 
 
 if __name__ == "__main__":

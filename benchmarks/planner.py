@@ -508,11 +508,10 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-planner-") as scratch:
         result = run(device, options.work.resolve() if options.work else Path(scratch), options.rows)
     results = options.results or HERE / "results"
-    results.mkdir(parents=True, exist_ok=True)
     target = results / f"planner-{'gpu' if device == 'cuda' else 'cpu'}"
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(render(result))
-    say(f"\n{render(result)}\nwritten to {target}.json and .md")
+    from sft import save_result
+
+    save_result(result, render(result), target)
 
 
 if __name__ == "__main__":

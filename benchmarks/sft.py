@@ -587,6 +587,15 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def save_result(result: dict, text: str, target: Path) -> None:
+    """As TARGET.json for programs and TARGET.md for people, and on the screen."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    target.with_suffix(".md").write_text(text)
+    after = f" after {result['seconds']:.0f} s" if "seconds" in result else ""
+    say(f"\n{text}\nwritten to {target}.json and .md{after}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks/sft.py", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="left out: cuda where there is a GPU")
@@ -613,11 +622,8 @@ def main(argv: list[str] | None = None) -> None:
         if not options.work:
             shutil.rmtree(work, ignore_errors=True)
     results = options.results or HERE / "results"
-    results.mkdir(parents=True, exist_ok=True)
     target = results / f"sft-{kind}"
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(render(result))
-    say(f"\n{render(result)}\nwritten to {target}.json and .md after {result['seconds']:.0f} s")
+    save_result(result, render(result), target)
 
 
 if __name__ == "__main__":

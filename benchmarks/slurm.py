@@ -32,7 +32,7 @@ from pathlib import Path
 
 import psutil
 from checkpoint import START_PARTS, seconds_of, table
-from sft import HERE, SEED, describe, describe_machine, gib, met, say, spread
+from sft import HERE, SEED, describe, describe_machine, gib, met, save_result, say, spread
 
 # Before this file's own folder, in which `slurm` is this file.
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -564,11 +564,8 @@ def main(argv: list[str] | None = None) -> None:
         if not options.work:
             shutil.rmtree(work, ignore_errors=True)
     results = options.results or HERE / "results"
-    results.mkdir(parents=True, exist_ok=True)
     target = results / "slurm-cpu"
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(render(result))
-    say(f"\n{render(result)}\nwritten to {target}.json and .md after {result['seconds']:.0f} s")
+    save_result(result, render(result), target)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """`harness chat`: a conversation at a terminal, or through a pipe, one question a line."""
 
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from harness.cli.tables import is_coloured
 from harness.errors import DataError, HarnessError, RecipeError
 from harness.logs import quieten
 from harness.run import RunDir
@@ -81,7 +81,7 @@ class _Terminal:
     def __init__(self, chat, save: Path | None):
         self.chat, self.save, self.unanswered = chat, save, 0
         self.types = sys.stdin.isatty()
-        self.coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.coloured = is_coloured()
         self.column = 0
 
     def talk(self, target: str) -> int:

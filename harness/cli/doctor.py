@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import time
@@ -8,6 +7,7 @@ import time
 import click
 
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe
+from harness.cli.tables import is_coloured
 from harness.errors import RecipeError
 
 COLOURS = {
@@ -47,7 +47,7 @@ def command(recipe: str | None, overrides: tuple[str, ...], as_json: bool):
         fields = [dataclasses.asdict(check) for check in checks]
         click.echo(json.dumps({"sound": not failed, "seconds": round(seconds, 2), "checks": fields}, indent=2))
     else:
-        colour = COLOURS["fail" if failed else "ok"] if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else {}
+        colour = COLOURS["fail" if failed else "ok"] if is_coloured() else {}
         click.echo(click.style(summarise(checks, one is not None, seconds), **colour))
     sys.exit(1 if failed else 0)
 
@@ -70,9 +70,8 @@ def show(area: str, checks: list) -> None:
     from harness.doctor.check import render_area
 
     is_terminal = sys.stdout.isatty()
-    coloured = is_terminal and not os.environ.get("NO_COLOR")
     width = shutil.get_terminal_size().columns if is_terminal else None
-    style = (lambda text, kind: click.style(text, **COLOURS[kind])) if coloured else (lambda text, kind: text)
+    style = (lambda text, kind: click.style(text, **COLOURS[kind])) if is_coloured() else (lambda text, kind: text)
     click.echo(render_area(area, checks, width=width, style=style) + "\n")
 
 

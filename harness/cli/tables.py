@@ -24,12 +24,17 @@ LAST_COLUMNS = 12
 """So much the last column keeps; the first, a name, is cut for it."""
 
 
+def is_coloured() -> bool:
+    """Whether stdout is a terminal whose owner wants colours (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def print_table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
     """Print to stdout; columns in `right` are set to the right."""
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else None
     lines = render_table(heading, rows, right, width)
-    coloured = is_terminal and not os.environ.get("NO_COLOR")
+    coloured = is_coloured()
     for line in lines:
         click.echo(_colour(line) if coloured else line)
 

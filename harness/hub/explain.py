@@ -4,7 +4,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from harness.errors import HarnessError, RecipeError
+from harness.errors import HarnessError, RecipeError, first_line
 from harness.hub.cache import endpoint, hub_cache
 from harness.hub.needs import Need
 
@@ -31,16 +31,16 @@ def explained(need: Need) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else None
         remedy = f"give a token that may read it: {TOKEN}" if code in (401, 403) else "the same command goes on from what has come"
-        raise HarnessError(f"{where}: {endpoint()} answers {code or 'with an error'} ({_first_line(error)}); {remedy}") from None
+        raise HarnessError(f"{where}: {endpoint()} answers {code or 'with an error'} ({first_line(error)}); {remedy}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise HarnessError(f"{where}: {error.filename or hub_cache()}: {error.strerror}; {_DISK}") from None
         if isinstance(error, FileNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            raise RecipeError(f"{where}: {_first_line(error)}") from None
+            raise RecipeError(f"{where}: {first_line(error)}") from None
         raise _unreachable(where, error) from None
     except ValueError as error:
         # No such configuration or split: datasets says which there are.
-        raise RecipeError(f"{where}: {_first_line(error)}") from None
+        raise RecipeError(f"{where}: {first_line(error)}") from None
     except Exception as error:
         # httpx's own, through huggingface_hub, which raises them as they are.
         if not type(error).__module__.startswith("httpx"):
@@ -53,7 +53,7 @@ _DISK = "free some space, or set HF_HOME to a folder of yours on a larger disk, 
 
 def _unreachable(where: str, error: Exception) -> HarnessError:
     return HarnessError(
-        f"{where}: {endpoint()} cannot be reached, or the connection was cut ({type(error).__name__}: {_first_line(error)}); what has come "
+        f"{where}: {endpoint()} cannot be reached, or the connection was cut ({type(error).__name__}: {first_line(error)}); what has come "
         "is kept, and the same command goes on from there; is there a network here (HTTPS_PROXY, HF_ENDPOINT)?"
     )
 
@@ -67,7 +67,3 @@ def _known_revisions(need: Need) -> str:
         return "; see its page for those that there are"
     names = [ref.name for ref in (*refs.branches, *refs.tags)]
     return f"; it has {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

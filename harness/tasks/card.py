@@ -25,7 +25,7 @@ from harness.recipe.schema import Source
 
 UNKNOWN = "unknown"
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ABSOLUTE = re.compile(r"(?<![\w.:/…~-])(?:~|/(?!/))(?:[^\s/'\",:;|]*/)+([^\s/'\",:;|]*)")
 _ADDRESS = re.compile(r"\bhttps?://[^\s'\",]+")
 
@@ -75,11 +75,11 @@ def front_matter(handed: Handed) -> str:
     from huggingface_hub import ModelCardData
 
     reward = handed.manifest["task"] == "reward"
-    datasets = sorted({source.path for source in handed.recipe.data.train if is_hub_id(source.path)})
+    datasets = sorted({source.path for source in handed.recipe.data.train if is_repo_id(source.path)})
     return ModelCardData(
         license=handed.license or UNKNOWN,
         # Only what the hub can lead to.
-        **({"base_model": handed.base, "base_model_relation": handed.kind} if handed.base and is_hub_id(handed.base) else {}),
+        **({"base_model": handed.base, "base_model_relation": handed.kind} if handed.base and is_repo_id(handed.base) else {}),
         library_name={"adapter": "peft", "quantized": "gguf"}.get(handed.kind, "transformers"),
         pipeline_tag="text-classification" if reward else "text-generation",
         datasets=datasets or None,
@@ -87,9 +87,9 @@ def front_matter(handed: Handed) -> str:
     ).to_yaml()
 
 
-def is_hub_id(name: str) -> bool:
+def is_repo_id(name: str) -> bool:
     """Whether a name can only be an id on the hub: no file of data, nothing embedded, no folder that is here."""
-    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(DATA_SUFFIXES) and not Path(name).exists()
+    return bool(_REPO_ID.fullmatch(name)) and not name.endswith(DATA_SUFFIXES) and not Path(name).exists()
 
 
 def redact(text: str) -> str:
@@ -112,7 +112,7 @@ def redact_all(value):
 def _what(handed: Handed) -> str:
     manifest = handed.manifest
     kind = {"adapter": "A LoRA adapter for", "finetune": "Fine-tuned from", "quantized": f"In GGUF ({manifest['dtype']}), made from"}
-    base = handed.base if handed.base and is_hub_id(handed.base) else redact(handed.base or manifest["base"])
+    base = handed.base if handed.base and is_repo_id(handed.base) else redact(handed.base or manifest["base"])
     said = [f"{kind[handed.kind]} `{base}` by `task: {manifest['task']}`, exported at step {manifest['step']}."]
     own = f"`{handed.license}`" if handed.license else "unknown (whoever hands it over has not said)"
     said.append(f"Licence of this model: {own}. Licence of its base: {_licence(handed.base_license)}.")
@@ -152,7 +152,7 @@ def _data(recipe: Recipe) -> str:
 
 def _name_of(source: Source) -> str:
     """A hub data set by its id, a file by its last name: where it lies is nobody's business."""
-    return source.path if source.path.startswith(PREFIX) or is_hub_id(source.path) else Path(source.path).name
+    return source.path if source.path.startswith(PREFIX) or is_repo_id(source.path) else Path(source.path).name
 
 
 def _licence_of(source: Source) -> str:

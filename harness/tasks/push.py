@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.errors import HarnessError, ModelError, RecipeError
+from harness.errors import HarnessError, ModelError, RecipeError, first_line
 from harness.hub.cache import endpoint
 from harness.model.export import MANIFEST, check_export, verify_export
 from harness.recipe import load
 from harness.run import RunDir, replace_folder
-from harness.tasks.card import Handed, check_evaluation, is_hub_id, read_figures, redact_all, render_card
+from harness.tasks.card import Handed, check_evaluation, is_repo_id, read_figures, redact_all, render_card
 
 CARD = "README.md"
 CARRIES_STATE = re.compile(r"optimizer|scheduler|rng_state|scaler|trainer_state|\.(bin|pt|pth|pkl)$")
@@ -102,12 +102,12 @@ def plan_push(
 def find_base(manifest: dict, kind: str, given: str | None, local: bool) -> str | None:
     """The base's name elsewhere: `given`, or the hub id that the run began from. Raises RecipeError where an adapter would have none."""
     if given is not None:
-        if not is_hub_id(given) and not (local and (Path(given).expanduser() / "config.json").is_file()):
+        if not is_repo_id(given) and not (local and (Path(given).expanduser() / "config.json").is_file()):
             raise RecipeError(f"--base {given}; must be the base's id on the hub{', or a folder that holds it' if local else ''}")
-        return given if is_hub_id(given) else str(Path(given).expanduser().resolve())
+        return given if is_repo_id(given) else str(Path(given).expanduser().resolve())
     # Of a whole model the oldest entry has what it all began with.
     began = manifest["base"] if kind == "adapter" else next(iter(manifest.get("lineage") or [manifest]))["base"]
-    if is_hub_id(began):
+    if is_repo_id(began):
         return began
     if kind == "adapter":
         raise RecipeError(
@@ -130,7 +130,7 @@ def base_license(base: str, *, local: bool) -> str | None:
         file = folder / CARD if folder.is_dir() else hf_hub_download(base, CARD, local_files_only=True)
         return ModelCard(Path(file).read_text(encoding="utf-8")).data.license
     with contextlib.suppress(Exception):
-        if not local and is_hub_id(base):
+        if not local and is_repo_id(base):
             return HfApi().model_info(base, timeout=HUB_TIMEOUT_S).card_data.license
     return None
 
@@ -229,9 +229,8 @@ def push_to_hub(plan: Plan, repo: str, *, private: bool) -> str:
         raise HarnessError(f"{repo}: cannot be pushed: HF_HUB_OFFLINE is set; unset it, on a machine that has a network") from None
     except (OSError, ValueError) as error:
         # Its own errors are OSErrors and ValueErrors: no token, no such organisation.
-        reason = str(error).strip().splitlines()[0]
         raise HarnessError(
-            f"{repo}: cannot be pushed: {reason}; log in with `hf auth login`, or set HF_TOKEN to one that may write"
+            f"{repo}: cannot be pushed: {first_line(error)}; log in with `hf auth login`, or set HF_TOKEN to one that may write"
         ) from None
     except Exception as error:
         # httpx's own, through huggingface_hub, which raises them as they are.

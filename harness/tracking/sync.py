@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError, RecipeError
+from harness.errors import HarnessError, RecipeError, first_line
 from harness.model.export import MANIFEST
 from harness.recipe import Recipe, load
 from harness.run import RunDir
@@ -33,7 +33,6 @@ from harness.tracking.wandb_run import (
     EXIT_RESUMABLE,
     ID_FILE,
     failures,
-    first_line,
     has_credentials,
     load_run_id,
     log_export,

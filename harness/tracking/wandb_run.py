@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, first_line
 from harness.run import write_text_atomically
 
 logger = logging.getLogger(__name__)
@@ -226,10 +226,6 @@ class _Tracking:
     group: str | None = "evaluate"
     tags: tuple[str, ...] = ()
     mode: str = "auto"
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def open_run(
