@@ -59,8 +59,9 @@ def counts_of(packs) -> dict:
 
 def harness_side(folder: Path, num_proc: None, said) -> dict:
     from harness.data import prepare, prepare_recipe
-    from harness.data.audit import CLASSES, File, audit, plan_actions
+    from harness.data.audit import File, audit, plan_actions
     from harness.data.convert import convert
+    from harness.data.findings import CLASSES
     from harness.model import load_tokenizer
     from harness.recipe import load
     from harness.tasks.templates import training_template

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from harness.data.audit import ACTIONS, CLASSES, NO_ROW, Audit
+from harness.data.audit import Audit
+from harness.data.findings import ACTIONS, CLASSES, NO_ROW
 from harness.data.overlap import SHARE, WORDS
 from harness.data.repeats import NEAR
 

@@ -125,7 +125,7 @@ class Chat:
 
     def row(self) -> dict:
         """Raises DataError where it is no row to train on, with the reason."""
-        from harness.data.audit import check_row
+        from harness.data.findings import check_row
         from harness.data.formats import to_canonical
 
         row = {"messages": self.messages} | ({"tools": self.offered.tools} if self.offered.tools else {})

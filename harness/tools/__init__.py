@@ -2,6 +2,7 @@
 
 from harness.tools.answers import FAULTS, Fault, read_answer, read_turn
 from harness.tools.calls import ParsedCalls, ToolCall, parse_calls, read_call, spoken
+from harness.tools.checks import Problem, check_call, check_tool
 from harness.tools.documents import check_value
 from harness.tools.gold import read_gold
 from harness.tools.match import (
@@ -20,7 +21,7 @@ from harness.tools.match import (
     summarise,
 )
 from harness.tools.repair import REPAIRABLE, Repair, problems_of, repair_call
-from harness.tools.schema import Problem, check_call, check_tool, did_you_mean, normalise_tool, normalise_tools, parse_type
+from harness.tools.schema import did_you_mean, normalise_tool, normalise_tools, parse_type
 
 __all__ = [
     "FAILURES",

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from harness.tools.calls import ToolCall, parse_calls, spoken
-from harness.tools.schema import check_call
+from harness.tools.checks import check_call
 
 FAULTS = ("cut_off", "empty", "unparsable", "unknown_tool", "schema")
 

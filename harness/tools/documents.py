@@ -10,7 +10,7 @@ from referencing import Registry
 from referencing.exceptions import Unresolvable
 
 from harness.errors import DataError
-from harness.tools.schema import UNUSABLE, check_references
+from harness.tools.checks import UNUSABLE, check_references
 
 
 def check_schema(schema: Any, where: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.tools.calls import ParsedCalls, ToolCall, parse_calls
-from harness.tools.schema import check_call
+from harness.tools.checks import check_call
 
 # From the gravest; an answer with several failures is counted under the first of them.
 FAILURES = (

@@ -22,7 +22,8 @@ from pathlib import Path
 from harness.errors import DataError, RecipeError
 from harness.plugins import load_plugin
 from harness.tools.calls import ToolCall
-from harness.tools.schema import check_tool, did_you_mean, normalise_tools
+from harness.tools.checks import check_tool
+from harness.tools.schema import did_you_mean, normalise_tools
 
 MOST = 128
 """Tools of a data file; more are no set that one conversation offers."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from jsonschema.exceptions import ValidationError
 
 from harness.tools.calls import ToolCall
-from harness.tools.schema import UNUSABLE, Problem, check_call, extra_names, schema_errors
+from harness.tools.checks import UNUSABLE, Problem, check_call, extra_names, schema_errors
 
 REPAIRABLE = ("wrong_type", "wrong_value", "null_argument", "extra_argument")
 _ROUNDS = 8  # a list that was text may hold texts in its turn

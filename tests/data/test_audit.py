@@ -7,9 +7,10 @@ import pytest
 from conftest import SHARED, needs_shared, run_command
 
 from harness.cli import main
-from harness.data.audit import CLASSES, OF_CALLS, File, audit, check_row, plan_actions, repair_row, write_audited
-from harness.data.audit import CONTROL_TOKENS as TOKENS
+from harness.data.audit import File, audit, plan_actions, write_audited
 from harness.data.audit_report import render_audit
+from harness.data.findings import CLASSES, OF_CALLS, check_row, repair_row
+from harness.data.findings import CONTROL_TOKENS as TOKENS
 from harness.data.formats import to_canonical
 from harness.data.overlap import normalise
 from harness.data.reading import read_raw

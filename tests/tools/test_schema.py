@@ -6,7 +6,7 @@ from jsonschema import Draft202012Validator
 
 from harness.errors import DataError
 from harness.tools import ToolCall, check_call, check_tool, normalise_tool, normalise_tools, parse_type
-from harness.tools.schema import _closed, _is_plain_schema, schema_errors
+from harness.tools.checks import _closed, _is_plain_schema, schema_errors
 
 # The types that xLAM-60k's first hundred rows hold (research/tool-calling.md, section 2), API-Bank's, and what is near them.
 TYPES = [
@@ -310,7 +310,7 @@ def test_what_is_seen_at_once_to_fit_fits_by_jsonschema_and_nothing_else_changes
         arguments = {name: rng.choice(values) for name in rng.sample("abc", rng.randint(0, 3))}
         said = [error.message for error in schema_errors(arguments, parameters)]
         with monkeypatch.context() as patch:
-            patch.setattr("harness.tools.schema._surely_fits", lambda *_: False)
+            patch.setattr("harness.tools.checks._surely_fits", lambda *_: False)
             assert said == [error.message for error in schema_errors(arguments, parameters)], (arguments, parameters)
         fitted += not said
     assert 300 < fitted < 2900
