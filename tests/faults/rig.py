@@ -316,8 +316,8 @@ IMPORTS = """
     accelerate.commands.launch deepspeed harness.cli.run harness.data harness.data.prepare harness.rank harness.tasks.arguments
     harness.tasks.export harness.tasks.job harness.tasks.rlhf harness.tasks.sft harness.tasks.templates harness.tools harness.tools.match
     harness.tools.checks harness.tools.schema harness.tracking.callback harness.tracking.progress harness.tracking.throughput jsonschema
-    numpy.ctypeslib peft.tuners.lora.bnb peft.utils.transformers_weight_conversion torch.distributed.algorithms.ddp_comm_hooks torch.profiler
-    torch.utils.cpp_extension torch.utils.serialization.config transformers.models.llama.modeling_llama
+    numpy.ctypeslib peft.tuners.lora.bnb peft.utils.transformers_weight_conversion torch.distributed.algorithms.ddp_comm_hooks
+    torch.profiler torch.utils.cpp_extension torch.utils.serialization.config transformers.models.llama.modeling_llama
 """.split()
 
 
