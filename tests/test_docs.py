@@ -341,7 +341,8 @@ def test_no_command_hides_in_a_block_that_is_not_run(page):
 
 @pytest.mark.parametrize("block", as_parameters(lambda block: block.language == "yaml"))
 def test_every_yaml_block_is_a_recipe_a_pipeline_a_backend_a_cluster_or_a_part_of_one(reader, block, monkeypatch):
-    from harness.cluster.pipeline import load_pipeline, plan_stages
+    from harness.cluster.pipeline import load_pipeline
+    from harness.cluster.stages import plan_stages
     from harness.recipe.load import read_yaml
 
     monkeypatch.chdir(reader.folder(block.page))

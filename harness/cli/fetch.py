@@ -37,7 +37,8 @@ def command(recipe: str, overrides: tuple[str, ...], dry_run: bool, verify: bool
 
 def read_recipes(recipe: str, overrides: tuple[str, ...]) -> tuple[list, list[Path]]:
     """(the recipes of a file or of all stages of a pipeline, the folders that its stages make for one another)."""
-    from harness.cluster.pipeline import enter_directory, find_pipeline, load_pipeline, plan_stages
+    from harness.cluster.pipeline import enter_directory, find_pipeline, load_pipeline
+    from harness.cluster.stages import plan_stages
     from harness.run import RunDir
 
     file = find_pipeline(recipe)

@@ -10,8 +10,9 @@ import click
 
 from harness.checkpoint.resume import check_continuation
 from harness.cli.arguments import RECIPE_CONTEXT, load_recipe, read_overrides, recipe_argument
-from harness.cluster.pipeline import check_order, done_stages, enter_directory, find_pipeline, load_pipeline, plan_stages, save_pipeline
+from harness.cluster.pipeline import enter_directory, find_pipeline, load_pipeline, save_pipeline
 from harness.cluster.slurm import NoAnswer
+from harness.cluster.stages import check_order, done_stages, plan_stages
 from harness.cluster.submission import JOB, check_are_free, check_inputs, check_work, is_finished
 from harness.errors import RecipeError, Stopped
 from harness.failures import explain_failure

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from harness.cluster import array, slurm
 from harness.cluster.array import Array
-from harness.cluster.pipeline import Pipeline, Stage, StagePlan, check_order, done_stages, plan_stages, save_pipeline
+from harness.cluster.pipeline import Pipeline, Stage, save_pipeline
 from harness.cluster.render import render_train
 from harness.cluster.schema import Cluster, render_cluster
+from harness.cluster.stages import StagePlan, check_order, done_stages, plan_stages
 from harness.cluster.submission import (
     CLUSTER,
     Submission,

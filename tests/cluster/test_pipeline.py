@@ -19,16 +19,8 @@ from harness.checkpoint.ledger import Ledger
 from harness.cli import run as run_verb
 from harness.cli import status, submit
 from harness.cluster.drawing import draw_pipeline
-from harness.cluster.pipeline import (
-    Pipeline,
-    find_pipeline,
-    is_gone_on_from,
-    is_made_from,
-    load_pipeline,
-    plan_stages,
-    render_pipeline,
-    save_pipeline,
-)
+from harness.cluster.pipeline import Pipeline, find_pipeline, load_pipeline, render_pipeline, save_pipeline
+from harness.cluster.stages import is_gone_on_from, is_made_from, plan_stages
 from harness.cluster.status import read_status
 from harness.cluster.submission import read_job
 from harness.errors import ClusterError, DataError, LaunchError, RecipeError
