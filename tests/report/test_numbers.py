@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from planted import Planted, interrupted
+from planted_run import Planted, interrupted
 
 from harness.planner import Place, plan_recipe
 from harness.planner.render import to_json

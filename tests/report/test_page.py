@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 from conftest import REPOSITORY
-from planted import Planted, interrupted
+from planted_run import Planted, interrupted
 
 from harness.cli.report import command
 from harness.errors import HarnessError, LaunchError
