@@ -26,8 +26,10 @@ decide: install
 	$(BIN)/harness run quickstart/decide-adapt --fresh
 	$(BIN)/harness decide decide/tiny
 
+# Files of tests at a time; 0: all in one process.
+WORKERS ?= 2
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
 # With test all that CI runs, in its hour and a half.
 test-slow: install

@@ -372,12 +372,12 @@ def test_a_policy_that_continues_an_adapter_is_held_to_that_adapter(build):
 def test_a_held_out_row_that_only_fills_a_batch_is_in_no_mean(build):
     Path("mine.py").write_text("def length(completion_ids, answer, **rest):\n    return [float(len(a or '')) for a in answer]\n")
     own = "rlhf.rewards=[{type: function, function: 'mine:length'}, {type: tool_calls, weight: 0.001}]"
-    trainer = build(own, "train.eval_on_start=true", held_out=("embedded:base-eval", 9))
+    trainer = build(own, "train.eval_on_start=true", held_out=("embedded:base-eval", 15))
     trainer.train()
     answers = [json.loads(line)["messages"][-1].get("content", "") for line in Path("held-out.jsonl").read_text().splitlines()]
     assert any(answers)
     first = trainer.state.log_history[0]
-    assert first["eval_rewards/length/mean"] == pytest.approx(sum(map(len, answers)) / 9)
+    assert first["eval_rewards/length/mean"] == pytest.approx(sum(map(len, answers)) / 15)
     assert first["eval_reward"] == pytest.approx(first["eval_rewards/length/mean"] + 0.001 * first["eval_rewards/tool_calls/mean"])
     assert not any("loss" in key or "zero_std" in key or "clip_ratio" in key for key in first)
     assert 0 < first["eval_completions/mean_length"] <= 12 and first["eval_kl"] == 0
