@@ -194,9 +194,8 @@ def test_processes_of_the_command_and_ranks_of_a_launcher_write_the_same_and_one
     folder = tmp_path / "out"
     options = [part for name, paths in suites(world) for part in ("--suite", f"{name}={paths[0]}")]
     options += ["--output", str(folder), "--max-new-tokens", "40", "--batch-size", "4"]
-    done = harness("evaluate", world / "model", *options, "--processes", "2", "--against", tmp_path / "missing")
-    # The work is done; what it is to be compared with is not there.
-    assert done.code == 1 and "holds no summary.json and items.jsonl" in done.output, done.output
+    done = harness("evaluate", world / "model", *options, "--processes", "2")
+    assert done.code == 0, done.output
     assert "[0/2] unit" in done.output and "[1/2] unit" in done.output
     assert files(folder) == files(reference)
     done = run_command(
