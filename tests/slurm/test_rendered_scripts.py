@@ -134,6 +134,6 @@ def test_a_warning_during_setup_does_not_end_the_job(slurm_cluster, tmp_path, py
 
 
 def test_a_setup_that_fails_ends_the_job_for_good_and_its_log_says_where(slurm_cluster, tmp_path, python):
-    number = send(slurm_cluster, tmp_path, render_train(job_of(tmp_path / "run", python, setup=("true", "cd /nowhere"))))
+    number = send(slurm_cluster, tmp_path, render_train(job_of(tmp_path / "run", python, setup=("true", f"cd {tmp_path}/nowhere"))))
     assert has_ended(slurm_cluster, number) == "FAILED"
-    assert "setup ended with exit code 1: cd /nowhere\n" in (tmp_path / "run" / "logs" / f"slurm-{number}.log").read_text()
+    assert f"setup ended with exit code 1: cd {tmp_path}/nowhere\n" in (tmp_path / "run" / "logs" / f"slurm-{number}.log").read_text()
