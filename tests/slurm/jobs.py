@@ -289,14 +289,17 @@ if "done" in does:
         write_outcome(attempt, "done", step=5, checkpoint=5, reason="")
     report.enter("finished")
 else:
-    time.sleep(600)
+    # A rank that nothing ails lives on until it is ended, so the one that died is the first to fall silent.
+    while True:
+        report.beat()
+        time.sleep(0.2)
 """
 
 
 class SketchedRun(JobRun):
     """Its ranks only write what real ones would. What life K does is the K-th of `does`, the last of all later ones:
 
-    `commits`; then rank 1 `dies` (by SIGKILL), `fails` (with a KeyError) or finds `bad-data`, while rank 0 stands still; or both do what
+    `commits`; then rank 1 `dies` (by SIGKILL), `fails` (with a KeyError) or finds `bad-data`, while rank 0 lives on; or both do what
     they are asked to by STOP (`goes`), or ignore every signal and the file (`ignores`), or are `done`.
     """
 
