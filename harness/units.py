@@ -68,9 +68,13 @@ def claim(header: Path, facts: dict, *, verb: str, whose: str, option: str, erro
     there = json.loads(header.read_text())
     for name in {**facts, **there}:
         if facts.get(name) != there.get(name):
+            # Not taken over even where nothing is done yet: whoever began it may be at its first unit.
+            answered = any(entry != header and not entry.name.startswith(".") for entry in folder.rglob("*") if entry.is_file())
+            remedy = f"choose another {option}"
+            if not answered:
+                remedy += f", or, as nothing is answered there yet: rm -r {folder}"
             raise error(
-                f"{header}: {name} is {there.get(name)!r}, and of {whose} {facts.get(name)!r}; answers of both would be mixed; choose "
-                f"another {option}"
+                f"{header}: {name} is {there.get(name)!r}, and of {whose} {facts.get(name)!r}; answers of both would be mixed; {remedy}"
             )
 
 

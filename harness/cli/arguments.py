@@ -1,6 +1,10 @@
 """What the verbs that take a recipe share: `RECIPE [key=value ...] [--key.path value ...]`."""
 
+import contextlib
 import math
+import signal
+import sys
+from collections.abc import Iterator
 
 import click
 
@@ -21,6 +25,16 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is no number that can be counted with.", param, ctx)
         return number
+
+
+@contextlib.contextmanager
+def tidy_on_sigterm() -> Iterator[None]:
+    """Within it SIGTERM ends the command as an error does, so that what is half written goes away with it."""
+    previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def recipe_argument(function):

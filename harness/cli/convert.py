@@ -3,7 +3,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.arguments import Number
+from harness.cli.arguments import Number, tidy_on_sigterm
 from harness.errors import RecipeError
 
 TARGETS = ("messages", "openai", "xlam")
@@ -21,6 +21,7 @@ TARGETS = ("messages", "openai", "xlam")
 @click.option("--without-gold", type=Number(0, 1), default=0.0, help="Share of retrieval rows without their gold passages.")
 @click.option("--distractors", type=click.IntRange(0), help="Other passages, or other tools, in a row.  [default: all passages; 4 tools]")
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of the draws that the two before this make.")
+@tidy_on_sigterm()
 def command(file, layout, target, output, force, on_error, questions, without_gold, distractors, seed):
     """Write the rows of FILE (a file, a folder, a glob or a hub id) as JSON Lines of one layout, and say what was lost."""
     from harness.data.convert import convert, render_conversion

@@ -29,6 +29,8 @@ def command(run: Path, merge: bool, gguf: str | None, converter: Path | None, fo
         raise RecipeError("--converter is for --gguf, and that is not given")
     folder = RunDir(run.expanduser().resolve())
     folder.read_manifest()
+    if gguf and load(folder.recipe).task == "reward":
+        raise ModelError(f"{folder.path}: its model ends in a score, which llama.cpp's converter would leave out; serve it by transformers")
     quieten()
     from harness.model.export import verify_export
     from harness.model.gguf import find_converter
@@ -67,8 +69,6 @@ def convert_and_tell(folder: RunDir, manifest: dict, dtype: str, converter: Path
     from harness.model.export import verify_export
     from harness.model.gguf import save_gguf
 
-    if manifest["task"] == "reward":
-        raise ModelError(f"{folder.final}: ends in a score, which llama.cpp's converter would leave out; serve it by transformers")
     source, target = folder.merged if manifest["adapter"] else folder.final, folder.gguf(dtype)
     if not source.is_dir():
         raise ModelError(f"{folder.final}: is an adapter; merge it first: harness export {folder.path} --merge --gguf {dtype}")

@@ -32,6 +32,8 @@ def command(run, target, export, license, base, evaluations, private, dry_run, f
     if export != "final" and not (folder.path / export).is_dir():
         option = "--merge" if export == "merged" else f"--gguf {export.removeprefix('gguf-')}"
         raise RecipeError(f"--export {export}; {folder.path} has none; make it: harness export {run} {option}")
+    if license is not None and not re.fullmatch(r"[a-z0-9]+([.+-][a-z0-9]+)*", license):
+        raise RecipeError(f"--license {license}; must be written as the hub does: apache-2.0, mit, llama3.1, cc-by-4.0, …, or other")
     place = parse_place(target)
     if place and private:
         raise RecipeError("--private is for the hub, and the target is a folder")

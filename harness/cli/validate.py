@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.arguments import load_recipe
+from harness.cli.arguments import load_recipe, tidy_on_sigterm
 from harness.errors import RecipeError
 from harness.logs import quieten
 from harness.recipe import Recipe
@@ -25,6 +25,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
 )
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+@tidy_on_sigterm()
 def command(data: tuple[str, ...], on: tuple[str, ...], against: tuple[str, ...], output: Path | None, force: bool, as_json: bool):
     """Audit DATA (files, folders, globs or hub ids; or one recipe and key=value) row by row, before it is trained.
 

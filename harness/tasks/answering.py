@@ -27,6 +27,8 @@ from harness.teacher.client import Client, Refused
 
 IN_VAIN = (400, 413, 422)
 """A server's words for: not this conversation. Others it would say of any."""
+FIRST_PATIENCE = 2
+"""How often a server that has not answered yet is asked again: for some three seconds."""
 LOGITS_TOKENS = 512
 """Whose log-probabilities are taken at a time; with 150,000 tokens each these are 300 MB."""
 
@@ -327,11 +329,22 @@ class Served:
         self._patience = patience
         self._client = Client(url.rstrip("/"), connection.api_key_variable, connection.timeout_s, option_of)
         self._settings, self._connection = settings, connection
-        self.model = connection.model or self._only_model()
+        served = self._served_models()
+        self.model = connection.model or self._only_one(served)
         self.identity = {"url": url.rstrip("/"), "model": self.model}
 
-    def _only_model(self) -> str:
-        listed = _asked(self._client, "models", None, self._patience).get("data")
+    def _served_models(self) -> object:
+        """What the server lists. Asked first, and soon given up: whoever mistyped a port shall not wait for a minute and a half, which is
+        for a server that goes away in the middle of the work."""
+        try:
+            return _asked(self._client, "models", None, FIRST_PATIENCE).get("data")
+        except Refused:
+            if self._connection.model is None:
+                raise
+            # A gateway without a list still answers for a model whose name is known.
+            return None
+
+    def _only_one(self, listed: object) -> str:
         names = [one.get("id") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
         if len(names) != 1:
             raise EvaluationError(f"{self._client.url}: serves {', '.join(map(str, names)) or 'no model'}; say which with --model")

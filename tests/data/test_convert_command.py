@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import SHARED, needs_shared
@@ -220,3 +224,18 @@ def test_the_verbs_targets_are_the_writers():
 
     assert set(names) == set(TARGETS)
     assert Reading().lost is None
+
+
+@pytest.mark.parametrize("verb", [["convert", "rows.jsonl", "--output", "out.jsonl"], ["validate", "rows.jsonl", "--output", "out.jsonl"]])
+def test_a_command_that_is_told_to_end_leaves_nothing_behind(tmp_path, verb):
+    with open(tmp_path / "rows.jsonl", "w") as rows:
+        for number in range(100_000):
+            said = [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": f"The successor of {number - 1}."}]
+            rows.write(json.dumps({"messages": said}) + "\n")
+    running = subprocess.Popen([sys.executable, "-m", "harness", *verb], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".out.jsonl.*")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 128 + signal.SIGTERM
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -223,7 +224,14 @@ def test_an_output_of_other_answers_is_refused(world, reference, tmp_path, chang
         change = {"wanted": [("calls", [world / "known.jsonl"]), *suites(world)[1:]]}
     with pytest.raises(EvaluationError, match=words) as refused:
         run(world, reference, **change)
-    assert "choose another --output" in str(refused.value)
+    assert str(refused.value).endswith("choose another --output")
+
+
+def test_an_output_in_which_nothing_was_answered_yet_may_be_removed(world, reference, tmp_path):
+    (tmp_path / "out" / "units").mkdir(parents=True)
+    (tmp_path / "out" / "evaluate.json").write_bytes((reference / "evaluate.json").read_bytes())
+    with pytest.raises(EvaluationError, match=r"; choose another --output, or, as nothing is answered there yet: rm -r .*/out$"):
+        run(world, tmp_path / "out", settings=Settings(max_new_tokens=41, batch_size=4))
 
 
 def test_gold_that_changed_under_an_output_is_refused_too(world, tmp_path):
@@ -366,7 +374,7 @@ def test_what_a_server_refuses_is_counted_and_a_suite_of_which_it_takes_nothing_
 
 @pytest.mark.parametrize("usage", ["many", {"prompt_tokens": "many"}, [1]])
 def test_a_server_that_speaks_otherwise_is_named(monkeypatch, usage):
-    monkeypatch.setattr(answering, "_asked", lambda *_: {"choices": [{"message": {"content": "x"}}], "usage": usage})
+    monkeypatch.setattr(answering, "_asked", lambda *_: {"data": [], "choices": [{"message": {"content": "x"}}], "usage": usage})
     served = answering.Served("http://h:1/v1", Settings(), Connection(model="m"))
     with pytest.raises(EvaluationError, match="http://h:1/v1/chat/completions: answers without .* OpenAI-compatible"):
         served.answer("answers", [Item("1", "c", [{"role": "user", "content": "?"}], [], {})], 0)
@@ -388,6 +396,16 @@ def test_of_several_models_of_a_server_one_has_to_be_named(world, tmp_path):
             run(world, tmp_path / "out", target=server.url, wanted=suites(world)[:1])
         summary = run(world, tmp_path / "out", target=server.url, wanted=suites(world)[:1], connection=Connection(model="b"))
         assert summary["target"]["model"] == "b"
+
+
+@pytest.mark.parametrize("model", [None, "m"])
+def test_a_server_that_is_not_there_is_said_within_seconds(world, tmp_path, model):
+    with ChatServer({}) as server:
+        gone = server.url
+    begun = time.monotonic()
+    with pytest.raises(EvaluationError, match="/models: cannot be reached .*, 3 times in a row; start the server, or correct URL"):
+        run(world, tmp_path / "out", target=gone, wanted=suites(world)[:1], connection=Connection(model=model))
+    assert time.monotonic() - begun < 20 and not (tmp_path / "out").exists()
 
 
 # ---- what is refused before anything is asked

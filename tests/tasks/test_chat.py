@@ -203,3 +203,12 @@ def test_a_whole_model_is_written_as_gguf_by_the_converter_on_the_path(tmp_path,
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise NotImplementedError('no such architecture')")
     assert "no such architecture" in str(gguf("--force", "--converter", tmp_path).exception)
     assert verify_export(run.gguf("bf16"))
+
+
+def test_a_score_is_refused_as_gguf_before_a_converter_is_asked_for(tmp_path, cache, monkeypatch):
+    from harness.cli.export import command as export
+
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    run = export_run(tmp_path / "run", "tiny/reward-lora", "model.lora=null")
+    refused = CliRunner().invoke(export, [str(run.path), "--gguf", "bf16"])
+    assert "ends in a score, which llama.cpp's converter would leave out" in str(refused.exception)

@@ -335,6 +335,7 @@ def test_a_target_that_is_neither_and_an_export_that_is_not_there_are_refused(fu
         (("--to", "./model", "--private"), "--private is for the hub"),
         (("--to", "./model", "--export", "merged"), "has none; make it: harness export .* --merge"),
         (("--to", "./model", "--export", "checkpoint-3"), "must be final, merged or gguf-TYPE"),
+        (("--to", "./model", "--license", "Apache 2.0"), "--license Apache 2.0; must be written as the hub does: apache-2.0,"),
     ):
         found = push(full.path, *arguments)
         assert isinstance(found.exception, RecipeError) and re.search(message, str(found.exception))
