@@ -10,6 +10,7 @@ from harness.errors import RecipeError
 from harness.logs import quieten
 from harness.recipe import Recipe
 from harness.resources import find_config
+from harness.run import RunDir
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
 
@@ -49,6 +50,9 @@ def _validate_files(data, on, against, output: Path | None, force: bool, as_json
     from harness.data.audit import File, audit, plan_actions, write_audited
     from harness.data.repeats import Suites
 
+    for path in map(Path, data):
+        if RunDir(path).manifest.is_file():
+            raise RecipeError(f"{path}: is the folder of a run; for the rows that it trains: harness validate {RunDir(path).recipe}")
     actions = plan_actions(on)
     suites = Suites(against) if against else None
     report = audit([File(path) for path in data], actions, suites=suites)

@@ -172,6 +172,8 @@ def find_config_of(name: str, revision: str | None = None) -> tuple[dict, Path |
         return _read_json(file), folder, str(file)
     if name in KNOWN:
         return KNOWN[name], None, "shapes known to harness, no config.json at hand"
+    if folder is not None or path.is_absolute() or name.startswith((".", "~")):
+        raise ModelError(f"{name}: holds no config.json, or is not there; give the folder of a model, or an id on the hub")
     raise ModelError(
         f"{name}: there is no config.json of it on this machine, neither as a folder nor in the hub's cache; give a local folder, or "
         f"download its config.json first (hf download {name} config.json)"

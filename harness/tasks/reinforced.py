@@ -257,7 +257,7 @@ class Reinforced:
         rows = zip(self._questions, inputs, completions, self._asked, completion_ids_list, strict=True)
         masks = self._tool_masks or [None] * len(inputs)
         self._answers = [
-            Answer(each["prompt"], said, asked, ids, len(ids) if mask is None else sum(mask), question.row)
+            Answer(each["prompt"], self._as_written(said, ids), asked, ids, len(ids) if mask is None else sum(mask), question.row)
             for (question, each, said, asked, ids), mask in zip(rows, masks, strict=True)
         ]
         counts = [question.counts for question in self._questions]
@@ -276,6 +276,15 @@ class Reinforced:
             self._counted.append(sum(of_all))
             self._notes += notes
         return paid
+
+    def _as_written(self, said: list[dict], ids: Tokens) -> list[dict]:
+        """TRL leaves special tokens out, by which some models say that a call begins (Llama 3, Mistral). What it has only decoded, and not
+        parsed, is read as an evaluation would read it."""
+        if len(said) > 1 or said[0].keys() > {"role", "content"}:
+            return said
+        words = ids[:-1] if ids and ids[-1] in self.eos_token_ids else ids
+        content = self.processing_class.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [{**said[0], "content": content}]
 
     def _notes_on(self, answer: Answer) -> dict[str, float]:
         return {name: value for reward in self._rewards for name, value in reward.notes(answer).items()}

@@ -375,6 +375,12 @@ def test_what_is_named_is_data_unless_it_is_a_recipe():
     assert not _is_data("tiny/sft-full") and not _is_data("mine.yaml")
 
 
+def test_the_folder_of_a_run_is_sent_to_the_rows_that_it_trains(run, tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "run.json").write_text("{}")
+    assert "first: is the folder of a run; for the rows that it trains: harness validate first/recipe.yaml" in run("first", code=2)
+
+
 def test_several_files_are_one_set_and_advice_says_what_each_action_would_do(run, tmp_path):
     save(tmp_path / "a.jsonl", [GOOD, row(call(days="3"))])
     save(tmp_path / "b.jsonl", [GOOD, row(call(days="x"))])

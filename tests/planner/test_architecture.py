@@ -92,6 +92,10 @@ def test_a_hub_model_is_found_in_the_hubs_cache_and_else_refused_with_the_remedy
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError, match=r"somebody/model: there is no config.json of it.*hf download somebody/model config.json"):
         load_architecture("somebody/model")
+    # What can only be a folder is not sent to the hub.
+    for name in ("/nowhere", str(tmp_path)):
+        with pytest.raises(ModelError, match=f"{name}: holds no config.json, or is not there; give the folder of a model"):
+            load_architecture(name)
     folder = tmp_path / "models--somebody--model"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")

@@ -431,6 +431,31 @@ def test_what_is_no_reward_model_is_refused(build, judge, tmp_path):
     assert "reads other tokens than the policy writes" in refused(foreign)
 
 
+# ---- calls that a special token marks
+
+
+def test_a_call_is_paid_where_only_a_special_token_tells_that_it_begins(build, monkeypatch):
+    """As [TOOL_CALLS] of Mistral and <|python_tag|> of Llama 3; where it is left out, these are words with something in braces behind."""
+    Path("mine.py").write_text("GIVEN = []\ndef pay(completions, **rest):\n    GIVEN.extend(completions)\n    return [0.0] * 8\n")
+    paid = "rlhf.rewards=[{type: tool_calls}, {type: function, function: 'mine:pay'}]"
+    trainer = build(paid, "rlhf.max_completion_length=64", "data.max_length=400", "rlhf.beta=0")
+    tokenizer = trainer.processing_class
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    trainer.model.resize_token_embeddings(len(tokenizer))
+    gold = {}
+    for line in Path("rows.jsonl").read_text().splitlines():
+        user, answer = json.loads(line)["messages"]
+        calls = [call["function"] for call in answer.get("tool_calls", ())]
+        gold[user["content"]] = f"I look. [TOOL_CALLS]{json.dumps(calls[0])}" if calls else answer["content"]
+    assert any("[TOOL_CALLS]" in said for said in gold.values())
+    script(monkeypatch, lambda text: gold[text.partition("<|user|>")[2].partition("<|end|>")[0]])
+    trainer.train()
+    assert logged(trainer, "rewards/tool_calls/mean") == [1.0]
+    # And a function of one's own is given what was written, without the token that ends it.
+    given = {said["content"] for (said,) in sys.modules["mine"].GIVEN}
+    assert given <= {*gold.values()} and any("[TOOL_CALLS]" in said for said in given)
+
+
 # ---- tools that run
 
 ACTS = ("rlhf.algorithm=grpo", "rlhf.max_completion_length=64", "rlhf.tools=harness.quickstart.tools:TOOLS")
