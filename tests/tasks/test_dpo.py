@@ -1,6 +1,7 @@
 """DPO by real ranks against a hand-written one in float64: two steps of plain gradient descent, of which the second begins from a policy
 that is no longer its reference; and the cache of what a reference says."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.embedded import resolve
 from harness.recipe import load
@@ -140,6 +141,45 @@ def test_so_they_are_of_a_model_whose_forward_takes_no_arguments_of_a_loss(full,
     """As Gemma 3's says: transformers then divides by the micro-batches of a step once more."""
     says_so = "from transformers import LlamaForCausalLM\nLlamaForCausalLM.accepts_loss_kwargs = False\n"
     check_against_hand(train(tmp_path, "dpo.reference=cached", inject=says_so), full[1], "model.safetensors")
+
+
+def pairs_around_results(file: Path) -> None:
+    """Pairs whose answers both call, are told what came back, and say it; on the wrong side another call, result and words."""
+    with open(resolve("embedded:look-up-train"), encoding="utf-8") as source:
+        rows = [json.loads(line) for line in itertools.islice(source, PAIRS)]
+    lines = []
+    for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+        question, *right = row["messages"]
+        tools = list({tool["function"]["name"]: tool for tool in row["tools"] + other["tools"]}.values())
+        lines.append({"prompt": [question], "chosen": right, "rejected": other["messages"][1:], "tools": tools})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def labels_of(ids: list[int], speakers: tuple[str, ...]) -> list[int]:
+    """What these say, told by the marks in the text alone: from a speaker's mark to the end of the turn, that included."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
+    labels, speaks = [], False
+    for token, text in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        labels.append(token if speaks else -100)
+        speaks = text in speakers or (speaks and text != "<|end|>")
+    return labels
+
+
+def test_nothing_is_learnt_from_tool_results_between_the_words_of_a_pair(tmp_path):
+    """By hand, of labels that no mask has made; with the results in them it would be another model."""
+    pairs_around_results(tmp_path / "pairs.jsonl")
+    run = train(tmp_path, "dpo.reference=cached", f'data.train=[{{path: "{tmp_path}/pairs.jsonl"}}]', "data.max_length=400")
+    rows = rows_of(run)
+
+    def by_hand(*speakers: str):
+        sides = ("chosen", "rejected")
+        labelled = [{f"{side}_labels": labels_of(row[f"{side}_input_ids"], speakers) for side in sides} for row in rows]
+        return dpo_by_hand([row | labels for row, labels in zip(rows, labelled, strict=True)], None)
+
+    check_against_hand(run, by_hand("<|assistant|>"), "model.safetensors")
+    # The results differ, so a label on them would show.
+    with pytest.raises(AssertionError):
+        check_weights(run, by_hand("<|assistant|>", "<|tool|>")[2], "model.safetensors")
 
 
 def fresh_adapter(run: Path) -> dict[str, torch.Tensor]:
