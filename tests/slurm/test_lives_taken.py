@@ -15,6 +15,9 @@ def test_a_time_limit_and_preemptions_lose_no_step(each_tracking, tmp_path):
     run.submit()
     run.wait_for_step(8)
     rig.end_in(run.job, 55)
+    run.wait_for_life(2)
+    # The job keeps its shorter limit when it is requeued, and on busy cores would meet it once more.
+    rig.end_in(run.job, 3600)
     for life, user_signal in ((2, True), (3, False)):
         run.wait_for_life(life)
         run.wait_for_step(run.begins()[-1] + 2, life)
