@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from planted import GARBLED, NEEDLESS, RIGHT, SILENT, WRONG_TOOL, WRONG_VALUE, ids_of, plant, without
+from planted import GARBLED, KINDS, NEEDLESS, RIGHT, SILENT, WRONG_TOOL, WRONG_VALUE, ids_of, plant, without
 
 from harness.evaluate.decision.verdicts import (
     DPO,
@@ -199,6 +199,15 @@ def test_some_faulty_gold_is_left_out_and_much_of_it_is_the_verdict():
     left = verdict_on(ONLY_TRAINING, faults=some)
     assert left.verdict == SFT and left.rows[0].n == 26 and list(left.faulty) == ids[:6]
     assert verdict_on(ONLY_TRAINING, faults=much).verdict == FIX
+
+
+@pytest.mark.parametrize(("items", "faulty", "target"), [(20, 4, 0.8), (50, 5, 0.9), (40, 18, 0.55)])
+def test_just_as_much_faulty_gold_as_the_target_leaves_is_left_out(items, faulty, target):
+    ids = ids_of("planted", items)
+    table = {name: [RIGHT] * items for name in KINDS} | {"items": items}
+    few, more = (dict.fromkeys(ids[:count], "gold breaks its tool's schema: x") for count in (faulty, faulty + 1))
+    assert verdict_on(table, Limits(target=target), faults=few).verdict != FIX
+    assert verdict_on(table, Limits(target=target), faults=more).verdict == FIX
 
 
 # ---- guards

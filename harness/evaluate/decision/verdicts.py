@@ -34,6 +34,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from harness.evaluate.statistics import holm, mcnemar_exact, wilson_interval
 
@@ -251,7 +252,8 @@ def _judge(verdict: Verdict, arms: Sequence[Measured], limits: Limits) -> None:
 
     prompted = [row for row in verdict.rows if row.arm in verdict.prompts[1:]]
     retrieved = [row for row in verdict.rows if row.kind == "retrieval"]
-    if len(verdict.faulty) > (1 - limits.target) * verdict.items:
+    # As it is written: to floats, 2 of 10 are more than 1 - 0.8.
+    if len(verdict.faulty) > (1 - Fraction(str(limits.target))) * verdict.items:
         _say(verdict, FIX, None, *_about_faults(verdict, limits))
     elif plain.n < (least := least_items(limits)):
         verdict.needs = least
