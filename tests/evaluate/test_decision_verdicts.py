@@ -172,6 +172,14 @@ def test_a_gain_that_chance_could_have_made_is_no_remedy():
     assert verdict_on(table, leave_out=("polite", "few-shot", "retrieval", *UNTRAINED)).verdict == KEEP
 
 
+def test_a_trained_model_that_reaches_it_by_what_may_be_chance_is_not_said_to_have_learnt_nothing():
+    verdict = verdict_on({"otherwise": 9, "sft": 16, "items": 16}, leave_out=("retrieval",))
+    assert verdict.row("sft").state == REACHES and verdict.row("sft").p_holm > 0.05
+    assert (verdict.verdict, verdict.arm) == (UNKNOWN, None) and verdict.needs > 16
+    assert "sft 100% (81% to 100%) may be better than zero-shot by chance" in verdict.reasons[0]
+    assert "7 of 16 items fail in all 4 prompts" in verdict.reasons[-1] and "does not reach it" not in " ".join(verdict.reasons)
+
+
 def test_models_that_are_coins_get_no_verdict_that_asks_for_work():
     """All arms are the same coin: under the correction almost no world of six behaviours may show a remedy."""
     rng, asked = random.Random(1), 0
@@ -232,7 +240,7 @@ def test_a_prompt_that_breaks_another_behaviour_is_a_regression_too():
 
 
 def test_the_number_of_items_that_is_asked_for_is_the_least_that_shows_it():
-    for target in (0.5, 0.8, 0.9, 0.95):
+    for target in (0.5, 0.8, 0.9, 0.95, 0.99999):
         limits = Limits(target=target)
         n = least_items(limits)
         assert wilson_interval(n, n)[0] >= target > wilson_interval(n - 1, n - 1)[0]
