@@ -11,7 +11,8 @@ from harness.errors import DataError, EvaluationError, RecipeError
 from harness.evaluate.items import Item, Result
 from harness.evaluate.report import Results, compare, load_results, summarise_category
 from harness.evaluate.suites import SUITES, apibench, bfcl, calls, find_suite, loss, structured, when2call
-from harness.tasks.evaluate import choose_items, key_of
+from harness.tasks.answering import Settings
+from harness.tasks.evaluate import choose_items, key_of, load_suites
 from harness.tools import read_gold, render_gold
 
 BFCL, APIBENCH = SHARED / "bfcl", SHARED / "apibench"
@@ -164,6 +165,7 @@ def own_item(tmp_path, **row) -> Item:
         ('```json\n{"city": "Rome"}\n```', "fenced", 0),
         ('Here: {"city": "Rome"}', "not_json", 0),
         ("[" * 100_000, "not_json", 0),
+        ('{"city": "Rome", "more": NaN}', "not_json", 0),
         (" ", "empty", 0),
     ],
 )
@@ -285,6 +287,41 @@ def test_a_row_that_is_no_conversation_is_refused_with_its_line_and_read_for_its
 
 
 # ---- which items
+
+
+def test_rows_of_one_id_that_ask_different_things_are_refused_and_the_same_row_counts_once(tmp_path):
+    row = {"id": "7", "messages": [{"role": "user", "content": "?"}], "schema": SCHEMA}
+    one, other = (save(tmp_path, f"{n}.jsonl", [{**row, **more}]) for n, more in enumerate(({}, {"expected": {"city": "Rome"}})))
+    assert structured.load([one, one]).left_out == {"the same row again": 1}
+    with pytest.raises(DataError, match=r'1\.jsonl:1: the id "7" stands in .*0\.jsonl:1 already, with another row'):
+        structured.load([one, other])
+
+
+def test_files_without_a_question_and_a_question_that_would_count_twice_are_refused(tmp_path):
+    empty = save(tmp_path, "empty.jsonl", [])
+    answers = {choice: "words" for choice in when2call.CHOICES} | {"tool_call": '{"name": "f", "arguments": {}}'}
+    row = {"uuid": "u", "question": "?", "correct_answer": "direct", "answers": answers, "tools": []}
+    file = save(tmp_path, "rows.jsonl", [row])
+    assert len(load_suites([("when2call", [file])], Settings())[0].items) == 1
+    for files, words in (([empty], "empty.jsonl: holds nothing that could be asked"), ([file, file], "u is there 2 times")):
+        with pytest.raises(DataError, match=words):
+            load_suites([("when2call", files)], Settings())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        # It would be chosen always: the log-probability of nothing is 0.
+        ({"answers": {"direct": " "}}, "each of the answers must be text that is not empty"),
+        ({"answers": {"cannot_answer": None}}, "each of the answers must be text that is not empty"),
+        ({"tools": ["{bad"]}, "a tool is text that is not JSON"),
+    ],
+)
+def test_a_row_of_when2call_that_cannot_be_asked_is_named_with_its_line(tmp_path, change, words):
+    answers = {choice: "words" for choice in when2call.CHOICES} | {"tool_call": '{"name": "f", "arguments": {}}'}
+    row = {"uuid": "u", "question": "?", "correct_answer": "direct", "tools": [], **change, "answers": answers | change.get("answers", {})}
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{words}"):
+        when2call.load([save(tmp_path, "rows.jsonl", [row])])
 
 
 def test_items_are_chosen_by_their_content_so_many_of_each_category():

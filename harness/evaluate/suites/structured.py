@@ -110,11 +110,15 @@ def _value_of(item: Item, text: str) -> tuple[object, str | None, str]:
     if not said:
         return None, "empty", "says nothing"
     try:
-        return json.loads(said), None, ""
+        return json.loads(said, parse_constant=_refuse_constant), None, ""
     except (ValueError, RecursionError) as error:
         if said.startswith("```") and said.endswith("```"):
             return None, "fenced", "stands in a code fence; must be nothing but JSON"
         return None, "not_json", f"is not JSON ({error})"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _payload_of(item: Item, text: str) -> tuple[object, str | None, str]:
