@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import sys
 
 import pytest
 from by_heart import learn_by_heart
@@ -15,6 +16,7 @@ from harness.embedded import resolve
 from harness.errors import DataError, ModelError, RecipeError
 from harness.tasks.answering import Connection, Settings
 from harness.tasks.chat import Chat, open_target
+from harness.tools import ToolCall
 from harness.tools.offered import Offered, load_all_offered, load_offered
 
 SCHEMAS, FUNCTIONS = "embedded:base-eval", "harness.quickstart.tools:TOOLS"
@@ -153,6 +155,25 @@ def test_schemas_and_functions_are_named_in_four_ways_and_their_faults_are_refus
         load_offered(str(tmp_path / "leaves.py"))
     with pytest.raises(DataError, match='two tools are called "f"'):
         load_offered(str(tmp_path / "twice.json"))
+
+
+def test_a_file_of_tools_may_be_called_as_a_module_that_others_import_and_its_functions_may_be_asynchronous(tmp_path):
+    import random
+
+    said = '    """Draw\n\n    Args:\n        n: how many\n    """\n'
+    (tmp_path / "random.py").write_text(f"async def draw(n: int) -> dict:\n{said}    return {{'drawn': n}}\n")
+    offered = load_offered(str(tmp_path / "random.py"))
+    assert offered.run(ToolCall("draw", {"n": 3})) == '{"drawn": 3}'
+    assert sys.modules["random"] is random
+
+
+def test_a_line_separator_in_a_row_ends_no_line(tmp_path):
+    row = {
+        "messages": [{"role": "user", "content": "a\u2028b"}],
+        "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [tool["function"]["name"] for tool in load_offered(str(tmp_path / "rows.jsonl")).tools] == ["f"]
 
 
 def test_nobody_chats_with_a_reward_model(tmp_path, cache):
