@@ -218,9 +218,10 @@ def _recipe(recipe: Recipe) -> str:
 
 def read_figures(metrics: Path, step: int) -> dict[str, float]:
     """The run's own evaluation at this step: its last one there, without what it cost."""
+    from harness.tracking.metrics import read_metrics
+
     found: dict[str, float] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        point = json.loads(line)
+    for point in read_metrics(metrics.parent) if metrics.is_file() else ():
         if point.get("step") == step:
             found |= {key: value for key, value in point.items() if key.startswith("eval/") and isinstance(value, (int, float))}
     return {key: value for key, value in found.items() if not key.endswith(("_s", "num_tokens"))}

@@ -135,6 +135,11 @@ def test_the_card_tells_figures_with_their_command_and_lineage(full):
     said = plan(full).card
     assert "| `eval/loss` | 1.25 |" in said and "eval/runtime_s" not in said
     assert "by `harness run`" in said
+    # As a life that was killed while it wrote leaves it.
+    whole = full.metrics.read_text()
+    full.metrics.write_text(f'{{"step": 20, "eval/lo\n{whole}')
+    assert "| `eval/loss` | 1.25 |" in plan(full).card
+    full.metrics.write_text(whole)
     assert f"git_commit `{'c' * 40}`, step 20" in said and "`task: sft`, from `embedded:tiny-llama`" in said
 
 
