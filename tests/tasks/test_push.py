@@ -249,8 +249,12 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the hub's API as a commit of small files needs."""
 
     got: dict = {}
+    there: tuple[str, ...] = (".gitattributes",)
 
     def do_GET(self):
+        if self.path.startswith("/api/models/org/tools/tree/main"):
+            self._answer([{"type": "file", "path": name, "size": 1, "oid": "b" * 40} for name in self.there])
+            return
         self._answer({"id": BASE, "cardData": {"license": "llama3.2"}} if self.path.startswith(f"/api/models/{BASE}") else {})
 
     def do_POST(self):
@@ -268,7 +272,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self._answer(answers[self.path])
 
-    def _answer(self, content: dict) -> None:
+    def _answer(self, content: dict | list) -> None:
         text = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -296,6 +300,23 @@ def test_one_commit_to_the_hub_holds_exactly_the_planned_files(lora):
     assert sent.keys() == json.loads((lora.final / MANIFEST).read_text())["files"].keys() | {MANIFEST, "README.md"}
     assert sent["adapter_model.safetensors"] == (lora.final / "adapter_model.safetensors").read_bytes()
     assert "Licence of its base: `llama3.2`" in sent["README.md"].decode()
+
+
+def test_weights_that_lie_on_the_hub_already_are_not_left_to_be_loaded_with_these(full, monkeypatch):
+    # transformers puts the adapter on the whole model, and takes the single file before the shards.
+    monkeypatch.setattr(
+        Hub, "there", ("LICENSE", "adapter_config.json", "adapter_model.safetensors", "model.safetensors", "notes/model.bin")
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_" + "x" * 24}
+    refused = harness("push", full.path, "--to", "org/tools", **online)
+    assert refused.code == 2 and "holds adapter_config.json, adapter_model.safetensors of another model" in refused.output, refused.output
+    done = harness("push", full.path, "--to", "org/tools", "--force", **online)
+    server.shutdown()
+    assert done.code == 0, done.output
+    lines = [json.loads(line) for line in Hub.got["/api/models/org/tools/commit/main"].splitlines()]
+    assert [line["value"]["path"] for line in lines if line["key"] == "deletedFile"] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def push(*arguments) -> Result:
@@ -326,7 +347,7 @@ def test_the_exports_of_a_run_are_not_replaced_by_what_is_handed_over(full, lora
 def test_a_hub_that_cannot_be_reached_is_one_line_with_what_to_do(full):
     # HF_HUB_OFFLINE is set for the tests.
     with pytest.raises(HarnessError, match="org/model: cannot be pushed: HF_HUB_OFFLINE is set; unset it") as found:
-        push_to_hub(plan(full), "org/model", private=False)
+        push_to_hub(plan(full), "org/model", private=False, force=False)
     assert "\n" not in str(found.value)
     # Nobody listens at that port.
     done = harness("push", full.path, "--to", "org/model", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
