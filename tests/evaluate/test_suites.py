@@ -223,6 +223,13 @@ def test_of_nemo_gyms_schemas_all_properties_are_required_and_no_others_taken_at
         "schema_str": json.dumps({"type": "object", "properties": {"b": {"type": "array", "items": inner}}}),
     }
     (item,) = structured.load([save(tmp_path, "n.jsonl", [raw])]).items
+    # A property that is called as a keyword is.
+    of_an_agent = json.dumps({"type": "object", "properties": {"properties": {"type": "array", "items": inner}}})
+    (agents,) = structured.load([save(tmp_path, "p.jsonl", [{**raw, "schema_str": of_an_agent}])]).items
+    assert structured.judge(agents, '{"properties": [{"a": 1}]}').failure is None
+    assert structured.judge(agents, '{"properties": [{}]}').failure == structured.judge(agents, "{}").failure == "schema"
+    with pytest.raises(DataError, match=r"q\.jsonl:1: responses_create_params has no list of messages"):
+        structured.load([save(tmp_path, "q.jsonl", [{**raw, "responses_create_params": {"input": "As JSON."}}])])
     for text, failure in (
         ('{"b": [{"a": 1}]}', None),
         ('{"b": [{"a": 1, "c": 2}]}', "schema"),
@@ -277,6 +284,28 @@ def test_a_conversation_is_asked_without_its_last_turn_which_is_what_is_right(tm
     assert calls.judge(wants, "To Rome!").failure == "no_call"
     assert calls.judge(words, "To Rome!").failure is None
     assert calls.judge(words, "").failure == "no_answer"
+
+
+def test_names_are_shown_with_underscores_in_conversations_and_structured_calls_too(tmp_path):
+    def tool(name: str) -> dict:
+        return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}}
+
+    call = {"tool_calls": [{"type": "function", "function": {"name": "math.root", "arguments": {"n": 4}}}]}
+    row = conversation(call)
+    row["messages"] += [{"role": "tool", "name": "math.root", "content": "2"}, {"role": "assistant", **call}]
+    raw = {
+        "schema_type": "json",
+        "response_mode": "tool_call",
+        "schema_str": '{"type": "object", "properties": {"n": {"type": "integer"}}}',
+    }
+    raw |= {"tool_name": "math.root", "responses_create_params": {"input": row["messages"][:1], "tools": [tool("math.root")]}}
+    own, nemo = save(tmp_path, "own.jsonl", [{**row, "tools": [tool("math.root")]}]), save(tmp_path, "nemo.jsonl", [raw])
+    for suite, file in ((calls, own), (structured, nemo)):
+        (plain,), (shown,) = suite.load([file]).items, suite.load([file], underscore_names=True).items
+        assert shown.id == plain.id and "math.root" not in json.dumps([shown.messages, shown.tools, key_of(shown)])
+        right, wrong = hermes(("math_root", {"n": 4})), hermes(("math.root", {"n": 4}))
+        assert suite.judge(shown, right).failure is None and suite.judge(shown, wrong).failure == "wrong_tool"
+        assert suite.judge(plain, wrong).failure is None
 
 
 def test_a_row_that_is_no_conversation_is_refused_with_its_line_and_read_for_its_loss(tmp_path):

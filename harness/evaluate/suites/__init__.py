@@ -79,6 +79,11 @@ def load_own(paths: Sequence[Path], item_of: Callable[[dict], Item | str]) -> Lo
     return Loaded([item for _, item in found.values()], list(paths), dict(left_out))
 
 
+def with_underscores(tools: Sequence[dict]) -> list[dict]:
+    """The tools, "a.b" as "a_b" (--underscore-names)."""
+    return [{**tool, "function": {**tool["function"], "name": tool["function"]["name"].replace(".", "_")}} for tool in tools]
+
+
 def find_suite(name: str) -> ModuleType:
     """Raises RecipeError for a name that is none."""
     if name not in SUITES:

@@ -16,7 +16,7 @@ from pathlib import Path
 from harness.errors import DataError
 from harness.evaluate.items import Item
 from harness.evaluate.suite import read_lines
-from harness.evaluate.suites import Loaded, Verdict
+from harness.evaluate.suites import Loaded, Verdict, with_underscores
 from harness.tools import normalise_tools, read_call
 from harness.tools.schema import decode_json
 
@@ -50,7 +50,7 @@ def _item(where: str, row: object, underscore_names: bool) -> Item:
     name = call.name
     if underscore_names:
         name = name.replace(".", "_")
-        tools = [{**tool, "function": {**tool["function"], "name": tool["function"]["name"].replace(".", "_")}} for tool in tools]
+        tools = with_underscores(tools)
     said = {"type": "function", "function": {"name": name, "arguments": call.arguments}}
     messages = {choice: {"role": "assistant", "content": answers[choice]} for choice in CHOICES}
     messages["tool_call"] = {"role": "assistant", "tool_calls": [said]}
