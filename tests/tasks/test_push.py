@@ -163,6 +163,17 @@ def test_an_evaluation_is_told_only_of_these_very_weights(full, tmp_path):
     mine = save_evaluation(tmp_path / "mine", weights_digest(full.final))
     said = plan(full, evaluations=[mine]).card
     assert "harness evaluate MODEL --suite calls=calls.jsonl --max-new-tokens 64" in said
+    # Those that can be given again: neither the answers beside the questions nor each file of a folder.
+    summary = summary_of(weights_digest(full.final))
+    (suite,) = summary["suites"].values()
+    questions = "BFCL_v4_multiple.json"
+    hub = ("questions/questions_torchhub_0_shot.jsonl", "api/torchhub_api.jsonl", "torchhub_eval.json")
+    found = {"bfcl": [f"/d/bfcl/{questions}", f"/d/bfcl/possible_answer/{questions}"], "apibench": [f"/d/gorilla/{file}" for file in hub]}
+    summary["suites"] = {name: suite | {"files": dict.fromkeys(files, "0")} for name, files in found.items()}
+    summary["settings"]["underscore_names"] = True
+    (mine / "summary.json").write_text(json.dumps(summary))
+    told = plan(full, evaluations=[mine]).card
+    assert f"--suite bfcl={questions} --suite apibench=gorilla --max-new-tokens 64 --underscore-names" in told
     assert "| calls | all | 75.0% | 30.0% to 95.0% | 3 of 4 |" in said
     with pytest.raises(EvaluationError, match="weights are not those that are handed over"):
         plan(full, evaluations=[save_evaluation(tmp_path / "other", "0" * 32)])
