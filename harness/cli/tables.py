@@ -29,13 +29,18 @@ def is_coloured() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
+def printable(text: str) -> str:
+    """With half of a surrogate pair, which models write by its escape and no terminal or file takes, as that escape again."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def print_table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
     """Print to stdout; columns in `right` are set to the right."""
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else None
     lines = render_table(heading, rows, right, width)
     coloured = is_coloured()
-    for line in lines:
+    for line in map(printable, lines):
         click.echo(_colour(line) if coloured else line)
 
 

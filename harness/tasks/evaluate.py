@@ -266,7 +266,8 @@ def _row(asked: Asked, item: Item, said: Said) -> dict:
 
 
 def _write(stream, row: dict) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    # Half of a surrogate pair, which a model may write by its escape, stays that escape: UTF-8 has no such character.
+    stream.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def save_comparison(output: Path, against: Path) -> dict:

@@ -360,6 +360,18 @@ def test_calls_of_a_server_are_read_structured_and_as_text(world, tmp_path):
         assert summary["target"] == {"url": server.url, "model": "small"}
 
 
+def test_half_of_a_character_in_a_call_does_not_end_an_evaluation(tmp_path):
+    call = {"type": "function", "function": {"name": "trip", "arguments": {"to": "Rome"}}}
+    tool = {"type": "function", "function": {"name": "trip", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}}
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    made = {"type": "function", "function": {"name": "trip", "arguments": '{"to": "\\ud83d"}'}}
+    with ChatServer({"?": {"content": "\ud83d", "tool_calls": [made]}}) as server:
+        run(None, tmp_path / "out", target=server.url, wanted=[("calls", [tmp_path / "rows.jsonl"])])
+    (found,) = load_results(tmp_path / "out").rows
+    assert found["failure"] == "wrong_value" and "\ud83d" in found["detail"] and found["said"].startswith("\ud83d")
+
+
 def test_what_a_server_refuses_is_counted_and_a_suite_of_which_it_takes_nothing_is_an_error(world, tmp_path):
     table = table_of(world)
     first = next(iter(table))

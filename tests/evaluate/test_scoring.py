@@ -263,6 +263,17 @@ def test_the_command_prints_tables_for_people_and_everything_as_json(files, tmp_
     assert (found["accuracy"], found["n"]) == (0.5, 2)
 
 
+def test_half_of_a_character_in_an_answer_is_told_by_its_escape_and_ends_nothing(files, tmp_path):
+    questions, answers = files
+    row = {"id": "simple_python_0", "calls": [call(city="Paris \ud83d")]}
+    predictions = write(tmp_path / "p.jsonl", [row, {"id": "irrelevance_0", "text": "\ud83d"}])
+    command = ["score", predictions, "--suite", "bfcl", "--questions", questions, "--answers", answers, "--mode", "strict"]
+    done, as_json = harness(*command), harness(*command, "--json")
+    assert done.code == as_json.code == 0, done.output + as_json.output
+    assert "\\ud83d" in done.output
+    assert json.loads(as_json.output)["failing"][0]["id"] == "simple_python_0"
+
+
 def test_the_command_ends_with_2_and_the_line_that_is_wrong(files, tmp_path):
     predictions = write(tmp_path / "predictions.jsonl", ["{"])
     done = harness("score", predictions, "--suite", "bfcl", "--questions", files[0], "--mode", "strict")

@@ -103,6 +103,19 @@ def test_functions_answer_and_what_they_raise_is_a_result_too(model, row, tools,
     assert '← {"error": "KeyError: ' in done.output and "1 of them answered by functions" in done.output
 
 
+def test_half_of_a_character_in_a_result_is_told_by_its_escape_and_ends_no_conversation(model, row, tools, tmp_path):
+    said = '    """Weather\n\n    Args:\n        city: c\n        days: d\n    """\n'
+    (tmp_path / "mine.py").write_text(f"def get_weather(city: str, days: int = 0) -> str:\n{said}    return chr(0xD83D)\n")
+    done = talk(model, [question(row), "/help"], "--tools", tools(), "--tools", str(tmp_path / "mine.py"))
+    assert done.exit_code == 1 and "← \\ud83d" in done.output and "is half of a surrogate pair" in done.output
+    assert done.output.rstrip().endswith("as a row that can be trained")
+
+
+def test_what_was_said_before_a_wrong_command_is_saved(model, row, tools, tmp_path):
+    done = talk(model, [question(row), "", "/rest"], "--tools", tools(), "--save", str(tmp_path / "rows.jsonl"))
+    assert isinstance(done.exception, RecipeError) and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
 def test_an_answer_is_heard_in_pieces_and_one_that_is_stopped_is_taken_back(model, row, tools):
     settings = Settings(max_new_tokens=40)
     chat, heard = Chat(open_target(str(model), settings, Connection()), settings, load_offered(tools())), []
