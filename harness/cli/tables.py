@@ -46,7 +46,7 @@ def print_table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Co
 
 def render_table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str], width: int | None) -> list[str]:
     """Lines of at most `width` characters, None for any number."""
-    cells = [heading, *rows]
+    cells = [[cell.replace("\n", " ") for cell in row] for row in (heading, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heading))]
     if width is not None:
         others = sum(widths[1:-1]) + len(GAP) * (len(widths) - 1)
