@@ -133,6 +133,7 @@ class _Terminal:
             self._line(f"! {error}; the question is taken back", "red")
         except KeyboardInterrupt:
             self.chat.take_back()
+            self.unanswered += 1
             self._line("stopped; the question is taken back", "yellow")
         else:
             self._tell(f"! {MAX_ROUNDS} rounds of calls in a row; the next question goes on from here", "yellow")

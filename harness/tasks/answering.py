@@ -24,7 +24,7 @@ from harness.errors import DataError, EvaluationError, ModelError, RecipeError, 
 from harness.evaluate.items import Item
 from harness.model.export import MANIFEST
 from harness.run import RunDir, advise_run, runs_below
-from harness.teacher.client import Client, Refused
+from harness.teacher.client import WORDS, Client, Refused
 
 IN_VAIN = (400, 413, 422)
 """A server's words for: not this conversation. Others it would say of any."""
@@ -397,8 +397,11 @@ class Served:
             text, ended = _text_of(choice["message"]), choice.get("finish_reason") != "length"
             return Said(text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0), ended)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            where = f"{self._client.url}/chat/completions"
-            raise EvaluationError(f"{where}: answers without choices[0].message; give the url of an OpenAI-compatible API") from None
+            # Gateways say what is wrong with a status of 200.
+            where, said = f"{self._client.url}/chat/completions", json.dumps(found, ensure_ascii=False)[:WORDS]
+            raise EvaluationError(
+                f"{where}: answers without choices[0].message ({said}); give the url of an OpenAI-compatible API"
+            ) from None
 
 
 def _asked(client: Client, path: str, body: dict | None = None, patience: int | None = None) -> dict:

@@ -360,6 +360,13 @@ def test_calls_of_a_server_are_read_structured_and_as_text(world, tmp_path):
         assert summary["target"] == {"url": server.url, "model": "small"}
 
 
+def test_what_a_gateway_says_in_place_of_an_answer_is_told(monkeypatch):
+    monkeypatch.setattr(answering, "_asked", lambda *_: {"data": [], "error": {"message": "no credits are left"}})
+    served = answering.Served("http://h:1/v1", Settings(), Connection(model="m"))
+    with pytest.raises(EvaluationError, match=r"without choices\[0\].message \(.*no credits are left"):
+        served.answer("answers", [Item("1", "c", [{"role": "user", "content": "?"}], [], {})], 0)
+
+
 def test_half_of_a_character_in_a_call_does_not_end_an_evaluation(tmp_path):
     call = {"type": "function", "function": {"name": "trip", "arguments": {"to": "Rome"}}}
     tool = {"type": "function", "function": {"name": "trip", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}}

@@ -116,7 +116,7 @@ def test_what_was_said_before_a_wrong_command_is_saved(model, row, tools, tmp_pa
     assert isinstance(done.exception, RecipeError) and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
 
 
-def test_an_answer_is_heard_in_pieces_and_one_that_is_stopped_is_taken_back(model, row, tools):
+def test_an_answer_is_heard_in_pieces_and_one_that_is_stopped_is_taken_back(model, row, tools, monkeypatch):
     settings = Settings(max_new_tokens=40)
     chat, heard = Chat(open_target(str(model), settings, Connection()), settings, load_offered(tools())), []
     chat.ask(question(row))
@@ -131,6 +131,9 @@ def test_an_answer_is_heard_in_pieces_and_one_that_is_stopped_is_taken_back(mode
     with pytest.raises(KeyboardInterrupt):
         chat.answer(stop)
     assert chat.messages == before
+    # Through a pipe it is a question that was not answered.
+    monkeypatch.setattr(Chat, "answer", lambda self, hear: stop(""))
+    assert talk(model, [question(row)]).exit_code == 1
 
 
 def test_a_question_that_does_not_fit_is_not_answered_and_the_exit_code_says_so(model, row, tools):
