@@ -203,6 +203,7 @@ def test_every_category_is_scored_or_refused():
         ([QUESTIONS[0], QUESTIONS[0]], ANSWERS, 'questions.json:2: the id "simple_python_0" has occurred before'),
         (ANSWERS, ANSWERS, 'questions.json:1: "simple_python_0" has no list of functions'),
         ([{"id": "simple_python_0", "function": [{"name": "f"}]}], ANSWERS, 'the function "f" has no parameters'),
+        ([{"id": "simple_python_0", "function": [{"name": "f", "parameters": {"properties": {"a": None}}}]}], ANSWERS, "has no parameters"),
         ([{"id": "simple_java_0", "function": [WEATHER]}], ANSWERS, "questions.json:1: the category .* Java source"),
         (QUESTIONS, QUESTIONS, 'answers.json:1: "simple_python_0" has no answers as the leaderboard writes them'),
         (QUESTIONS, [{"id": "simple_python_0", "ground_truth": [{"f": {"city": "Paris"}}]}], "has no answers as"),
