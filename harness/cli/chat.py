@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.tables import is_coloured
+from harness.cli.tables import is_coloured, printable
 from harness.errors import DataError, HarnessError, RecipeError
 from harness.logs import quieten
 from harness.run import RunDir
@@ -94,6 +94,7 @@ class _Terminal:
                     self._ask(line)
             except HarnessError as error:
                 if not self.types:
+                    self._end()
                     raise
                 self._tell(str(error), "red")
         self._end()
@@ -132,6 +133,7 @@ class _Terminal:
             self._line(f"! {error}; the question is taken back", "red")
         except KeyboardInterrupt:
             self.chat.take_back()
+            self.unanswered += 1
             self._line("stopped; the question is taken back", "yellow")
         else:
             self._tell(f"! {MAX_ROUNDS} rounds of calls in a row; the next question goes on from here", "yellow")
@@ -245,6 +247,7 @@ class _Terminal:
 
     def _write(self, text: str, **style) -> None:
         """Without an end of line, at once."""
+        text = printable(text)
         click.echo(click.style(text, **style) if self.coloured else text, nl=False)
         self.column += len(text)
 
@@ -258,7 +261,7 @@ class _Terminal:
 
     def _tell(self, text: str, fg: str | None = None, **style) -> None:
         """Wrapped to the terminal, under its own beginning; in a pipe each is one line."""
-        text = text.rstrip()
+        text = printable(text.rstrip())
         if sys.stdout.isatty():
             begins = " " * (len(text) - len(text.lstrip()) + 2)
             width = max(40, min(100, shutil.get_terminal_size().columns))

@@ -18,7 +18,7 @@ from harness.run import RunDir
 @click.option("--evaluation", "evaluations", multiple=True, type=click.Path(path_type=Path), help="The --output of an evaluation of it.")
 @click.option("--private", is_flag=True, help="A new repository on the hub is private.")
 @click.option("--dry-run", is_flag=True, help="Print the card, the files and where they would go; write nothing.")
-@click.option("--force", is_flag=True, help="Replace an export in the folder.")
+@click.option("--force", is_flag=True, help="Replace the export that is there: the folder, or on the hub the weights of another model.")
 def command(run, target, export, license, base, evaluations, private, dry_run, force):
     """Hand RUN's export over: verify it, write its model card from what the run has recorded, and send both to a hub or into a folder.
 
@@ -54,7 +54,7 @@ def command(run, target, export, license, base, evaluations, private, dry_run, f
     if place:
         push_to_folder(plan, place, force=force)
     else:
-        where = push_to_hub(plan, target, private=private)
+        where = push_to_hub(plan, target, private=private, force=force)
     click.echo(f"\n{plan.source}, reopened and verified, is handed over: {where}")
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.tables import print_table
+from harness.cli.tables import print_table, printable
 from harness.evaluate.scoring import CLASSES, MODES, load_predictions, report_scores, score_predictions
 from harness.evaluate.suite import SUITES, load_questions
 
@@ -25,7 +25,7 @@ def command(
     known = load_questions(questions, answers, underscore_names=underscore_names)
     report = report_scores(score_predictions(load_predictions(predictions), known, mode), known, suite=suite, mode=mode)
     if as_json:
-        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        click.echo(printable(json.dumps(report, indent=2, ensure_ascii=False)))
     else:
         print_report(report)
 

@@ -29,19 +29,24 @@ def is_coloured() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
+def printable(text: str) -> str:
+    """With half of a surrogate pair, which models write by its escape and no terminal or file takes, as that escape again."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def print_table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
     """Print to stdout; columns in `right` are set to the right."""
     is_terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if is_terminal else None
     lines = render_table(heading, rows, right, width)
     coloured = is_coloured()
-    for line in lines:
+    for line in map(printable, lines):
         click.echo(_colour(line) if coloured else line)
 
 
 def render_table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str], width: int | None) -> list[str]:
     """Lines of at most `width` characters, None for any number."""
-    cells = [heading, *rows]
+    cells = [[cell.replace("\n", " ") for cell in row] for row in (heading, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(heading))]
     if width is not None:
         others = sum(widths[1:-1]) + len(GAP) * (len(widths) - 1)

@@ -1,7 +1,7 @@
 """What rates over few answers can claim, alone and against each other. Pure: no torch, no scipy."""
 
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import sqrt
 from statistics import NormalDist
 
 
@@ -31,8 +31,12 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     if only_first < 0 or only_second < 0:
         raise ValueError(f"{only_first} and {only_second} items")
     differing, fewer = only_first + only_second, min(only_first, only_second)
-    # In whole numbers: floats have no 2**1100.
-    return min(1.0, 2 * sum(comb(differing, k) for k in range(fewer + 1)) / 2**differing)
+    # In whole numbers, since floats have no 2**1100; and each from the one before, since 20,000 items would take a minute otherwise.
+    ways = total = 1
+    for k in range(1, fewer + 1):
+        ways = ways * (differing - k + 1) // k
+        total += ways
+    return min(1.0, 2 * total / 2**differing)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -153,8 +153,11 @@ def _read_functions(where: str, row: dict) -> list[dict]:
         raise DataError(f'{where}: "{row["id"]}" has no list of functions under "function"; is this a file of questions?')
     for function in functions:
         parameters = function.get("parameters")
-        if not isinstance(parameters, dict) or not isinstance(parameters.get("properties", {}), dict):
-            raise DataError(f'{where}: the function "{function["name"]}" has no parameters; must be {{"type": "dict", "properties": …}}')
+        properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
+        if not isinstance(properties, dict) or not all(isinstance(schema, dict) for schema in properties.values()):
+            raise DataError(
+                f'{where}: the function "{function["name"]}" has no parameters; must be {{"type": "dict", "properties": {{name: {{…}}}}}}'
+            )
     return functions
 
 

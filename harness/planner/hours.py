@@ -1,6 +1,7 @@
 """Operations of a run, and how long it takes, from a throughput that was measured or stated. Nothing is said about time without one."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -79,12 +80,21 @@ def plan_hours(work: Work, world: int, tokens_per_s: float | None, run: Path | N
     return Hours(hours, hours * world, speed, basis)
 
 
+def read_points(file: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without those that a life left torn that was killed while it wrote. Raises OSError."""
+    points = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            points.append(json.loads(line))
+    return [point for point in points if isinstance(point, dict)]
+
+
 def measured_speed(run: Path) -> float:
     """The median of a run's speed/tokens_per_s; its first line, in which kernels are compiled, is left out. Raises RecipeError."""
     file = run / "metrics.jsonl"
     try:
-        points = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        points = read_points(file)
+    except OSError as error:
         raise RecipeError(f"measured = {run}: {file} cannot be read ({error}); train that run first, or state tokens_per_s") from None
     speeds = [point["speed/tokens_per_s"] for point in points if "speed/tokens_per_s" in point]
     if not speeds:

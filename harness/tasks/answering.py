@@ -19,11 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harness.data.convert import as_openai
 from harness.errors import DataError, EvaluationError, ModelError, RecipeError, TeacherError, first_line
 from harness.evaluate.items import Item
 from harness.model.export import MANIFEST
 from harness.run import RunDir, advise_run, runs_below
-from harness.teacher.client import Client, Refused
+from harness.teacher.client import WORDS, Client, Refused
 
 IN_VAIN = (400, 413, 422)
 """A server's words for: not this conversation. Others it would say of any."""
@@ -167,19 +168,31 @@ class Local:
 
     def check_can(self, needs: str, items: Sequence[Item]) -> None:
         """Raises ModelError where the model would not be shown what it is asked about."""
-        item = next((item for item in items if item.tools and needs == "answers"), None)
-        if item and self._prompt_of(item) == self._renderer.render_prompt({"messages": item.messages}, item.id):
-            raise ModelError(
-                f"{self.source}: its chat template does not show tools to the model, and the items offer some; it would answer in the dark"
-            )
+        for item in items if needs == "answers" else ():
+            try:
+                shown = not item.tools or self._prompt_of(item) != self._renderer.render_prompt({"messages": item.messages}, item.id)
+            except DataError:
+                # This one will be refused; another tells.
+                continue
+            if not shown:
+                raise ModelError(
+                    f"{self.source}: its chat template does not show tools to the model, and the items offer some; it would answer in the "
+                    "dark"
+                )
+            if item.tools:
+                return
 
     def answer(self, needs: str, items: Sequence[Item], seed: int) -> list[Said]:
         self.load()
-        if needs == "loss":
-            return [self._read(item) for item in items]
-        if needs == "choices":
-            return [self._choose(item) for item in items]
-        return self._write(items, seed)
+        if needs == "answers":
+            return self._write(items, seed)
+        read, said = self._read if needs == "loss" else self._choose, []
+        for item in items:
+            try:
+                said.append(read(item))
+            except DataError as error:
+                said.append(Said(failure="refused", detail=str(error)))
+        return said
 
     def speak(self, item: Item, seed: int, hear: Callable[[str], None], *, shorten: bool = False) -> Said:
         """The answer to one item; `hear` is told its pieces as they are written. shorten: where the model's positions end before
@@ -367,7 +380,7 @@ class Served:
         drawn = {"seed": seed} if self._settings.temperature else {}
         body = {
             "model": self.model,
-            "messages": [_as_openai(message) for message in item.messages],
+            "messages": as_openai({"messages": item.messages}, lambda lost: None)["messages"],
             "max_tokens": self._settings.max_new_tokens,
             "temperature": self._settings.temperature,
             **({"tools": item.tools} if item.tools else {}),
@@ -384,8 +397,11 @@ class Served:
             text, ended = _text_of(choice["message"]), choice.get("finish_reason") != "length"
             return Said(text, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0), ended)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            where = f"{self._client.url}/chat/completions"
-            raise EvaluationError(f"{where}: answers without choices[0].message; give the url of an OpenAI-compatible API") from None
+            # Gateways say what is wrong with a status of 200.
+            where, said = f"{self._client.url}/chat/completions", json.dumps(found, ensure_ascii=False)[:WORDS]
+            raise EvaluationError(
+                f"{where}: answers without choices[0].message ({said}); give the url of an OpenAI-compatible API"
+            ) from None
 
 
 def _asked(client: Client, path: str, body: dict | None = None, patience: int | None = None) -> dict:
@@ -397,26 +413,12 @@ def _asked(client: Client, path: str, body: dict | None = None, patience: int | 
         raise EvaluationError(str(error)) from None
 
 
-def _as_openai(message: dict) -> dict:
-    """With the arguments of calls as text, which OpenAI's API wants."""
-    if "tool_calls" not in message:
-        return message
-    calls = [
-        {
-            "id": f"call_{n}",
-            **call,
-            "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)},
-        }
-        for n, call in enumerate(message["tool_calls"])
-    ]
-    return {**message, "tool_calls": calls}
-
-
 def _text_of(message: dict) -> str:
     parts = [message.get("content") or ""]
     for call in message.get("tool_calls") or ():
-        name, arguments = call["function"]["name"], call["function"].get("arguments")
+        # Some leave out what is empty.
+        name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
         # As it came where it is text, so that what is no JSON stays malformed.
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        parts.append(f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {written or "{}"}}}\n</tool_call>')
+        parts.append(f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": {written}}}\n</tool_call>')
     return "\n".join(part for part in parts if part)

@@ -180,15 +180,24 @@ def _evaluation(summary: dict) -> str:
     from harness.evaluate.report import notes_of, table_of
 
     settings = summary["settings"]
-    suites = [f"--suite {name}={','.join(Path(file).name for file in found['files'])}" for name, found in summary["suites"].items()]
+    suites = [f"--suite {name}={','.join(_given_to(name, found['files']))}" for name, found in summary["suites"].items()]
     options = [
         f"--{name.replace('_', '-')} {settings[name]}" for name in ("max_new_tokens", "temperature", "seed", "max_items") if settings[name]
     ]
+    options += ["--underscore-names"] if settings.get("underscore_names") else []
     heading, rows, _ = table_of(summary)
     table = "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *rows))
     command = " ".join(["harness evaluate MODEL", *map(redact, suites), *options, "--output FOLDER"])
     notes = "".join(f"\n\n{redact(note)}" for note in notes_of(summary))
     return f"By `{command}` (harness {summary['harness']}, transformers {summary['versions']['transformers']}):\n\n{table}{notes}"
+
+
+def _given_to(suite: str, files: Sequence[str]) -> list[str]:
+    """What a suite was given, without where it lies: of APIBench its folder, of BFCL the questions, beside which the answers are found."""
+    paths = [Path(file) for file in files]
+    if suite == "apibench":
+        return list(dict.fromkeys(path.parent.name for path in paths if path.parent.name not in ("questions", "api")))
+    return [path.name for path in paths if path.parent.name != "possible_answer"]
 
 
 def _lineage(handed: Handed) -> str:
@@ -218,9 +227,10 @@ def _recipe(recipe: Recipe) -> str:
 
 def read_figures(metrics: Path, step: int) -> dict[str, float]:
     """The run's own evaluation at this step: its last one there, without what it cost."""
+    from harness.tracking.metrics import read_metrics
+
     found: dict[str, float] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        point = json.loads(line)
+    for point in read_metrics(metrics.parent) if metrics.is_file() else ():
         if point.get("step") == step:
             found |= {key: value for key, value in point.items() if key.startswith("eval/") and isinstance(value, (int, float))}
     return {key: value for key, value in found.items() if not key.endswith(("_s", "num_tokens"))}

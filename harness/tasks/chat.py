@@ -153,10 +153,13 @@ def open_target(target: str, settings: Settings, connection: Connection) -> Loca
 
 def save_row(chat: Chat, path: Path) -> None:
     """Append the conversation to a file of rows. Raises DataError where it is none that can be trained, EvaluationError for the file."""
-    line = json.dumps(chat.row(), ensure_ascii=False) + "\n"
+    try:
+        line = json.dumps(chat.row(), ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError as error:
+        raise DataError(f"{error.object[error.start]!r} is half of a surrogate pair, no character; take it back") from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as stream:
+        with open(path, "ab") as stream:
             stream.write(line)
     except OSError as error:
         raise EvaluationError(f"{path}: cannot be written: {error.strerror}") from None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from types import ModuleType
 
 from harness import __version__
 from harness.data.rows import content_digest
-from harness.errors import EvaluationError, RecipeError
+from harness.errors import DataError, EvaluationError, RecipeError
 from harness.evaluate.items import Item
 from harness.evaluate.report import ITEMS, SUMMARY, by_category, load_results, summarise_category
 from harness.evaluate.suites import Loaded, Verdict, find_suite
@@ -66,6 +67,11 @@ def load_suites(wanted: Sequence[tuple[str, list[Path]]], settings: Settings) ->
             if file.is_dir() and name not in FROM_FOLDERS:
                 raise RecipeError(f"--suite {name}={file}: is a folder; give its files, with a comma between them")
         loaded = suite.load(files, underscore_names=settings.underscore_names)
+        if not loaded.items:
+            raise DataError(f"--suite {name}={','.join(map(str, files))}: holds nothing that could be asked")
+        id, times = Counter(item.id for item in loaded.items).most_common(1)[0]
+        if times > 1:
+            raise DataError(f"--suite {name}={','.join(map(str, files))}: {id} is there {times} times; each question counts once")
         asked.append(Asked(name, suite, loaded, choose_items(loaded.items, settings.max_items)))
     return asked
 
@@ -260,7 +266,8 @@ def _row(asked: Asked, item: Item, said: Said) -> dict:
 
 
 def _write(stream, row: dict) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    # Half of a surrogate pair, which a model may write by its escape, stays that escape: UTF-8 has no such character.
+    stream.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n")
 
 
 def save_comparison(output: Path, against: Path) -> dict:

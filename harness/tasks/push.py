@@ -2,7 +2,7 @@
 
     plan_push(...)      reopens the export and reads everything; nothing is written
     push_to_folder      beside its place, verified, and renamed
-    push_to_hub         one commit with exactly the files of the plan
+    push_to_hub         one commit with exactly the files of the plan; weights of another model that lie there are refused, or go with it
 
 What goes: the files that the export's manifest lists, harness.json without this machine's paths, and README.md. Nothing else, whatever lies
 in the folder: no optimizer state, no pickles. Promise. A file that holds a secret of this machine or somebody's home directory stops it.
@@ -27,6 +27,7 @@ from harness.tasks.card import Handed, check_evaluation, is_repo_id, read_figure
 
 CARD = "README.md"
 CARRIES_STATE = re.compile(r"optimizer|scheduler|rng_state|scaler|trainer_state|\.(bin|pt|pth|pkl)$")
+LOADED = re.compile(r"adapter_config\.json|(adapter_model|model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 """Words of everybody's text, of which some look like paths."""
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
@@ -210,19 +211,39 @@ def push_to_folder(plan: Plan, target: Path, *, force: bool) -> None:
     replace_folder(staging, target)
 
 
-def push_to_hub(plan: Plan, repo: str, *, private: bool) -> str:
-    """The address of the commit. Raises RecipeError for a name that the hub does not take, HarnessError where it cannot be reached or
-    refuses."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+def find_others(plan: Plan, there: Sequence[str]) -> list[str]:
+    """Of the files that are there, those that transformers or PEFT would load beside the plan's or in their place: an adapter beside a
+    whole model, a single file beside its shards."""
+    planned = {file.name for file in plan.files}
+    if any(name.endswith(".gguf") for name in planned):
+        # Each of these is asked for by its own name.
+        return []
+    return sorted(name for name in there if LOADED.fullmatch(name) and name not in planned)
+
+
+def push_to_hub(plan: Plan, repo: str, *, private: bool, force: bool) -> str:
+    """The address of the commit. force: other weights that lie there, and would be loaded with these, are deleted in it.
+
+    Raises RecipeError for such weights without it and for a name that the hub does not take, HarnessError where the hub cannot be reached
+    or refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        others = find_others(plan, api.list_repo_files(repo))
+        if others and not force:
+            raise RecipeError(
+                f"--to {repo}: holds {', '.join(others)} of another model, which would be loaded with this one or in its place; --force "
+                "deletes them in the same commit"
+            )
         added = [
             CommitOperationAdd(file.name, file.content if isinstance(file.content, bytes) else str(file.content)) for file in plan.files
         ]
-        return api.create_commit(repo, added, commit_message=f"Hand over {plan.source.parent.name}/{plan.source.name}").commit_url
+        changes = [*added, *map(CommitOperationDelete, others)]
+        return api.create_commit(repo, changes, commit_message=f"Hand over {plan.source.parent.name}/{plan.source.name}").commit_url
     except HFValidationError as error:
         raise RecipeError(f"--to {repo}: {error}") from None
     except OfflineModeIsEnabled:

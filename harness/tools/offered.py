@@ -11,6 +11,7 @@ together are schemas as a model was trained on, each answered by the function of
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import inspect
 import json
@@ -40,6 +41,7 @@ class Offered:
         """What the function returns, as text. What it raises becomes a result too, as in TRL: the model is to see it."""
         try:
             found = self.functions[call.name](**call.arguments)
+            found = asyncio.run(found) if inspect.iscoroutine(found) else found
             return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
         except Exception as error:
             return error_result(f"{type(error).__name__}: {error}")
@@ -85,8 +87,9 @@ def offer(functions: Sequence[Callable], name: str) -> Offered:
             tools.append(get_json_schema(function))
         except Exception as error:
             # Of several kinds, among them plain ones: for a type that JSON does not have, a parameter without its line.
+            called = getattr(function, "__name__", function)
             raise RecipeError(
-                f"--tools {name}: no schema can be read from {function.__name__}: {error}; give it types, and a docstring with Args:"
+                f"--tools {name}: no schema can be read from {called}: {error}; give it types, and a docstring with Args:"
             ) from None
     tools = _checked(normalise_tools(tools), name)
     return Offered(tools, {tool["function"]["name"]: function for tool, function in zip(tools, functions, strict=True)})
@@ -98,7 +101,8 @@ def _schemas_in(path: Path) -> list[dict]:
         if path.suffix == ".json":
             read = json.loads(text)
             return normalise_tools(read.get("tools", [read]) if isinstance(read, dict) else read)
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines, which parts at U+2028 and others that JSON leaves as they are.
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (OSError, ValueError) as error:
@@ -119,14 +123,15 @@ def _schemas_in(path: Path) -> list[dict]:
 def _functions_in(path: Path) -> list[Callable]:
     if not path.is_file():
         raise RecipeError(f"--tools {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Under a name that is nobody's: a file may be called as a module that others import, email.py or random.py.
+    spec = importlib.util.spec_from_file_location(f"{__name__}.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise RecipeError(f"--tools {path}; cannot be imported: {type(error).__name__}: {error}") from error
-    return [value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == path.stem and key[:1] != "_"]
+    return [value for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == spec.name and key[:1] != "_"]
 
 
 def _checked(tools: list[dict], name: str) -> list[dict]:

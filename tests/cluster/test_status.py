@@ -534,6 +534,7 @@ def test_everything_is_there_as_json(story, fake_slurm):
 def test_a_table_fits_into_the_terminal_and_cuts_the_name_and_the_last_column():
     rows = [("a-run-with-a-name-that-somebody-thought-about-for-long", "failed", "KeyError: 'labels' is not among the columns of the data")]
     heading = ("run", "state", "why")
+    assert render_table(("why",), [("two\nlines",)], (), None) == ["why", "two lines"]
     whole = render_table(heading, rows, (), None)
     assert whole[1] == "  ".join(rows[0]) and not whole[0].endswith(" ")
     for width in (100, 60, 40, 20):

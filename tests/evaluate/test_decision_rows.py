@@ -55,6 +55,8 @@ def decision(tmp_path, **settings) -> Decision:
         ({"few_shot": {"k": 2}}, "few_shot is set, and there is nothing to choose examples from; set tuning"),
         ({"prompts": {"few-shot": "x"}}, 'prompts: the name "few-shot" is another arm\'s already'),
         ({"prompts": {"a": "x"}, "tuned": {"a": "runs/a"}}, 'tuned: the name "a" is another arm\'s already'),
+        # As a model's name it would stand in the base's place, and be asked as zero-shot.
+        ({"tuned": {"base": "runs/a"}}, 'tuned: the name "base" is another arm\'s already'),
         ({"tuned": {"a/b": "runs/a"}}, 'tuned: the name "a/b" is not one for a file'),
         ({"rules": {"fails_in": 3}}, r"rules.fails_in = 3; must be at most 2, the number of prompts \(zero-shot, instruction\)"),
         ({"items": [{"path": "x.jsonl", "weight": 2.0}]}, "items.0.weight = 2.0; a row is asked once"),

@@ -232,6 +232,12 @@ def test_a_model_that_is_not_there_or_not_trained_to_its_end_is_named(tmp_path):
     assert read_training(tmp_path / "final", tmp_path).hours is None
 
 
+def test_hours_of_a_training_that_was_killed_while_it_wrote_a_line_are_those_of_the_others(tmp_path):
+    lines = [json.dumps({"step": step, "time": 3600.0 * step}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], '{"step": 2, "ti', *lines[1:]]))
+    assert read_training(tmp_path / "final", None).hours == 3
+
+
 def test_a_model_that_was_trained_from_another_base_says_so(tmp_path):
     from harness.evaluate.decision.report import said_of_training
     from harness.model.export import digest_base

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from planted import GARBLED, NEEDLESS, RIGHT, SILENT, WRONG_TOOL, WRONG_VALUE, ids_of, plant, without
+from planted import GARBLED, KINDS, NEEDLESS, RIGHT, SILENT, WRONG_TOOL, WRONG_VALUE, ids_of, plant, without
 
 from harness.evaluate.decision.verdicts import (
     DPO,
@@ -172,6 +172,14 @@ def test_a_gain_that_chance_could_have_made_is_no_remedy():
     assert verdict_on(table, leave_out=("polite", "few-shot", "retrieval", *UNTRAINED)).verdict == KEEP
 
 
+def test_a_trained_model_that_reaches_it_by_what_may_be_chance_is_not_said_to_have_learnt_nothing():
+    verdict = verdict_on({"otherwise": 9, "sft": 16, "items": 16}, leave_out=("retrieval",))
+    assert verdict.row("sft").state == REACHES and verdict.row("sft").p_holm > 0.05
+    assert (verdict.verdict, verdict.arm) == (UNKNOWN, None) and verdict.needs > 16
+    assert "sft 100% (81% to 100%) may be better than zero-shot by chance" in verdict.reasons[0]
+    assert "7 of 16 items fail in all 4 prompts" in verdict.reasons[-1] and "does not reach it" not in " ".join(verdict.reasons)
+
+
 def test_models_that_are_coins_get_no_verdict_that_asks_for_work():
     """All arms are the same coin: under the correction almost no world of six behaviours may show a remedy."""
     rng, asked = random.Random(1), 0
@@ -201,6 +209,15 @@ def test_some_faulty_gold_is_left_out_and_much_of_it_is_the_verdict():
     assert verdict_on(ONLY_TRAINING, faults=much).verdict == FIX
 
 
+@pytest.mark.parametrize(("items", "faulty", "target"), [(20, 4, 0.8), (50, 5, 0.9), (40, 18, 0.55)])
+def test_just_as_much_faulty_gold_as_the_target_leaves_is_left_out(items, faulty, target):
+    ids = ids_of("planted", items)
+    table = {name: [RIGHT] * items for name in KINDS} | {"items": items}
+    few, more = (dict.fromkeys(ids[:count], "gold breaks its tool's schema: x") for count in (faulty, faulty + 1))
+    assert verdict_on(table, Limits(target=target), faults=few).verdict != FIX
+    assert verdict_on(table, Limits(target=target), faults=more).verdict == FIX
+
+
 # ---- guards
 
 
@@ -223,7 +240,7 @@ def test_a_prompt_that_breaks_another_behaviour_is_a_regression_too():
 
 
 def test_the_number_of_items_that_is_asked_for_is_the_least_that_shows_it():
-    for target in (0.5, 0.8, 0.9, 0.95):
+    for target in (0.5, 0.8, 0.9, 0.95, 0.99999):
         limits = Limits(target=target)
         n = least_items(limits)
         assert wilson_interval(n, n)[0] >= target > wilson_interval(n - 1, n - 1)[0]

@@ -33,6 +33,7 @@ from harness.recipe.schema import Source
 from harness.tasks import answering
 from harness.tasks.answering import Connection, Settings, find_model
 from harness.tasks.evaluate import evaluate
+from harness.tools import ToolCall, parse_calls
 from harness.units import Worker
 
 KNOWN, ASKED = 6, 14
@@ -359,6 +360,25 @@ def test_calls_of_a_server_are_read_structured_and_as_text(world, tmp_path):
         assert summary["target"] == {"url": server.url, "model": "small"}
 
 
+def test_what_a_gateway_says_in_place_of_an_answer_is_told(monkeypatch):
+    monkeypatch.setattr(answering, "_asked", lambda *_: {"data": [], "error": {"message": "no credits are left"}})
+    served = answering.Served("http://h:1/v1", Settings(), Connection(model="m"))
+    with pytest.raises(EvaluationError, match=r"without choices\[0\].message \(.*no credits are left"):
+        served.answer("answers", [Item("1", "c", [{"role": "user", "content": "?"}], [], {})], 0)
+
+
+def test_half_of_a_character_in_a_call_does_not_end_an_evaluation(tmp_path):
+    call = {"type": "function", "function": {"name": "trip", "arguments": {"to": "Rome"}}}
+    tool = {"type": "function", "function": {"name": "trip", "parameters": {"type": "object", "properties": {"to": {"type": "string"}}}}}
+    row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}], "tools": [tool]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    made = {"type": "function", "function": {"name": "trip", "arguments": '{"to": "\\ud83d"}'}}
+    with ChatServer({"?": {"content": "\ud83d", "tool_calls": [made]}}) as server:
+        run(None, tmp_path / "out", target=server.url, wanted=[("calls", [tmp_path / "rows.jsonl"])])
+    (found,) = load_results(tmp_path / "out").rows
+    assert found["failure"] == "wrong_value" and "\ud83d" in found["detail"] and found["said"].startswith("\ud83d")
+
+
 def test_what_a_server_refuses_is_counted_and_a_suite_of_which_it_takes_nothing_is_an_error(world, tmp_path):
     table = table_of(world)
     first = next(iter(table))
@@ -378,6 +398,27 @@ def test_a_server_that_speaks_otherwise_is_named(monkeypatch, usage):
     served = answering.Served("http://h:1/v1", Settings(), Connection(model="m"))
     with pytest.raises(EvaluationError, match="http://h:1/v1/chat/completions: answers without .* OpenAI-compatible"):
         served.answer("answers", [Item("1", "c", [{"role": "user", "content": "?"}], [], {})], 0)
+
+
+def test_a_conversation_with_results_goes_to_a_server_as_openai_has_it_and_a_call_may_come_back_without_arguments(monkeypatch):
+    bodies, call = [], {"function": {"name": "now"}}
+
+    def asked(client, path, body, patience):
+        bodies.append(body)
+        return {"data": []} if body is None else {"choices": [{"message": {"content": None, "tool_calls": [call]}}]}
+
+    monkeypatch.setattr(answering, "_asked", asked)
+    made = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in ("now", "here")]
+    messages = [{"role": "user", "content": "?"}]
+    messages += [{"role": "assistant", "tool_calls": made}, {"role": "tool", "content": "12:00"}, {"role": "tool", "content": "Rome"}] * 2
+    served = answering.Served("http://h:1/v1", Settings(), Connection(model="m"))
+    for call["function"]["arguments"] in (None, "", {}):
+        (said,) = served.answer("answers", [Item("1", "c", messages, [], {})], 0)
+        assert parse_calls(said.said).calls == [ToolCall("now", {})]
+    sent = bodies[-1]["messages"]
+    ids = [call["id"] for message in sent for call in message.get("tool_calls", ())]
+    assert len(set(ids)) == 4 and ids == [message["tool_call_id"] for message in sent if message["role"] == "tool"]
+    assert all(call["function"]["arguments"] == "{}" for message in sent for call in message.get("tool_calls", ()))
 
 
 @pytest.mark.parametrize(("suite", "index"), [("when2call", 1), ("loss", 2)])
@@ -496,6 +537,27 @@ def test_a_template_that_does_not_show_tools_is_refused(world, tmp_path):
     )
     with pytest.raises(HarnessError, match="does not show tools to the model"):
         run(world, tmp_path / "out", target=target, wanted=suites(world)[:1])
+
+
+def test_what_the_chat_template_does_not_take_is_counted_as_refused_in_every_kind_of_suite(world, tmp_path):
+    target = tmp_path / "model"
+    shutil.copytree(world / "model", target)
+    template = target / "chat_template.jinja"
+    refusal = "{% if messages[0].content == 'Not this.' %}{{ raise_exception('not this one') }}{% endif %}"
+    template.write_text(refusal + template.read_text(encoding="utf-8"))
+    row = json.loads((world / "rows.jsonl").read_text().splitlines()[0])
+    known = next(json.loads(line) for line in (world / "choices.jsonl").read_text().splitlines())
+    bad = {**row, "messages": [{"role": "user", "content": "Not this."}, *row["messages"][1:]]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (bad, row)))
+    (tmp_path / "choices.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in ({**known, "question": "Not this.", "uuid": "bad"}, known))
+    )
+    wanted = [("calls", [tmp_path / "rows.jsonl"]), ("when2call", [tmp_path / "choices.jsonl"]), ("loss", [tmp_path / "rows.jsonl"])]
+    run(world, tmp_path / "out", target=target, wanted=wanted)
+    rows = load_results(tmp_path / "out").rows
+    assert len(rows) == 6 and [row["suite"] for row in rows if row["failure"] == "refused"] == ["calls", "when2call", "loss"]
+    assert all("not this one" in row["detail"] for row in rows if row["failure"] == "refused")
+    assert [row["loss"] is None for row in rows if row["suite"] == "loss"].count(True) == 1
 
 
 # ---- W&B

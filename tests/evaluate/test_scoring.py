@@ -203,6 +203,7 @@ def test_every_category_is_scored_or_refused():
         ([QUESTIONS[0], QUESTIONS[0]], ANSWERS, 'questions.json:2: the id "simple_python_0" has occurred before'),
         (ANSWERS, ANSWERS, 'questions.json:1: "simple_python_0" has no list of functions'),
         ([{"id": "simple_python_0", "function": [{"name": "f"}]}], ANSWERS, 'the function "f" has no parameters'),
+        ([{"id": "simple_python_0", "function": [{"name": "f", "parameters": {"properties": {"a": None}}}]}], ANSWERS, "has no parameters"),
         ([{"id": "simple_java_0", "function": [WEATHER]}], ANSWERS, "questions.json:1: the category .* Java source"),
         (QUESTIONS, QUESTIONS, 'answers.json:1: "simple_python_0" has no answers as the leaderboard writes them'),
         (QUESTIONS, [{"id": "simple_python_0", "ground_truth": [{"f": {"city": "Paris"}}]}], "has no answers as"),
@@ -261,6 +262,17 @@ def test_the_command_prints_tables_for_people_and_everything_as_json(files, tmp_
     found = json.loads(CliRunner().invoke(group, [*arguments, "--json"]).output)
     assert {"accuracy", "n", "by_class", "by_category", "failing"} <= set(found)
     assert (found["accuracy"], found["n"]) == (0.5, 2)
+
+
+def test_half_of_a_character_in_an_answer_is_told_by_its_escape_and_ends_nothing(files, tmp_path):
+    questions, answers = files
+    row = {"id": "simple_python_0", "calls": [call(city="Paris \ud83d")]}
+    predictions = write(tmp_path / "p.jsonl", [row, {"id": "irrelevance_0", "text": "\ud83d"}])
+    command = ["score", predictions, "--suite", "bfcl", "--questions", questions, "--answers", answers, "--mode", "strict"]
+    done, as_json = harness(*command), harness(*command, "--json")
+    assert done.code == as_json.code == 0, done.output + as_json.output
+    assert "\\ud83d" in done.output
+    assert json.loads(as_json.output)["failing"][0]["id"] == "simple_python_0"
 
 
 def test_the_command_ends_with_2_and_the_line_that_is_wrong(files, tmp_path):

@@ -1,4 +1,5 @@
 import math
+import time
 from fractions import Fraction
 from statistics import NormalDist
 
@@ -64,6 +65,13 @@ def test_mcnemar_by_hand():
     assert mcnemar_exact(2, 8) == 112 / 1024
     with pytest.raises(ValueError, match="-1"):
         mcnemar_exact(-1, 3)
+
+
+def test_mcnemar_of_many_items_takes_no_minute():
+    begun = time.monotonic()
+    # With so many, the normal distribution says the same to four digits (with the correction for continuity).
+    assert mcnemar_exact(9_900, 10_100) == pytest.approx(2 * NormalDist().cdf(-(200 - 1) / math.sqrt(20_000)), rel=1e-4)
+    assert time.monotonic() - begun < 10
 
 
 def test_holm_multiplies_the_smallest_by_how_many_there_are_and_never_falls():

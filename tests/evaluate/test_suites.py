@@ -11,7 +11,8 @@ from harness.errors import DataError, EvaluationError, RecipeError
 from harness.evaluate.items import Item, Result
 from harness.evaluate.report import Results, compare, load_results, summarise_category
 from harness.evaluate.suites import SUITES, apibench, bfcl, calls, find_suite, loss, structured, when2call
-from harness.tasks.evaluate import choose_items, key_of
+from harness.tasks.answering import Settings
+from harness.tasks.evaluate import choose_items, key_of, load_suites
 from harness.tools import read_gold, render_gold
 
 BFCL, APIBENCH = SHARED / "bfcl", SHARED / "apibench"
@@ -164,6 +165,7 @@ def own_item(tmp_path, **row) -> Item:
         ('```json\n{"city": "Rome"}\n```', "fenced", 0),
         ('Here: {"city": "Rome"}', "not_json", 0),
         ("[" * 100_000, "not_json", 0),
+        ('{"city": "Rome", "more": NaN}', "not_json", 0),
         (" ", "empty", 0),
     ],
 )
@@ -221,6 +223,13 @@ def test_of_nemo_gyms_schemas_all_properties_are_required_and_no_others_taken_at
         "schema_str": json.dumps({"type": "object", "properties": {"b": {"type": "array", "items": inner}}}),
     }
     (item,) = structured.load([save(tmp_path, "n.jsonl", [raw])]).items
+    # A property that is called as a keyword is.
+    of_an_agent = json.dumps({"type": "object", "properties": {"properties": {"type": "array", "items": inner}}})
+    (agents,) = structured.load([save(tmp_path, "p.jsonl", [{**raw, "schema_str": of_an_agent}])]).items
+    assert structured.judge(agents, '{"properties": [{"a": 1}]}').failure is None
+    assert structured.judge(agents, '{"properties": [{}]}').failure == structured.judge(agents, "{}").failure == "schema"
+    with pytest.raises(DataError, match=r"q\.jsonl:1: responses_create_params has no list of messages"):
+        structured.load([save(tmp_path, "q.jsonl", [{**raw, "responses_create_params": {"input": "As JSON."}}])])
     for text, failure in (
         ('{"b": [{"a": 1}]}', None),
         ('{"b": [{"a": 1, "c": 2}]}', "schema"),
@@ -277,6 +286,28 @@ def test_a_conversation_is_asked_without_its_last_turn_which_is_what_is_right(tm
     assert calls.judge(words, "").failure == "no_answer"
 
 
+def test_names_are_shown_with_underscores_in_conversations_and_structured_calls_too(tmp_path):
+    def tool(name: str) -> dict:
+        return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"n": {"type": "integer"}}}}}
+
+    call = {"tool_calls": [{"type": "function", "function": {"name": "math.root", "arguments": {"n": 4}}}]}
+    row = conversation(call)
+    row["messages"] += [{"role": "tool", "name": "math.root", "content": "2"}, {"role": "assistant", **call}]
+    raw = {
+        "schema_type": "json",
+        "response_mode": "tool_call",
+        "schema_str": '{"type": "object", "properties": {"n": {"type": "integer"}}}',
+    }
+    raw |= {"tool_name": "math.root", "responses_create_params": {"input": row["messages"][:1], "tools": [tool("math.root")]}}
+    own, nemo = save(tmp_path, "own.jsonl", [{**row, "tools": [tool("math.root")]}]), save(tmp_path, "nemo.jsonl", [raw])
+    for suite, file in ((calls, own), (structured, nemo)):
+        (plain,), (shown,) = suite.load([file]).items, suite.load([file], underscore_names=True).items
+        assert shown.id == plain.id and "math.root" not in json.dumps([shown.messages, shown.tools, key_of(shown)])
+        right, wrong = hermes(("math_root", {"n": 4})), hermes(("math.root", {"n": 4}))
+        assert suite.judge(shown, right).failure is None and suite.judge(shown, wrong).failure == "wrong_tool"
+        assert suite.judge(plain, wrong).failure is None
+
+
 def test_a_row_that_is_no_conversation_is_refused_with_its_line_and_read_for_its_loss(tmp_path):
     file = save(tmp_path, "rows.jsonl", [{"text": "once"}])
     with pytest.raises(DataError, match=r"rows\.jsonl:1: a row of text; must be a conversation"):
@@ -285,6 +316,41 @@ def test_a_row_that_is_no_conversation_is_refused_with_its_line_and_read_for_its
 
 
 # ---- which items
+
+
+def test_rows_of_one_id_that_ask_different_things_are_refused_and_the_same_row_counts_once(tmp_path):
+    row = {"id": "7", "messages": [{"role": "user", "content": "?"}], "schema": SCHEMA}
+    one, other = (save(tmp_path, f"{n}.jsonl", [{**row, **more}]) for n, more in enumerate(({}, {"expected": {"city": "Rome"}})))
+    assert structured.load([one, one]).left_out == {"the same row again": 1}
+    with pytest.raises(DataError, match=r'1\.jsonl:1: the id "7" stands in .*0\.jsonl:1 already, with another row'):
+        structured.load([one, other])
+
+
+def test_files_without_a_question_and_a_question_that_would_count_twice_are_refused(tmp_path):
+    empty = save(tmp_path, "empty.jsonl", [])
+    answers = {choice: "words" for choice in when2call.CHOICES} | {"tool_call": '{"name": "f", "arguments": {}}'}
+    row = {"uuid": "u", "question": "?", "correct_answer": "direct", "answers": answers, "tools": []}
+    file = save(tmp_path, "rows.jsonl", [row])
+    assert len(load_suites([("when2call", [file])], Settings())[0].items) == 1
+    for files, words in (([empty], "empty.jsonl: holds nothing that could be asked"), ([file, file], "u is there 2 times")):
+        with pytest.raises(DataError, match=words):
+            load_suites([("when2call", files)], Settings())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        # It would be chosen always: the log-probability of nothing is 0.
+        ({"answers": {"direct": " "}}, "each of the answers must be text that is not empty"),
+        ({"answers": {"cannot_answer": None}}, "each of the answers must be text that is not empty"),
+        ({"tools": ["{bad"]}, "a tool is text that is not JSON"),
+    ],
+)
+def test_a_row_of_when2call_that_cannot_be_asked_is_named_with_its_line(tmp_path, change, words):
+    answers = {choice: "words" for choice in when2call.CHOICES} | {"tool_call": '{"name": "f", "arguments": {}}'}
+    row = {"uuid": "u", "question": "?", "correct_answer": "direct", "tools": [], **change, "answers": answers | change.get("answers", {})}
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: .*{words}"):
+        when2call.load([save(tmp_path, "rows.jsonl", [row])])
 
 
 def test_items_are_chosen_by_their_content_so_many_of_each_category():

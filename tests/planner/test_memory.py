@@ -246,7 +246,8 @@ def test_the_operations_of_a_run_by_hand_and_its_hours_by_a_stated_throughput():
 
 def test_hours_are_by_a_runs_own_speed_without_its_first_line(tmp_path):
     lines = [{"step": 1, "speed/tokens_per_s": 1.0}, {"step": 2, "speed/tokens_per_s": 500.0}, {"step": 3, "eval/loss": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    # The first of them as a life that was killed while it wrote leaves it.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "spe\n' + "\n".join(map(json.dumps, lines)))
     assert measured_speed(tmp_path) == 500
     with pytest.raises(RecipeError, match=r"measured = .*nowhere: .* cannot be read .*; train that run first"):
         measured_speed(tmp_path / "nowhere")

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import sys
 
 import pytest
 from by_heart import learn_by_heart
@@ -15,6 +16,7 @@ from harness.embedded import resolve
 from harness.errors import DataError, ModelError, RecipeError
 from harness.tasks.answering import Connection, Settings
 from harness.tasks.chat import Chat, open_target
+from harness.tools import ToolCall
 from harness.tools.offered import Offered, load_all_offered, load_offered
 
 SCHEMAS, FUNCTIONS = "embedded:base-eval", "harness.quickstart.tools:TOOLS"
@@ -101,7 +103,20 @@ def test_functions_answer_and_what_they_raise_is_a_result_too(model, row, tools,
     assert '← {"error": "KeyError: ' in done.output and "1 of them answered by functions" in done.output
 
 
-def test_an_answer_is_heard_in_pieces_and_one_that_is_stopped_is_taken_back(model, row, tools):
+def test_half_of_a_character_in_a_result_is_told_by_its_escape_and_ends_no_conversation(model, row, tools, tmp_path):
+    said = '    """Weather\n\n    Args:\n        city: c\n        days: d\n    """\n'
+    (tmp_path / "mine.py").write_text(f"def get_weather(city: str, days: int = 0) -> str:\n{said}    return chr(0xD83D)\n")
+    done = talk(model, [question(row), "/help"], "--tools", tools(), "--tools", str(tmp_path / "mine.py"))
+    assert done.exit_code == 1 and "← \\ud83d" in done.output and "is half of a surrogate pair" in done.output
+    assert done.output.rstrip().endswith("as a row that can be trained")
+
+
+def test_what_was_said_before_a_wrong_command_is_saved(model, row, tools, tmp_path):
+    done = talk(model, [question(row), "", "/rest"], "--tools", tools(), "--save", str(tmp_path / "rows.jsonl"))
+    assert isinstance(done.exception, RecipeError) and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_answer_is_heard_in_pieces_and_one_that_is_stopped_is_taken_back(model, row, tools, monkeypatch):
     settings = Settings(max_new_tokens=40)
     chat, heard = Chat(open_target(str(model), settings, Connection()), settings, load_offered(tools())), []
     chat.ask(question(row))
@@ -116,6 +131,9 @@ def test_an_answer_is_heard_in_pieces_and_one_that_is_stopped_is_taken_back(mode
     with pytest.raises(KeyboardInterrupt):
         chat.answer(stop)
     assert chat.messages == before
+    # Through a pipe it is a question that was not answered.
+    monkeypatch.setattr(Chat, "answer", lambda self, hear: stop(""))
+    assert talk(model, [question(row)]).exit_code == 1
 
 
 def test_a_question_that_does_not_fit_is_not_answered_and_the_exit_code_says_so(model, row, tools):
@@ -153,6 +171,25 @@ def test_schemas_and_functions_are_named_in_four_ways_and_their_faults_are_refus
         load_offered(str(tmp_path / "leaves.py"))
     with pytest.raises(DataError, match='two tools are called "f"'):
         load_offered(str(tmp_path / "twice.json"))
+
+
+def test_a_file_of_tools_may_be_called_as_a_module_that_others_import_and_its_functions_may_be_asynchronous(tmp_path):
+    import random
+
+    said = '    """Draw\n\n    Args:\n        n: how many\n    """\n'
+    (tmp_path / "random.py").write_text(f"async def draw(n: int) -> dict:\n{said}    return {{'drawn': n}}\n")
+    offered = load_offered(str(tmp_path / "random.py"))
+    assert offered.run(ToolCall("draw", {"n": 3})) == '{"drawn": 3}'
+    assert sys.modules["random"] is random
+
+
+def test_a_line_separator_in_a_row_ends_no_line(tmp_path):
+    row = {
+        "messages": [{"role": "user", "content": "a\u2028b"}],
+        "tools": [{"name": "f", "parameters": {"type": "object", "properties": {}}}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [tool["function"]["name"] for tool in load_offered(str(tmp_path / "rows.jsonl")).tools] == ["f"]
 
 
 def test_nobody_chats_with_a_reward_model(tmp_path, cache):

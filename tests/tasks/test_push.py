@@ -135,6 +135,11 @@ def test_the_card_tells_figures_with_their_command_and_lineage(full):
     said = plan(full).card
     assert "| `eval/loss` | 1.25 |" in said and "eval/runtime_s" not in said
     assert "by `harness run`" in said
+    # As a life that was killed while it wrote leaves it.
+    whole = full.metrics.read_text()
+    full.metrics.write_text(f'{{"step": 20, "eval/lo\n{whole}')
+    assert "| `eval/loss` | 1.25 |" in plan(full).card
+    full.metrics.write_text(whole)
     assert f"git_commit `{'c' * 40}`, step 20" in said and "`task: sft`, from `embedded:tiny-llama`" in said
 
 
@@ -158,6 +163,17 @@ def test_an_evaluation_is_told_only_of_these_very_weights(full, tmp_path):
     mine = save_evaluation(tmp_path / "mine", weights_digest(full.final))
     said = plan(full, evaluations=[mine]).card
     assert "harness evaluate MODEL --suite calls=calls.jsonl --max-new-tokens 64" in said
+    # Those that can be given again: neither the answers beside the questions nor each file of a folder.
+    summary = summary_of(weights_digest(full.final))
+    (suite,) = summary["suites"].values()
+    questions = "BFCL_v4_multiple.json"
+    hub = ("questions/questions_torchhub_0_shot.jsonl", "api/torchhub_api.jsonl", "torchhub_eval.json")
+    found = {"bfcl": [f"/d/bfcl/{questions}", f"/d/bfcl/possible_answer/{questions}"], "apibench": [f"/d/gorilla/{file}" for file in hub]}
+    summary["suites"] = {name: suite | {"files": dict.fromkeys(files, "0")} for name, files in found.items()}
+    summary["settings"]["underscore_names"] = True
+    (mine / "summary.json").write_text(json.dumps(summary))
+    told = plan(full, evaluations=[mine]).card
+    assert f"--suite bfcl={questions} --suite apibench=gorilla --max-new-tokens 64 --underscore-names" in told
     assert "| calls | all | 75.0% | 30.0% to 95.0% | 3 of 4 |" in said
     with pytest.raises(EvaluationError, match="weights are not those that are handed over"):
         plan(full, evaluations=[save_evaluation(tmp_path / "other", "0" * 32)])
@@ -244,8 +260,12 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the hub's API as a commit of small files needs."""
 
     got: dict = {}
+    there: tuple[str, ...] = (".gitattributes",)
 
     def do_GET(self):
+        if self.path.startswith("/api/models/org/tools/tree/main"):
+            self._answer([{"type": "file", "path": name, "size": 1, "oid": "b" * 40} for name in self.there])
+            return
         self._answer({"id": BASE, "cardData": {"license": "llama3.2"}} if self.path.startswith(f"/api/models/{BASE}") else {})
 
     def do_POST(self):
@@ -263,7 +283,7 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self._answer(answers[self.path])
 
-    def _answer(self, content: dict) -> None:
+    def _answer(self, content: dict | list) -> None:
         text = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -291,6 +311,23 @@ def test_one_commit_to_the_hub_holds_exactly_the_planned_files(lora):
     assert sent.keys() == json.loads((lora.final / MANIFEST).read_text())["files"].keys() | {MANIFEST, "README.md"}
     assert sent["adapter_model.safetensors"] == (lora.final / "adapter_model.safetensors").read_bytes()
     assert "Licence of its base: `llama3.2`" in sent["README.md"].decode()
+
+
+def test_weights_that_lie_on_the_hub_already_are_not_left_to_be_loaded_with_these(full, monkeypatch):
+    # transformers puts the adapter on the whole model, and takes the single file before the shards.
+    monkeypatch.setattr(
+        Hub, "there", ("LICENSE", "adapter_config.json", "adapter_model.safetensors", "model.safetensors", "notes/model.bin")
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_" + "x" * 24}
+    refused = harness("push", full.path, "--to", "org/tools", **online)
+    assert refused.code == 2 and "holds adapter_config.json, adapter_model.safetensors of another model" in refused.output, refused.output
+    done = harness("push", full.path, "--to", "org/tools", "--force", **online)
+    server.shutdown()
+    assert done.code == 0, done.output
+    lines = [json.loads(line) for line in Hub.got["/api/models/org/tools/commit/main"].splitlines()]
+    assert [line["value"]["path"] for line in lines if line["key"] == "deletedFile"] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def push(*arguments) -> Result:
@@ -321,7 +358,7 @@ def test_the_exports_of_a_run_are_not_replaced_by_what_is_handed_over(full, lora
 def test_a_hub_that_cannot_be_reached_is_one_line_with_what_to_do(full):
     # HF_HUB_OFFLINE is set for the tests.
     with pytest.raises(HarnessError, match="org/model: cannot be pushed: HF_HUB_OFFLINE is set; unset it") as found:
-        push_to_hub(plan(full), "org/model", private=False)
+        push_to_hub(plan(full), "org/model", private=False, force=False)
     assert "\n" not in str(found.value)
     # Nobody listens at that port.
     done = harness("push", full.path, "--to", "org/model", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")

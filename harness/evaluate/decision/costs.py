@@ -13,6 +13,7 @@ from harness.embedded import resolve
 from harness.errors import EvaluationError, RecipeError
 from harness.evaluate.decision.schema import Planned
 from harness.planner import Place, plan_recipe
+from harness.planner.hours import read_points
 from harness.recipe import load
 
 PAUSE_FACTOR = 20
@@ -73,8 +74,8 @@ def _read_hours(model: Path, task: str | None) -> Training:
     if not (run / "metrics.jsonl").is_file():
         return Training(task, None, f"{model} lies in no run folder, so what its training took is not known")
     try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+        lines = read_points(run / "metrics.jsonl")
+    except OSError:
         return Training(task, None, f"{run / 'metrics.jsonl'} cannot be read, so what its training took is not known")
     times = sorted(line["time"] for line in lines if "time" in line)
     gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]

@@ -271,7 +271,7 @@ def _method(report: dict) -> str:
         f"<b>{SFT}</b> or <b>{DPO}</b>: every prompt and retrieval miss it, and the same items fail "
         f"{in_prompts(rules['fails_in'], len(rules['prompts']))} ({escape(prompts)}). By the trained model that reaches it; else DPO "
         "where most failures are a wrong choice between answers of a right form, SFT where the form or the tool is not known.",
-        f"<b>{UNKNOWN}</b>: whenever an interval that decides lies on both sides of {target}.",
+        f"<b>{UNKNOWN}</b>: whenever an interval that decides lies on both sides of {target}, or a gain that decides may be chance.",
     ]
     arms = "".join(f"<dt>{escape(arm['name'])}</dt><dd>{escape(arm['what'])}{_system(arm)}</dd>" for arm in report["arms"])
     return (

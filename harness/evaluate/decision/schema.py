@@ -19,7 +19,7 @@ the parameters that their schemas have. Give every required parameter, with a va
 leave out optional ones that nobody asked for. If no tool can do it, say so in words and call nothing."""
 """The arm `instruction`, unless the recipe has words of its own."""
 
-RESERVED = ("zero-shot", "instruction", "few-shot", "retrieval", "distilled")
+RESERVED = ("base", "zero-shot", "instruction", "few-shot", "retrieval", "distilled")
 ELSEWHERE = {
     "model_name_or_path": "model",
     "name_or_path": "model",

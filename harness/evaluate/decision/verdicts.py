@@ -15,7 +15,8 @@ judged by it, and nothing is said where nothing is shown.
    do it, and the prompt is not found yet. An item fails consistently when it fails in at least `fails_in` of the prompts. A behaviour does
    when the share of such items lies above `1 - target` by its whole interval, and does not when all of it lies at or below; between the two
    there is not enough evidence.
-7. **fine-tune**, with the method of the cheapest trained model that reaches the target, where one does. Else by the failures:
+7. **fine-tune**, with the method of the cheapest trained model that reaches the target, where one does; not enough evidence
+   where one reaches it, and may be better than zero-shot by chance. Else by the failures:
    *with DPO* where most items that fail consistently either fail by a wrong choice between answers of a right form (a needless call,
    another tool than the right one, or no call by a model that forms calls here at all), or are answered rightly under some prompt: the
    right answer is within the model's reach and has to become the likelier one. Also where a model that was fine-tuned with SFT still fails
@@ -34,6 +35,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
+from statistics import NormalDist
 
 from harness.evaluate.statistics import holm, mcnemar_exact, wilson_interval
 
@@ -210,7 +213,9 @@ def state_of(interval: tuple[float, float] | None, target: float) -> str:
 
 def least_items(limits: Limits) -> int:
     """So many items, all right, just show the target."""
-    return next(n for n in range(1, MOST_ITEMS) if wilson_interval(n, n, limits.confidence)[0] >= limits.target)
+    z = NormalDist().inv_cdf((1 + limits.confidence) / 2)
+    # Where all are right Wilson's lower bound is n / (n + z * z).
+    return math.ceil(z * z * limits.target / (1 - limits.target))
 
 
 def items_needed(rate: float, limits: Limits) -> int | None:
@@ -251,7 +256,8 @@ def _judge(verdict: Verdict, arms: Sequence[Measured], limits: Limits) -> None:
 
     prompted = [row for row in verdict.rows if row.arm in verdict.prompts[1:]]
     retrieved = [row for row in verdict.rows if row.kind == "retrieval"]
-    if len(verdict.faulty) > (1 - limits.target) * verdict.items:
+    # As it is written: to floats, 2 of 10 are more than 1 - 0.8.
+    if len(verdict.faulty) > (1 - Fraction(str(limits.target))) * verdict.items:
         _say(verdict, FIX, None, *_about_faults(verdict, limits))
     elif plain.n < (least := least_items(limits)):
         verdict.needs = least
@@ -326,6 +332,10 @@ def _judge_training(verdict: Verdict, arms: Sequence[Measured], limits: Limits, 
             failing,
             _about_test(found),
         )
+        return
+    if reaching := [row for row in trained if row.state == REACHES]:
+        _say_what_is_open(verdict, max(reaching, key=lambda row: row.rate), limits)
+        verdict.reasons.append(failing)
         return
     choices, within, total = _kinds_of_failure(verdict, [arm for arm in arms if arm.name in verdict.prompts])
     kinds = (

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -53,8 +53,10 @@ class Loaded:
 
 
 def load_own(paths: Sequence[Path], item_of: Callable[[dict], Item | str]) -> Loaded:
-    """The rows of files of one's own, each once. item_of: the item of a row, or why it is left out."""
-    found: dict[str, Item] = {}
+    """The rows of files of one's own, each once. item_of: the item of a row, or why it is left out.
+
+    Raises DataError for a row that is none, two rows of one id, and files without a row that is left."""
+    found: dict[str, tuple[str, Item]] = {}
     left_out: Counter = Counter()
     for path in paths:
         for where, raw in read_raw(path):
@@ -66,13 +68,20 @@ def load_own(paths: Sequence[Path], item_of: Callable[[dict], Item | str]) -> Lo
                 raise DataError(f"{where}: {error}") from None
             if isinstance(item, str):
                 left_out[item] += 1
-            elif item.id in found:
+            elif item.id not in found:
+                found[item.id] = where, item
+            elif found[item.id][1] == replace(item, category=found[item.id][1].category):
                 left_out["the same row again"] += 1
             else:
-                found[item.id] = item
+                raise DataError(f'{where}: the id "{item.id}" stands in {found[item.id][0]} already, with another row; must be one row\'s')
     if not found:
         raise DataError(f"{', '.join(map(str, paths))}: no row is left; {dict(left_out) or 'the files are empty'}")
-    return Loaded(list(found.values()), list(paths), dict(left_out))
+    return Loaded([item for _, item in found.values()], list(paths), dict(left_out))
+
+
+def with_underscores(tools: Sequence[dict]) -> list[dict]:
+    """The tools, "a.b" as "a_b" (--underscore-names)."""
+    return [{**tool, "function": {**tool["function"], "name": tool["function"]["name"].replace(".", "_")}} for tool in tools]
 
 
 def find_suite(name: str) -> ModuleType:

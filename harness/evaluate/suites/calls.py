@@ -13,7 +13,7 @@ from harness.data.formats import to_canonical
 from harness.data.rows import content_digest
 from harness.errors import DataError
 from harness.evaluate.items import Item
-from harness.evaluate.suites import Loaded, Verdict, load_own
+from harness.evaluate.suites import Loaded, Verdict, load_own, with_underscores
 from harness.tools import ToolCall, check_call, judge_strictly, parse_calls
 
 NEEDS = "answers"
@@ -21,18 +21,27 @@ NOTE = None
 
 
 def load(paths: Sequence[Path], *, underscore_names: bool = False) -> Loaded:
-    return load_own(paths, _item)
+    return load_own(paths, lambda raw: _item(raw, underscore_names))
 
 
-def _item(raw: dict) -> Item:
+def _item(raw: dict, underscore_names: bool) -> Item:
     named = raw.get("category")
     row = to_canonical({key: value for key, value in raw.items() if key != "category"})
     if "messages" not in row:
         raise DataError(f"a row of {' and '.join(row)}; must be a conversation that ends with the assistant")
-    *asked, answer = row["messages"]
+    shown = {**row, "messages": [_underscored(message) for message in row["messages"]]} if underscore_names else row
+    *asked, answer = shown["messages"]
+    tools = with_underscores(row.get("tools", [])) if underscore_names else row.get("tools", [])
     gold = [ToolCall(call["function"]["name"], call["function"]["arguments"]) for call in answer.get("tool_calls", ())]
     category = named if isinstance(named, str) else "calls" if gold else "no_calls"
-    return Item(content_digest(row), category, asked, row.get("tools", []), {"calls": gold})
+    return Item(content_digest(row), category, asked, tools, {"calls": gold})
+
+
+def _underscored(message: dict) -> dict:
+    changed = {"tool_calls": with_underscores(message["tool_calls"])} if "tool_calls" in message else {}
+    if message["role"] == "tool" and "name" in message:
+        changed["name"] = message["name"].replace(".", "_")
+    return message | changed
 
 
 def judge(item: Item, text: str) -> Verdict:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from harness.data.conversation import messages_of
 from harness.data.rows import content_digest
 from harness.errors import DataError
 from harness.evaluate.items import Item
-from harness.evaluate.suites import Loaded, Verdict, load_own
+from harness.evaluate.suites import Loaded, Verdict, load_own, with_underscores
 from harness.tools import check_value, json_equal, normalise_tools, parse_calls
 from harness.tools.calls import spoken
 from harness.tools.documents import check_schema
@@ -29,16 +30,20 @@ from harness.tools.schema import decode_json
 
 NEEDS = "answers"
 NOTE = None
+NAMED_SCHEMAS = ("properties", "$defs", "definitions")
+"""Keywords that hold schemas by names of their own."""
 
 
 def load(paths: Sequence[Path], *, underscore_names: bool = False) -> Loaded:
-    return load_own(paths, _item)
+    return load_own(paths, lambda raw: _item(raw, underscore_names))
 
 
-def _item(raw: dict) -> Item | str:
+def _item(raw: dict, underscore_names: bool) -> Item | str:
     item = _of_nemo_gym(raw) if "responses_create_params" in raw else _of_own(raw)
     if isinstance(item, Item):
         check_schema(item.gold["schema"], "schema")
+        if underscore_names and item.gold["tool"]:
+            return replace(item, tools=with_underscores(item.tools), gold={**item.gold, "tool": item.gold["tool"].replace(".", "_")})
     return item
 
 
@@ -65,6 +70,8 @@ def _of_nemo_gym(raw: dict) -> Item | str:
         if not raw.get("tool_name"):
             raise DataError("response_mode is tool_call, and there is no tool_name")
         gold |= {"tool": raw["tool_name"], "key": raw.get("tool_payload_key")}
+    if not isinstance(asked, dict) or not isinstance(asked.get("input"), list) or not all(isinstance(one, dict) for one in asked["input"]):
+        raise DataError("responses_create_params has no list of messages as its input")
     messages = [{key: message[key] for key in ("role", "content") if key in message} for message in asked["input"]]
     return Item(content_digest(raw), mode, messages_of(messages, "input"), normalise_tools(asked.get("tools")), gold)
 
@@ -74,7 +81,10 @@ def _strict(schema: object) -> object:
         return [_strict(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
+    # A property may be called as a keyword is: "properties" of an estate agent.
+    named = {key: value for key, value in schema.items() if key in NAMED_SCHEMAS and isinstance(value, dict)}
     strict = {key: _strict(value) for key, value in schema.items()}
+    strict |= {key: {name: _strict(part) for name, part in value.items()} for key, value in named.items()}
     if isinstance(strict.get("properties"), dict):
         strict |= {"required": list(strict["properties"]), "additionalProperties": False}
     return strict
@@ -110,11 +120,15 @@ def _value_of(item: Item, text: str) -> tuple[object, str | None, str]:
     if not said:
         return None, "empty", "says nothing"
     try:
-        return json.loads(said), None, ""
+        return json.loads(said, parse_constant=_refuse_constant), None, ""
     except (ValueError, RecursionError) as error:
         if said.startswith("```") and said.endswith("```"):
             return None, "fenced", "stands in a code fence; must be nothing but JSON"
         return None, "not_json", f"is not JSON ({error})"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _payload_of(item: Item, text: str) -> tuple[object, str | None, str]:

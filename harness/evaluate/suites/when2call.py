@@ -16,7 +16,7 @@ from pathlib import Path
 from harness.errors import DataError
 from harness.evaluate.items import Item
 from harness.evaluate.suite import read_lines
-from harness.evaluate.suites import Loaded, Verdict
+from harness.evaluate.suites import Loaded, Verdict, with_underscores
 from harness.tools import normalise_tools, read_call
 from harness.tools.schema import decode_json
 
@@ -36,14 +36,21 @@ def _item(where: str, row: object, underscore_names: bool) -> Item:
     answers = row["answers"]
     if not isinstance(answers, dict) or not set(CHOICES) <= answers.keys() or row["correct_answer"] not in CHOICES:
         raise DataError(f"{where}: must have an answer for each of {', '.join(CHOICES)}, and one of them as correct_answer")
-    tools = normalise_tools(row["tools"])
+    words = [row["question"], *(answers[choice] for choice in CHOICES if choice != "tool_call")]
+    if not all(isinstance(text, str) and text.strip() for text in words):
+        # The log-probability of nothing is 0, and so above that of any words.
+        raise DataError(f"{where}: the question and each of the answers must be text that is not empty")
+    try:
+        tools = normalise_tools(row["tools"])
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     call = read_call(decode_json(answers["tool_call"], f"{where}: answers.tool_call"))
     if call is None:
         raise DataError(f'{where}: answers.tool_call is no call; must be {{"name", "arguments"}} as JSON')
     name = call.name
     if underscore_names:
         name = name.replace(".", "_")
-        tools = [{**tool, "function": {**tool["function"], "name": tool["function"]["name"].replace(".", "_")}} for tool in tools]
+        tools = with_underscores(tools)
     said = {"type": "function", "function": {"name": name, "arguments": call.arguments}}
     messages = {choice: {"role": "assistant", "content": answers[choice]} for choice in CHOICES}
     messages["tool_call"] = {"role": "assistant", "tool_calls": [said]}
