@@ -16,6 +16,7 @@ from conftest import MICRO_TEMPLATE, STORIES, harness, metrics, needs_shared
 from harness.errors import HarnessError, LaunchError, RecipeError
 from harness.hub import cache, fetch, needs
 from harness.hub.needs import Need
+from harness.hub.record import verify_record
 from harness.recipe import load
 from hub.server import Hub, oid
 
@@ -261,6 +262,17 @@ def test_tables_whose_making_was_killed_are_not_taken_for_a_data_set(tmp_path, m
     assert cache.find_missing(rows) == "is not in the cache"
     table.parent.rename(table.parent.with_suffix(""))
     assert cache.find_missing(rows) is None
+
+
+def test_a_tokenizer_that_was_fetched_alone_is_not_taken_for_its_model(hub, tmp_path, monkeypatch):
+    here(monkeypatch, hub, tmp_path)
+    tokenizer = need("org/tiny", kind="tokenizer")
+    planned = fetch.plan_fetch(tokenizer)
+    fetch.download(planned)
+    fetch.record_fetch(planned)
+    assert verify_record(tokenizer)[0] == len(planned.files)
+    with pytest.raises(HarnessError, match="is in the cache without model.safetensors .*run `harness fetch`"):
+        verify_record(need("org/tiny"))
 
 
 def test_a_fetch_that_waited_for_another_goes_on_behind_what_that_one_wrote(hub, tmp_path, monkeypatch):
