@@ -73,6 +73,7 @@ def plan_all(needs: list) -> list:
 
 def show_plan(fetches: list) -> None:
     from harness.hub.cache import endpoint, hub_cache
+    from harness.hub.fetch import bytes_to_come
     from harness.sizes import gib
 
     click.echo(f"from {endpoint()} to {hub_cache()}")
@@ -86,7 +87,7 @@ def show_plan(fetches: list) -> None:
         click.echo(line)
         if each.skipped_bytes >= 2**20:
             click.echo(f"  {'':<{width}}  {gib(each.skipped_bytes)} of other formats and files are left out")
-    click.echo(f"{gib(sum(each.missing_bytes for each in fetches))} to come")
+    click.echo(f"{gib(bytes_to_come(fetches))} to come")
 
 
 def fetch_all(needs: list) -> None:

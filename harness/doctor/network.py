@@ -1,8 +1,11 @@
 """What is asked over a network: the hub and W&B, with answers within NETWORK_S; and whether a recipe's models and data lie here already."""
 
 import base64
+import http.client
 import json
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -100,11 +103,21 @@ OFFLINE_RUNS = "WANDB_MODE=offline saves the waiting; `harness sync RUN` sends a
 
 def ask(url: str) -> str | None:
     """Why there is no answer within NETWORK_S; None when there is one, whatever it says."""
+    said: queue.SimpleQueue = queue.SimpleQueue()
+    # A name server that is silent, as a node without a network has it, holds up its caller for longer than any timeout of a connection.
+    threading.Thread(target=lambda: said.put(_ask(url)), daemon=True).start()
+    try:
+        return said.get(timeout=NETWORK_S + 0.2)
+    except queue.Empty:
+        return f"no answer within {NETWORK_S:g} s"
+
+
+def _ask(url: str) -> str | None:
     try:
         urllib.request.urlopen(url, timeout=NETWORK_S).close()
     except urllib.error.HTTPError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return reason(error)
     return None
 

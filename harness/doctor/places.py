@@ -30,7 +30,7 @@ class Place:
 
 def check_place(place: Place) -> list[Check]:
     """A folder that is not there yet is judged by the nearest one above it, in which it will be made."""
-    folder = next(each for each in (place.path.resolve(), *place.path.resolve().parents) if each.is_dir())
+    folder = next(each for each in (place.path.resolve(), *place.path.resolve().parents) if each.exists())
     shown = str(place.path) if folder == place.path.resolve() else f"{place.path} (to be made in {folder})"
 
     def found(level, what: str, remedy: str = place.remedy) -> list[Check]:

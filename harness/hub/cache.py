@@ -87,4 +87,6 @@ def _is_dataset_made(need: Need) -> bool:
     """Whether `datasets` has made its tables of it; it spells names in its own way."""
     root, wanted = datasets_cache(), need.id.replace("/", "").replace("_", "").lower()
     made = [folder for folder in (root.iterdir() if root.is_dir() else ()) if folder.name.replace("_", "").lower() == wanted]
-    return any(next(folder.glob(f"{need.name or '*'}/*/*/*.arrow"), None) for folder in made)
+    # A kill leaves what was half made in HASH.incomplete.
+    tables = (table for folder in made for table in folder.glob(f"{need.name or '*'}/*/*/*.arrow"))
+    return any(table.parent.suffix != ".incomplete" for table in tables)

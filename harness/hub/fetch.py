@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -68,7 +68,7 @@ class Fetch:
 
     @property
     def missing_bytes(self) -> int:
-        return sum(file.size - size_of(partial_of(self.blob(file))) for file in self.missing)
+        return bytes_to_come([self])
 
     def blob(self, file: HubFile) -> Path:
         return repository_folder(self.need) / "blobs" / file.digest
@@ -133,9 +133,16 @@ def _dataset_files(need: Need, commit: str, there: dict[str, HubFile]) -> set[st
     return (data & set(there) or set(there)) | ({"README.md", ".huggingface.yaml"} & set(there))
 
 
+def bytes_to_come(fetches: Iterable[Fetch]) -> int:
+    """Of all together: two splits of a data set are of the same files."""
+    missing = {each.blob(file): file.size for each in fetches for file in each.missing}
+    return sum(size - size_of(partial_of(blob)) for blob, size in missing.items())
+
+
 def check_room(fetches: list[Fetch]) -> None:
     """Raises HarnessError when the cache's disk has not the room."""
-    wanted = sum(each.missing_bytes * (DATA_COPIES if each.need.kind == "dataset" else 1) for each in fetches)
+    wanted = bytes_to_come([each for each in fetches if each.need.kind != "dataset"])
+    wanted += DATA_COPIES * bytes_to_come([each for each in fetches if each.need.kind == "dataset"])
     folder = next(each for each in (hub_cache(), *hub_cache().parents) if each.is_dir())
     free = shutil.disk_usage(folder).free
     if wanted > free:
@@ -201,7 +208,8 @@ def _complete_blob(fetch: Fetch, file: HubFile, advance: Callable[[int], None]) 
             # Another fetch was first.
             partial.unlink(missing_ok=True)
             return
-        there = stream.tell()
+        # Not tell(): who had the lock before has written since this was opened.
+        there = stream.seek(0, os.SEEK_END)
         if there > file.size:
             stream.truncate(0)
             there = 0

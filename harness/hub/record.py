@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from harness.errors import HarnessError
-from harness.hub.cache import find_commit, hub_cache, repository_folder
+from harness.hub.cache import find_commit, find_missing, hub_cache, repository_folder
 from harness.hub.needs import Need
 from harness.run import write_text_atomically
 
@@ -48,7 +48,7 @@ def save_record(need: Need, commit: str, files: list[tuple[str, Path, int, str, 
 
 def verify_record(need: Need) -> tuple[int, int]:
     """Read every file that was fetched and compare its digest; asks no network. Returns (files, bytes). Raises HarnessError that names each
-    file that is not what it was."""
+    file that is not what it was, and where what the need asks for was never fetched."""
     record = load_record(need)
     commit = record["revisions"].get(need.revision or "main")
     loads = commit if need.kind == "dataset" else find_commit(need)
@@ -59,6 +59,10 @@ def verify_record(need: Need) -> tuple[int, int]:
         problems += find_problem(need, path, repository_folder(need) / "snapshots" / loads / path, entry)
     if problems:
         raise HarnessError("\n".join(problems))
+    missing = find_missing(need)
+    if missing:
+        # All that was fetched is whole, but that was for another recipe: the tokenizer alone, another configuration.
+        raise HarnessError(f"{need.key} = {need.shown}: {missing} ({hub_cache()}); run `harness fetch` where there is a network")
     return len(files), sum(entry["size"] for entry in files.values())
 
 

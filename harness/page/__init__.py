@@ -19,13 +19,15 @@ def render_document(title: str, body: str, *, style: str = "", script: str = "",
     """body: the HTML inside <main>. script: JavaScript that stands at the end. connects: to the server that the page came from, alone."""
     policy = POLICY + ("; connect-src 'self'" if connects else "")
     tail = f"<script>\n{script}</script>\n" if script else ""
-    return (
+    page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n{tail}</body>\n</html>\n"
     )
+    # A name of a file that is no UTF-8 comes with halves of characters, which no file of text can hold.
+    return page.encode(errors="replace").decode()
 
 
 def svg(height: float, said: str, parts: list[str]) -> str:

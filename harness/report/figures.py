@@ -226,7 +226,7 @@ def _lives(story: Story, stories: Sequence[Story]) -> str:
         lost = f"{life.lost_steps:,}" if life.lost_steps else "–"
         steps = f"{life.resumed_from:,} → {life.last_step:,}" if life.trains else "–"
         on = f"{counted(life.world_size, 'rank')}" if life.world_size else ""
-        ended = f"is-{life.ended.replace(' ', '-')}"
+        ended = f"is-{escape(life.ended.replace(' ', '-'))}"
         why = f' <span class="soft">{escape(life.why[:600])}</span>' if life.why else ""
         rows.append(
             f'<tr><td class="number">{life.number}</td><td class="when">{moment(life.start)}</td>'

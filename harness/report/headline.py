@@ -55,7 +55,8 @@ def _measured(story: Story) -> str:
     steps = f" in {counted(story.last_step, 'step')}" if story.status.state == "done" else ""
     if curve.count == 1:
         return f"{name} {number(curve.last)}{steps}"
-    falls = curve.key.endswith(("loss", "kl"))
+    asked = story.setting("train.greater_is_better") if curve.key == story.setting("train.metric_for_best_model") else None
+    falls = curve.key.endswith(("loss", "kl")) if asked is None else not asked
     step, best = curve.low if falls else curve.high
     better = f" (best {number(best)} at step {step:,})" if number(best) != number(curve.last) and step != story.last_step else ""
     return f"{name} {number(curve.first)} → {number(curve.last)}{better}{steps}"

@@ -39,21 +39,30 @@ class Page:
         self._looked = self._read = float("-inf")
         self._signature: tuple | None = None
         self._stories: list = []
+        self._body = ""
 
-    def stories(self) -> list:
-        with self._lock:
-            now = time.monotonic()
-            if now - self._looked >= AT_LEAST_S:
-                self._looked, signature = now, self._reader.signature()
-                if signature != self._signature or now - self._read >= STATE_EVERY_S:
-                    self._stories, self._signature, self._read = self._reader.read(), signature, now
-            return self._stories
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked >= AT_LEAST_S:
+            signature = self._reader.signature()
+            if signature != self._signature or now - self._read >= STATE_EVERY_S:
+                self._stories, self._body = self._reader.read(), ""
+                self._signature, self._read = signature, now
+            # Not where it could not be read: who asks next is told so too.
+            self._looked = now
+
+    # Drawn under the lock as well: the next look takes new lines into the same columns.
 
     def whole(self) -> str:
-        return render_page(self.stories(), live=self._said)
+        with self._lock:
+            self._look()
+            return render_page(self._stories, live=self._said)
 
     def body(self) -> str:
-        return render_body(self.stories(), live=self._said)
+        with self._lock:
+            self._look()
+            self._body = self._body or render_body(self._stories, live=self._said)
+            return self._body
 
 
 class Server(ThreadingHTTPServer):
@@ -95,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, text, "text/html")
 
     def _answer(self, status: int, text: str, kind: str = "text/plain") -> None:
-        content = text.encode()
+        content = text.encode(errors="replace")
         tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
         if status == 200 and self.headers.get("If-None-Match") == tag:
             status, content = 304, b""

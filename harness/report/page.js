@@ -81,6 +81,8 @@
   const refresh = async () => {
     try {
       const answer = await fetch("body", { headers: seen ? { "If-None-Match": seen } : {}, cache: "no-store" });
+      // Another command on the same port knows no such address.
+      if (answer.status === 404) throw new Error("ended");
       if (answer.status === 200) {
         const body = await answer.text();
         if (!under) {
@@ -97,6 +99,8 @@
       }
       main.classList.remove("away");
     } catch {
+      // So that the whole page comes, and not 304, once the command can be reached again.
+      seen = "";
       main.classList.add("away");
       const live = main.querySelector(".live");
       if (live) live.textContent = "The command that served this page has ended; what stands here is what it said last.";

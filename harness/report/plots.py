@@ -245,7 +245,7 @@ def time_line(
         told = f"life {life.number} {life.ended}" + (f": {life.why}" if life.why else "")
         sign = {"finished": "✓", "running": "…", "killed": "✕", "failed": "✕", "hung": "✕"}.get(life.ended, "■")
         parts.append(
-            f'<text class="ended {life.ended.replace(" ", "-")}" x="{place(life.end)}" y="{bottom - 5}" dx="9">{sign}'
+            f'<text class="ended {escape(life.ended.replace(" ", "-"))}" x="{place(life.end)}" y="{bottom - 5}" dx="9">{sign}'
             f"<title>{escape(told)}</title></text>"
         )
     axis = bottom + 10

@@ -148,6 +148,13 @@ def test_a_place_is_judged_by_its_speed_and_what_is_free(tmp_path, monkeypatch, 
     assert level != "fail" or "Read-only file system" in check.what
 
 
+def test_a_file_in_the_way_of_a_folder_is_a_failure(tmp_path):
+    (tmp_path / "runs").write_text("")
+    for path in (tmp_path / "runs", tmp_path / "runs" / "first"):
+        (check,) = places.check_place(place(path))
+        assert check.level == "fail" and "Not a directory" in check.what
+
+
 def test_little_shared_memory_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(places.shutil, "disk_usage", lambda folder: Usage(0, 0, 64 * 2**20))
     (check,) = places.check_shared_memory()
@@ -197,6 +204,15 @@ def test_a_server_that_is_not_there_is_a_warning_within_seconds():
     check = network.judge_wandb("http://127.0.0.1:9", "right")
     assert check.level == "warn" and "sync" in check.remedy
     assert network.ask("http://127.0.0.1:9") and time.monotonic() - begun < 3
+
+
+def test_a_name_server_that_is_silent_is_a_hub_that_is_not_reached_and_no_check_that_hangs(monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **named: go.wait(20) and [])
+    monkeypatch.setattr(network, "NETWORK_S", 0.1)
+    begun = time.monotonic()
+    assert network.ask("https://huggingface.co/api") == "no answer within 0.1 s" and time.monotonic() - begun < 5
+    go.set()
 
 
 def test_wandb_that_is_switched_off_and_a_hub_that_must_not_be_asked_are_no_fault(monkeypatch):

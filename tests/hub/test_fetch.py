@@ -16,6 +16,7 @@ from conftest import MICRO_TEMPLATE, STORIES, harness, metrics, needs_shared
 from harness.errors import HarnessError, LaunchError, RecipeError
 from harness.hub import cache, fetch, needs
 from harness.hub.needs import Need
+from harness.hub.record import verify_record
 from harness.recipe import load
 from hub.server import Hub, oid
 
@@ -238,6 +239,56 @@ def test_a_hub_that_is_not_there_and_a_disk_that_is_full_are_told_apart(hub, tmp
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HarnessError, match="http://127.0.0.1:9 cannot be reached"):
         fetch.plan_fetch(need("org/tiny"))
+
+
+def test_two_splits_of_a_data_set_come_once_and_need_room_once(hub, tmp_path, monkeypatch):
+    here(monkeypatch, hub, tmp_path)
+    train, test = (fetch.Fetch(need("org/rows", kind="dataset", split=split), "c", FILES, 0) for split in ("train", "test"))
+    assert fetch.bytes_to_come([train, test]) == train.missing_bytes == 10_000
+    # The files, and the tables that are made of them.
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 20_000}))
+    fetch.check_room([train, test])
+
+
+FILES = (fetch.HubFile("rows.jsonl", 10_000, "d", "sha256"),)
+
+
+def test_tables_whose_making_was_killed_are_not_taken_for_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "datasets_cache", lambda: tmp_path)
+    rows = need("org/rows", kind="dataset")
+    table = tmp_path / "org___rows" / "default" / "0.0.0" / "hash.incomplete" / "rows-train.arrow"
+    table.parent.mkdir(parents=True)
+    table.write_bytes(b"half")
+    assert cache.find_missing(rows) == "is not in the cache"
+    table.parent.rename(table.parent.with_suffix(""))
+    assert cache.find_missing(rows) is None
+
+
+def test_a_tokenizer_that_was_fetched_alone_is_not_taken_for_its_model(hub, tmp_path, monkeypatch):
+    here(monkeypatch, hub, tmp_path)
+    tokenizer = need("org/tiny", kind="tokenizer")
+    planned = fetch.plan_fetch(tokenizer)
+    fetch.download(planned)
+    fetch.record_fetch(planned)
+    assert verify_record(tokenizer)[0] == len(planned.files)
+    with pytest.raises(HarnessError, match="is in the cache without model.safetensors .*run `harness fetch`"):
+        verify_record(need("org/tiny"))
+
+
+def test_a_fetch_that_waited_for_another_goes_on_behind_what_that_one_wrote(hub, tmp_path, monkeypatch):
+    here(monkeypatch, hub, tmp_path)
+    planned = fetch.plan_fetch(need("org/tiny"))
+    weights = next(file for file in planned.files if file.path == "model.safetensors")
+    partial = fetch.partial_of(planned.blob(weights))
+
+    def wait_for_the_other(stream, operation):
+        if getattr(stream, "name", None) == str(partial):
+            partial.write_bytes((STORIES / "model.safetensors").read_bytes()[:1000])
+
+    monkeypatch.setattr(fetch.fcntl, "flock", wait_for_the_other)
+    hub.requests.clear()
+    fetch.download(planned)
+    assert ranges(hub, "model.safetensors") == ["bytes=1000-"]
 
 
 def test_bytes_that_are_not_the_hubs_are_thrown_away(hub, tmp_path, monkeypatch):

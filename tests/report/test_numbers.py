@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from planted_run import Planted, interrupted
+from planted_run import RECIPE, Planted, interrupted
 
 from harness.planner import Place, plan_recipe
 from harness.planner.render import to_json
@@ -84,6 +84,15 @@ def test_the_sentence_at_the_top_names_lives_losses_and_what_it_was_judged_by(tm
 
 
 # ---- curves
+
+
+def test_the_best_value_is_the_one_that_the_recipe_calls_better(tmp_path):
+    judged = "metric_for_best_model: eval/calibration_error, greater_is_better: false, "
+    recipe = RECIPE.format(steps=8, rate=1e-3, folder=tmp_path / "run").replace("train: {", f"train: {{{judged}")
+    run = Planted(tmp_path / "run", recipe=recipe)
+    for step, error in enumerate((0.5, 0.1, 0.3), start=1):
+        run.line(step, step, **{"eval/calibration_error": error})
+    assert "(best 0.1000 at step 2)" in headline(story_of(run))
 
 
 def test_a_curve_is_what_the_run_was_made_with_and_what_was_lost_is_apart(tmp_path):

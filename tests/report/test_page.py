@@ -21,6 +21,7 @@ from planted_run import Planted, interrupted
 from harness.cli.report import command
 from harness.errors import HarnessError, LaunchError
 from harness.recipe import load
+from harness.report import live
 from harness.report.live import Server
 from harness.run import RunDir
 
@@ -128,12 +129,18 @@ def test_nothing_that_stands_in_a_run_is_taken_for_html(tmp_path):
     run.event(0, "run_began", 1, run=EVIL).event(1, "life_began", 1, world_size=1, backend=EVIL, resumed_from=None)
     run.event(2, "save_failed", 1, step=1, rank=0, error=EVIL).event(3, "life_ended", 1, life="attempt-1", then="stop", why=EVIL)
     run.event(3, "committed", 1, step=1, reason=EVIL, bytes=1, save_s=0.1).ended(1, "stopped", EVIL, 1)
+    run.ended(2, f'"{EVIL}').event(3, "life_began", 2, world_size=1, resumed_from=1)
     run.line(2, 1, train_loss=1.0, **{f"train/{EVIL}": 2.0, f"train/rewards/{EVIL}/mean": 1.0}, non_finite=f"train/{EVIL}=nan")
     other = interrupted(tmp_path / "other")
     for page in (page_of(run.path), page_of(run.path, other.path, file=tmp_path / "both.html")):
         assert "onerror" in page.text, "the test shows nothing"
         assert not [tag for tag, _ in page.elements if tag in ("img", "b>run")]
         assert sum(tag == "script" for tag, _ in page.elements) == 1 + len(page.points)
+
+
+def test_a_name_that_is_no_utf8_does_not_cost_the_page(tmp_path):
+    run = interrupted(tmp_path / "run").event(87, "save_failed", 2, error="[Errno 13] caf\udce9")
+    assert "caf?" in page_of(run.path).text
 
 
 def test_metrics_of_every_task_are_drawn_and_what_no_picture_names_stands_in_a_table(tmp_path):
@@ -302,6 +309,38 @@ def test_a_served_page_follows_the_run_and_writes_nothing(served, monkeypatch):
     run.line(100, 10, train_loss=0.125)
     status, grown, _ = ask(server.url + "body", **{"If-None-Match": tag})
     assert status == 200 and "0.125" in grown and "0.125" not in body
+
+
+def test_a_served_page_is_drawn_once_and_never_while_new_lines_are_taken_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(live, "AT_LEAST_S", 0)
+    run, drawn, overlapped = interrupted(tmp_path / "run"), [], []
+
+    def draw(stories, **named):
+        before = len(stories[0].columns)
+        threading.Event().wait(0.05)
+        overlapped.append(len(stories[0].columns) - before)
+        drawn.append(before)
+        return f"{before} lines"
+
+    monkeypatch.setattr(live, "render_body", draw)
+    page = live.Page([RunDir(run.path)], "")
+    assert page.body() == page.body() and len(drawn) == 1
+    run.line(90, 9, train_loss=1.0)
+    first = threading.Thread(target=page.body)
+    first.start()
+    for step in range(10, 20):
+        run.line(90 + step, step, train_loss=1.0)
+        page.body()
+    first.join()
+    assert not any(overlapped)
+
+
+def test_a_run_that_cannot_be_read_is_said_to_each_who_asks(tmp_path):
+    (Planted(tmp_path / "run").path / "metrics.jsonl").mkdir()
+    page = live.Page([RunDir(tmp_path / "run")], "")
+    for _ in range(2):
+        with pytest.raises(OSError, match="Is a directory"):
+            page.body()
 
 
 def test_a_served_page_is_for_this_machine_and_for_those_who_know_its_address(served):
