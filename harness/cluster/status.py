@@ -335,9 +335,10 @@ def _recent_metrics(run: RunDir) -> list[dict]:
 
 def _total_steps(run: RunDir, lines: list[dict]) -> int | None:
     """What the recipe says, else what the newest checkpoint knows, else what the share of the epochs that is done comes to."""
-    recipe = {}
-    with contextlib.suppress(OSError, yaml.YAMLError, KeyError, TypeError):
+    recipe = None
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         recipe = yaml.safe_load(run.recipe.read_text())["train"]
+    recipe = recipe if isinstance(recipe, dict) else {}
     if recipe.get("max_steps"):
         return recipe["max_steps"]
     for _, folder in checkpoints(run.path)[:1]:

@@ -393,6 +393,13 @@ def test_only_the_end_of_a_long_record_is_read(story, no_slurm):
     assert run.status.loss == 1.25
 
 
+@pytest.mark.parametrize("recipe", [b"train: 3\n", b"train:\n", b"[]\n", b"train: {max_steps: 3} # \xff\n", b"train: {"])
+def test_a_recipe_that_was_spoilt_costs_the_status_its_steps_and_nothing_else(story, recipe):
+    told = story("spoilt")
+    told.run.recipe.write_bytes(recipe)
+    assert told.status.steps is None
+
+
 def test_how_many_steps_there_are_comes_from_the_recipe_a_checkpoint_or_the_epochs(story, no_slurm):
     assert story("a", train="max_steps: 200, num_train_epochs: 3").status.steps == 200
     by_epochs = story("b", train="max_steps: null, num_train_epochs: 3")
