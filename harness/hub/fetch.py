@@ -82,7 +82,10 @@ def partial_of(blob: Path) -> Path:
 
 
 def size_of(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else 0
+    # Asked once: another fetch may give it its name in between.
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0
 
 
 # ---- before

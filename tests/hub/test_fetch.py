@@ -165,7 +165,7 @@ def test_a_fetch_that_is_killed_goes_on_where_it_was(large, tmp_path):
         argv, cwd=place.folder, env=os.environ | place.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     blobs, deadline = place.folder / "hf" / "hub" / "models--org--large" / "blobs", time.monotonic() + 60
-    while not any(file.stat().st_size == CHUNK * 2 for file in blobs.glob("*.harness")):
+    while not any(fetch.size_of(file) == CHUNK * 2 for file in blobs.glob("*.harness")):
         assert time.monotonic() < deadline and fetching.poll() is None
         time.sleep(0.05)
     fetching.send_signal(signal.SIGKILL)
