@@ -31,9 +31,10 @@ WORKERS ?= 2
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
-# With test all that CI runs, in its hour and a half.
+# With test all that CI runs, in its hour and a half. TESTS: of these files alone.
+TESTS ?= tests
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not slurm and not exhaustive and not gpu"
+	$(BIN)/python -m pytest $(TESTS) -m "slow and not slurm and not exhaustive and not gpu"
 
 # As root: they start a Slurm of three nodes on this machine.
 test-slurm: install
