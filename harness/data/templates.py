@@ -334,6 +334,17 @@ class Renderer:
         """Ids of the tokens that end an assistant's plain turn, in the middle and at the end of a conversation."""
         return set(self._terminators(self.template()))
 
+    def after_last_turn_ids(self) -> list[int]:
+        """Ids that a conversation has after the token that ends its last turn, which whoever answers does not write: a line break in many
+        templates, mostly none."""
+        said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        try:
+            ids = self._encoder.encode(self.write(said, None, "probe"), "probe").ids
+        except DataError:  # a template for other conversations than this
+            return []
+        ends = self.end_of_turn_ids()
+        return ids[max((at + 1 for at, token in enumerate(ids) if token in ends), default=len(ids)) :]
+
     def _terminators(self, template: str) -> frozenset[int]:
         if template not in self._probed:
             self._probed[template] = self._probe_terminators(template)

@@ -11,6 +11,7 @@ import pytest
 import small_vllm
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from conftest import REPOSITORY
 from torch.utils.data import BatchSampler
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import GRPOTrainer
@@ -413,6 +414,24 @@ def test_a_reward_model_scores_the_last_token_of_prompt_and_answer(build, judge,
         scores = [model(input_ids=torch.tensor([row])).logits[0, 0].item() for row in rows]
     assert logged(trainer, "reward")[0] == pytest.approx(sum(scores) / 8, rel=1e-4)
     assert max(scores) - min(scores) > 0.01
+
+
+@pytest.mark.parametrize("template", ["plain-tools", "own"])
+def test_an_answer_is_judged_at_the_token_at_which_the_rows_of_the_training_end(judge, template):
+    """plain-tools has a line break after each turn, as Qwen's template has, and the policy does not write it."""
+    folder = judge()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if template == "plain-tools":
+        tokenizer.chat_template = (REPOSITORY / "configs/templates/plain-tools.jinja").read_text()
+        tokenizer.save_pretrained(folder)
+    renderer, row = Renderer(tokenizer), {"messages": [{"role": "user", "content": "hi"}]}
+    said = [*row["messages"], {"role": "assistant", "content": "warm"}]
+    asked, trained = renderer.render_prompt(row), renderer.render({"messages": said}).ids
+    written = trained[: trained.index(tokenizer.eos_token_id, len(asked)) + 1]
+    assert (written != trained) == (template == "plain-tools")
+    loaded = load_reward_model(str(folder), tokenizer)
+    cut_off = written[:-1]
+    assert loaded.score([written, cut_off]) == pytest.approx(loaded.model.score([trained, cut_off]), rel=1e-5)
 
 
 def test_what_is_no_reward_model_is_refused(build, judge, tmp_path):
