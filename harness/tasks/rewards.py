@@ -18,7 +18,7 @@ from harness.errors import DataError, ModelError, RecipeError
 from harness.plugins import load_plugin
 from harness.recipe import Recipe
 from harness.recipe.schema import RewardPart
-from harness.tools import ToolCall, parse_calls, score
+from harness.tools import ToolCall, parse_calls, score, spoken
 from harness.tools.documents import check_schema, follows_schema
 
 Messages = list[dict]
@@ -55,7 +55,11 @@ class Answer:
     @property
     def text(self) -> str:
         """All that the policy said, with its calls, as the scorer reads it."""
-        return "\n".join(filter(None, (_text_of(message) for message in self.said if message["role"] == "assistant")))
+        turns = [message for message in self.said if message["role"] == "assistant"]
+        if len(turns) > 1:
+            # Each may reason before it speaks; the scorer looks for that at the head of a text, and would take all before it away.
+            turns = [{**message, "content": spoken(message.get("content", ""))} for message in turns]
+        return "\n".join(filter(None, map(_text_of, turns)))
 
 
 def _text_of(message: dict) -> str:
@@ -155,7 +159,7 @@ def _schema(part: RewardPart, key: str, recipe: Recipe, model: RewardModel | Non
     def pay(answers):
         schemas = [of_all if of_all is not None else answer.row.get("json_schema") for answer in answers]
         return [
-            None if schema is None else float(follows_schema(answer.last_words, schema))
+            None if schema is None else float(follows_schema(spoken(answer.last_words), schema))
             for answer, schema in zip(answers, schemas, strict=True)
         ]
 

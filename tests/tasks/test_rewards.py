@@ -102,6 +102,16 @@ def test_of_several_turns_the_calls_count_together_and_what_tools_return_does_no
     assert notes_on_calls(several) == {"tools/exact_match": 1, "tools/valid_schema": 1, "tools/malformed": 0, "tools/silent": 0}
 
 
+def test_a_call_counts_though_a_later_turn_begins_with_reasoning():
+    calls = [{"function": {"name": "get_weather", "arguments": {"city": "Paris"}}}]
+    called = {"role": "assistant", "content": "Let me look.", "tool_calls": calls}
+    result = {"role": "tool", "name": "get_weather", "content": "20"}
+    row = {"tools": TOOLS, "tool_calls": [{"name": "get_weather", "arguments": {"city": "Paris"}}]}
+    several = answer(called, result, "<think>\nIt is 20.\n</think>\n\nIt is 20 degrees.", row=row)
+    assert pay_for_calls(PART, several.text, several.gold, several.tools) == 1.0
+    assert pay_for_calls(PART, several.text, [], several.tools) == 0.0
+
+
 def test_silence_is_seen_in_the_logs():
     row = {"tools": TOOLS, "tool_calls": []}
     assert notes_on_calls(answer("", row=row)) == {"tools/right_abstention": 0, "tools/malformed": 0, "tools/silent": 1}
@@ -126,6 +136,8 @@ def test_length_counts_what_the_policy_wrote_itself_up_to_the_longest_answer(rew
     [
         ('{"a": 1}', 1),
         (' {"a": 1}\n', 1),
+        ('<think>\nA number.\n</think>\n\n{"a": 1}', 1),
+        ('<think>{"a": 1}</think>', 0),
         ('{"a": "1"}', 0),
         ('{"a": 1} and words', 0),
         ("{", 0),
