@@ -8,6 +8,8 @@ from harness.run import write_text_atomically
 
 KIND_OF_ROWS = {"dpo": "pairs", "reward": "pairs", "kto": "labelled"}
 """What the rows of a task are, where they are not samples of supervised training."""
+ASK_ONLY = ("rlhf",)
+"""Tasks whose rows are questions, with or without an answer."""
 
 
 def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, say=print):
@@ -21,7 +23,7 @@ def prepare_recipe(recipe, tokenizer, *, packing: bool, training_template=None, 
     from harness.data.sources import held_together, load_rows, mix
 
     data, kind = recipe.data, KIND_OF_ROWS.get(recipe.task, "samples")
-    asks = recipe.task == "rlhf"
+    asks = recipe.task in ASK_ONLY
     loaded = [load_rows(source, data.on_error, kind=kind, asks=asks, num_proc=data.num_proc) for source in data.train]
     mixture = mix(data.train, loaded, eval_fraction=data.eval_fraction, eval_rows=data.eval_rows, seed=data.seed)
     held_out = [load_rows(source, data.on_error, kind=kind, asks=asks, num_proc=data.num_proc) for source in data.eval]
@@ -85,7 +87,7 @@ def _said(prepared, skipped, parts, say):
 
 def held_out_rows(data, task: str = "sft"):
     """The rows that a recipe's `data` section holds out, as its sources say them: not shortened, not tokenised. Of preference tasks the
-    chosen or good answers, as rows of supervised training."""
+    chosen or good answers, as rows of supervised training; of questions those that have an answer."""
     from harness.data.pairs import good_side
     from harness.data.rows import SourceRow
     from harness.data.sources import load_rows, mix
@@ -93,8 +95,11 @@ def held_out_rows(data, task: str = "sft"):
     kind = KIND_OF_ROWS.get(task, "samples")
     sources = data.eval or data.train
     fractions = {} if data.eval else {"eval_fraction": data.eval_fraction, "eval_rows": data.eval_rows}
-    mixture = mix(sources, [load_rows(source, data.on_error, kind=kind) for source in sources], seed=data.seed, **fractions)
+    loaded = [load_rows(source, data.on_error, kind=kind, asks=task in ASK_ONLY) for source in sources]
+    mixture = mix(sources, loaded, seed=data.seed, **fractions)
     rows = mixture.train if data.eval else mixture.held_out
+    if task in ASK_ONLY:
+        return [row for row in rows if row.row["messages"][-1]["role"] == "assistant"]
     if kind == "samples":
         return rows
     return [SourceRow(row.location, good) for row in rows if (good := good_side(row.row)) is not None]

@@ -191,7 +191,9 @@ def known_questions(rows: Iterable[SourceRow]) -> Overlap:
     known = Overlap()
     for row in rows:
         question = asked_of(row.row)
-        if question and (words := words_of(question)).strip():
+        # A text has its question in the words before what is trained.
+        words = words_of(question) if question else row.row.get("prompt", "")
+        if words.strip():
             known.add(words, row.location)
     return known
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import model as models
-from harness.data import KIND_OF_ROWS
+from harness.data import ASK_ONLY, KIND_OF_ROWS
 from harness.data.overlap import Overlap
 from harness.data.rows import SourceRow, content_digest, data_fingerprint
 from harness.data.sources import LoadedRows, load_rows, mix
@@ -125,9 +125,10 @@ def rows_of(recipe: Recipe) -> tuple[list[SourceRow], list[SourceRow]]:
     if recipe.task == "reward":
         raise RecipeError("task = reward; such a model scores answers and writes none; give the run whose answers are to be mined")
     data, kind = recipe.data, KIND_OF_ROWS.get(recipe.task, "samples")
-    loaded = [load_rows(source, data.on_error, kind=kind) for source in data.train]
+    asks = recipe.task in ASK_ONLY
+    loaded = [load_rows(source, data.on_error, kind=kind, asks=asks) for source in data.train]
     mixture = mix(data.train, loaded, seed=data.seed, eval_fraction=data.eval_fraction, eval_rows=data.eval_rows)
-    held_out = [load_rows(source, data.on_error, kind=kind) for source in data.eval]
+    held_out = [load_rows(source, data.on_error, kind=kind, asks=asks) for source in data.eval]
     return mixture.train, mixture.held_out or mix(data.eval, held_out, seed=data.seed).train
 
 

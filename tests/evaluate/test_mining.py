@@ -15,8 +15,8 @@ from harness.cli import main
 from harness.data import held_out_rows
 from harness.data.overlap import Overlap
 from harness.data.prompts import question_of
-from harness.data.rows import content_digest
-from harness.data.sources import load_rows
+from harness.data.rows import SourceRow, content_digest
+from harness.data.sources import load_rows, mix
 from harness.embedded import resolve
 from harness.evaluate import mining
 from harness.evaluate.edits import edits_of
@@ -555,6 +555,28 @@ def test_a_run_that_writes_no_answers_is_refused(run, capsys):
 def test_a_run_of_reinforcement_learning_holds_out_the_rows_of_its_recipe():
     trained, held_out = task.rows_of(load("tiny/rlhf-rloo"))
     assert trained and held_out and not {content_digest(row.row) for row in trained} & {content_digest(row.row) for row in held_out}
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_run_of_reinforcement_learning_holds_out_the_prompts_of_its_training_though_some_have_no_answer(tmp_path, monkeypatch, on_error):
+    monkeypatch.chdir(tmp_path)
+    asked = [row_of(f"question number {n}", [PARIS]) for n in range(40)]
+    rows = [{**row, "messages": row["messages"][:1]} if n % 2 else row for n, row in enumerate(asked)]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["data.train=prompts.jsonl", "data.eval=[]", "data.eval_rows=10", f"data.on_error={on_error}"]
+    recipe = load("tiny/rlhf-rloo", overrides)
+    loaded = [load_rows(source, asks=True) for source in recipe.data.train]
+    in_training = mix(recipe.data.train, loaded, seed=recipe.data.seed, eval_rows=10).held_out
+    _, held_out = task.rows_of(recipe)
+    assert sorted(row.location for row in held_out) == sorted(row.location for row in in_training)
+    assert any(len(row.row["messages"]) == 1 for row in held_out)
+    answered = [row.location for row in in_training if len(row.row["messages"]) == 2]
+    assert [row.location for row in held_out_rows(recipe.data, "rlhf")] == answered and answered
+
+
+def test_a_text_that_is_held_out_keeps_its_question_out():
+    known = known_questions([SourceRow("eval.jsonl:1", {"prompt": "What is the weather in Rome?", "completion": " Warm."})])
+    assert known.find("what is the weather in rome") and not known.find("what is the weather in Oslo")
 
 
 def test_a_model_that_was_changed_after_its_export_is_not_mined(run, capsys):
