@@ -254,11 +254,11 @@ class Reinforced:
     # ---- rewards
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rows = zip(self._questions, inputs, completions, self._asked, completion_ids_list, strict=True)
+        rows = zip(self._questions, prompts, completions, self._asked, completion_ids_list, strict=True)
         masks = self._tool_masks or [None] * len(inputs)
         self._answers = [
-            Answer(each["prompt"], self._as_written(said, ids), asked, ids, len(ids) if mask is None else sum(mask), question.row)
-            for (question, each, said, asked, ids), mask in zip(rows, masks, strict=True)
+            Answer(prompt, self._as_written(said, ids), asked, ids, len(ids) if mask is None else sum(mask), question.row)
+            for (question, prompt, said, asked, ids), mask in zip(rows, masks, strict=True)
         ]
         counts = [question.counts for question in self._questions]
         paid = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

@@ -51,6 +51,9 @@ class HarnessGRPOTrainer(Reinforced, CheckpointedTrainer, HarnessTrainer, GRPOTr
     trl = grpo_trainer
 
     def _generate(self, prompts):
+        # Here, where those of an environment stand beside the functions.
+        for tools in (*self._sync_tool_dicts, *self._async_tool_dicts) if self.tools else ():
+            tools.update({name: answering(tool) for name, tool in tools.items()})
         written = super()._generate(prompts)
         self._tool_masks = written[2]
         return written
@@ -201,7 +204,7 @@ def build_trainer(
                 "rlhf.tools: the chat template does not write calls and their results so that a model sees them; set data.chat_template to "
                 "one that does (templates/plain-tools.jinja fits any tokenizer)"
             )
-        executed = {"tools": [answering(tool) for tool in load_tools(recipe)] or None, "environment_factory": load_environment(recipe)}
+        executed = {"tools": load_tools(recipe) or None, "environment_factory": load_environment(recipe)}
     kind = HarnessGRPOTrainer if rlhf.algorithm == "grpo" else HarnessRLOOTrainer
     with warnings.catch_warnings(), _with_a_parser(tokenizer) if executed else warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(use_liger_kernel|experimental feature).*")

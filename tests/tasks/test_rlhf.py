@@ -568,6 +568,40 @@ def test_an_environment_has_its_own_tools_and_its_own_reward(build, monkeypatch)
     assert logged(trainer, "rewards/World/mean") == [0.5] and logged(trainer, "tools/call_frequency") == [0.5]
 
 
+OWN_WORLD = """
+from harness.quickstart import tools
+
+class Own(tools.World):
+    def reset(self, **row):
+        super().reset(**row)
+        return " now"
+
+    def get_weather(self, city: str, days: int = 0) -> dict:
+        return {"city": city, "sunny": True}
+
+    get_weather.__doc__ = tools.World.get_weather.__doc__
+
+SEEN = []
+
+def watch(prompts, completions, **columns):
+    SEEN.extend(zip(prompts, completions))
+    return [0.0] * len(prompts)
+"""
+
+
+def test_what_an_environment_returns_is_json_and_a_reward_sees_what_it_added_to_the_prompt(build, monkeypatch):
+    Path("mine.py").write_text(OWN_WORLD)
+    rewards = "rlhf.rewards=[{type: function, function: 'mine:watch'}]"
+    settings = ("rlhf.algorithm=grpo", "rlhf.max_completion_length=64", "rlhf.environment=mine:Own")
+    trainer = build(*settings, rewards, rows=("embedded:look-up-train", 2))
+    call = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
+    script(monkeypatch, lambda text: "no" if "<|tool|>" in text else call)
+    trainer.train()
+    for prompt, said in sys.modules["mine"].SEEN:
+        assert prompt[-1]["content"].endswith(" now")
+        assert [message["content"] for message in said if message["role"] == "tool"] == ['{"city": "Paris", "sunny": true}']
+
+
 def test_rows_without_tools_offer_those_that_run_and_rows_with_others_are_refused(build):
     Path("rows.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
     Path("recipe.yaml").write_text(RECIPE)
