@@ -85,7 +85,8 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
     for path, part in mining.items():
         check_is_not_evaluation(path, part, names, known)
     rows = [row for part in mining.values() for row in part.rows]
-    cases, left_out = select_cases(rows, known, scribe, trained_by.data.max_length)
+    max_length = base["data"].get("max_length", trained_by.data.max_length)
+    cases, left_out = select_cases(rows, known, scribe, max_length)
     say(f"{len(rows):,} rows: {len(cases):,} distinct questions whose gold is proven, {len(left_out):,} rows left out")
     if not held_out and not excluded:
         say(
@@ -96,7 +97,7 @@ def plan_pairs(run: RunDir, folder: Path, wanted: Wanted, overrides: Sequence[st
         reasons = ", ".join(sorted({entry.reason for entry in left_out}))
         raise DataError(f"{', '.join(wanted.data)}: no question is left of {len(rows)} rows ({reasons}); give other rows with --data")
     longest = max(case.chosen_tokens for case in cases)
-    recipe = _asking_recipe(base, longest, trained_by.data.max_length, tokenizer)
+    recipe = _asking_recipe(base, longest, max_length, tokenizer)
     _write_questions(folder, cases, recipe)
     seen = {content_digest(asked) for row in trained if (asked := asked_of(row.row))}
     facts = {
@@ -177,7 +178,7 @@ def _asking_recipe(settings: dict, longest_gold: int, max_length: int, tokenizer
     generate = {"max_new_tokens": max(LEAST_TOKENS, 2 * longest_gold)} | settings["generate"]
     # Question and gold fit into max_length; a wrong answer may need more than the gold leaves, as far as the model goes.
     room = min(max_length + generate["max_new_tokens"], max(tokenizer.model_max_length, max_length))
-    settings = settings | {"generate": generate, "data": {"max_length": room} | settings["data"]}
+    settings = settings | {"generate": generate, "data": settings["data"] | {"max_length": room}}
     recipe = validate(Recipe, settings, "harness pairs")
     if problems := check_rules(recipe):
         raise RecipeError("\n".join(f"harness pairs: {problem}" for problem in problems))

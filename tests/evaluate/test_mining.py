@@ -544,6 +544,16 @@ def test_a_run_of_preferences_keeps_its_held_out_pairs_from_the_next_round(run):
     assert json.loads((run / "pairs" / "pairs.report.json").read_text())["questions_trained_on"] == len(pairs) - 1
 
 
+def test_the_command_says_how_long_questions_may_be_and_else_the_run(run, capsys):
+    rewrite_recipe(run, "data.max_length=32", "data.packing=false")
+    assert command(run, "--data", "mining.jsonl") == 2
+    assert "no question is left" in capsys.readouterr().err
+    assert command(run, "--data", "mining.jsonl", "data.max_length=128") == 0
+    assert load(run / "pairs" / "generate.yaml").data.max_length > 128
+    report = json.loads((run / "pairs" / "pairs.report.json").read_text())
+    assert report["pairs"] and "too_long" not in report["left_out"]
+
+
 def test_a_run_that_writes_no_answers_is_refused(run, capsys):
     text = (run / "recipe.yaml").read_text()
     assert text.startswith("task: sft\n")
