@@ -12,7 +12,7 @@ import functools
 import inspect
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -159,14 +159,16 @@ class Reader:
 
     response_template = "read by harness.tools"
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", ends: Collection[int]):
+        self._tokenizer, self._ends = tokenizer, ends
 
     def __getattr__(self, name: str):
         return getattr(self._tokenizer, name)
 
     def parse_response(self, ids: list[int], **context) -> dict:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        said = ids[:-1] if ids and ids[-1] in self._ends else ids
+        # With special tokens: Llama and Mistral mark calls by them.
+        text = self._tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         parsed = parse_calls(text)
         if parsed.malformed or not parsed.calls:
             return {"role": "assistant", "content": text}
@@ -219,7 +221,7 @@ def build_trainer(
             **executed,
         )
     if executed:
-        trainer._tokenizer = Reader(tokenizer)
+        trainer._tokenizer = Reader(tokenizer, trainer.eos_token_ids)
     if "ref" in getattr(model, "peft_config", ()):
         # TRL's copy of an adapter that is given to it. One that is fresh is the base, and of an earlier one ours is there already.
         model.delete_adapter("ref")

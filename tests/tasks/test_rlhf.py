@@ -475,6 +475,16 @@ def test_a_call_is_paid_where_only_a_special_token_tells_that_it_begins(build, m
     assert given <= {*gold.values()} and any("[TOOL_CALLS]" in said for said in given)
 
 
+def test_what_such_a_token_marks_is_executed_as_it_is_paid():
+    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    reader = rlhf.Reader(tokenizer, [tokenizer.eos_token_id])
+    call = {"name": "get_weather", "arguments": {"city": "Paris"}}
+    ids = tokenizer(f"i look. [TOOL_CALLS]{json.dumps(call)}<|end|>")["input_ids"]
+    assert reader.parse_response(ids)["tool_calls"] == [{"type": "function", "function": call}]
+    assert reader.parse_response(tokenizer("it is 0<|end|>")["input_ids"])["content"] == "it is 0"
+
+
 # ---- tools that run
 
 ACTS = ("rlhf.algorithm=grpo", "rlhf.max_completion_length=64", "rlhf.tools=harness.quickstart.tools:TOOLS")
