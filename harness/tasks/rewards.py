@@ -219,8 +219,9 @@ def _number(name: str, value: Any, answer: Answer) -> float | None:
     return number
 
 
-def check_rows(rewards: Sequence[RewardPart], rows: Sequence[dict]) -> None:
-    """Before a model is loaded: raises DataError where a reward would never say anything about these rows, or a row's schema is none."""
+def check_rows(rewards: Sequence[RewardPart], rows: Sequence[dict], held_out: Sequence[dict] = ()) -> None:
+    """Before a model is loaded: raises DataError where a reward would never say anything about the rows that are trained, or the schema of
+    any row is none."""
     for place, part in enumerate(rewards):
         if part.type == "tool_calls" and not any("tool_calls" in row for row in rows):
             raise DataError(
@@ -233,5 +234,6 @@ def check_rows(rewards: Sequence[RewardPart], rows: Sequence[dict]) -> None:
                 raise DataError(
                     f"rlhf.rewards.{place}: none of {len(rows)} rows has a json_schema; give the rows one, or this reward a file"
                 )
+            schemas += [row["json_schema"] for row in held_out if "json_schema" in row]
             for schema in {json.dumps(schema): schema for schema in schemas}.values():
                 check_schema(schema, f"rlhf.rewards.{place}: the json_schema of a row")

@@ -277,8 +277,9 @@ def check_room(model, longest_prompt: int, max_completion_length: int) -> None:
 
 
 def plan(stage: Stage) -> TaskPlan:
-    recipe, rows = stage.recipe, [json.loads(row) for row in stage.train_rows["row"]]
-    check_rows(recipe.rlhf.rewards, rows)
+    recipe = stage.recipe
+    rows, held_out = ([json.loads(row) for row in split["row"]] if split else [] for split in (stage.train_rows, stage.eval_rows))
+    check_rows(recipe.rlhf.rewards, rows, held_out)
     by_vllm = uses_vllm(recipe, has_gpu=stage.settled.has_gpu)
     if by_vllm and distributed.is_main():
         say("answers are written by vLLM: a life that continues writes others than the one that was cut off would have")

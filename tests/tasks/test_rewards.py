@@ -269,6 +269,8 @@ def test_rows_that_a_reward_cannot_judge_are_refused_before_a_model_is_loaded():
         check_rows([of_rows], [{"messages": []}])
     with pytest.raises(DataError, match="is no JSON Schema: 'nothing' is not"):
         check_rows([of_rows], [{"json_schema": {"type": "nothing"}}])
+    with pytest.raises(DataError, match="is no JSON Schema: 'nothing' is not"):
+        check_rows([of_rows], [{"json_schema": {"type": "object"}}], [{"messages": []}, {"json_schema": {"type": "nothing"}}])
 
 
 def test_an_installed_module_is_found_also_where_a_mere_folder_has_its_name(tmp_path, monkeypatch):
