@@ -195,7 +195,7 @@ def build_trainer(
     """counted: of the held-out rows, before some were added to fill batches. fills: a smoke test, whose answers are all as long as
     they may be. Raises ModelError when there are not enough positions, or the chat template cannot do what tools need."""
     rlhf = recipe.rlhf
-    check_room(model, max(train_rows["length"]), rlhf.max_completion_length)
+    check_room(model, max(max(rows["length"]) for rows in (train_rows, eval_rows) if rows is not None), rlhf.max_completion_length)
     args.generation_kwargs = generation_kwargs(recipe, model, tokenizer, by_vllm=args.use_vllm, fills=fills)
     paid = [Paid(reward) for reward in rewards]
     args.reward_weights = [reward.weight for reward in rewards] or None

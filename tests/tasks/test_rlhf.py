@@ -663,3 +663,7 @@ def test_names_that_lead_nowhere_cost_no_gpu(build):
 def test_positions_must_be_enough_for_prompt_and_answer(build):
     with pytest.raises(ModelError, match="positions for"):
         build("rlhf.max_completion_length=450", "data.max_length=600")
+    row = {"messages": [{"role": "user", "content": "is it warm " * 100}, {"role": "assistant", "content": "no"}]}
+    Path("long.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ModelError, match="positions for"):
+        build("rlhf.max_completion_length=300", "data.max_length=2000", held_out=("long.jsonl", 1))
