@@ -254,11 +254,12 @@ class Reinforced:
     # ---- rewards
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rows = zip(self._questions, prompts, completions, self._asked, completion_ids_list, strict=True)
-        masks = self._tool_masks or [None] * len(inputs)
+        masks, worlds = (each or [None] * len(inputs) for each in (self._tool_masks, getattr(self, "environments", None)))
         self._answers = [
-            Answer(prompt, self._as_written(said, ids), asked, ids, len(ids) if mask is None else sum(mask), question.row)
-            for (question, prompt, said, asked, ids), mask in zip(rows, masks, strict=True)
+            Answer(prompt, self._as_written(said, ids), asked, ids, len(ids) if mask is None else sum(mask), question.row, world)
+            for question, prompt, said, asked, ids, mask, world in zip(
+                self._questions, prompts, completions, self._asked, completion_ids_list, masks, worlds, strict=True
+            )
         ]
         counts = [question.counts for question in self._questions]
         paid = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

@@ -36,6 +36,8 @@ class Answer:
     """That the policy wrote; without what tools returned."""
     row: dict
     """As harness.data.questions keeps it: tools, answer, tool_calls, json_schema."""
+    environment: object = None
+    """In which its calls were executed; None where there is none."""
 
     @property
     def tools(self) -> list[dict]:
@@ -182,6 +184,8 @@ def _function(part: RewardPart, key: str, recipe: Recipe, model: RewardModel | N
 
     def pay(answers):
         columns = {name: [answer.row.get(name) for answer in answers] for name in ("answer", "tool_calls", "tools", "json_schema")}
+        if any(answer.environment is not None for answer in answers):
+            columns["environments"] = [answer.environment for answer in answers]
         return call_function(part.function, function, answers, columns)
 
     return pay

@@ -593,13 +593,13 @@ class Own(tools.World):
 
 SEEN = []
 
-def watch(prompts, completions, **columns):
-    SEEN.extend(zip(prompts, completions))
+def watch(prompts, completions, environments, **columns):
+    SEEN.extend(zip(prompts, completions, environments))
     return [0.0] * len(prompts)
 """
 
 
-def test_what_an_environment_returns_is_json_and_a_reward_sees_what_it_added_to_the_prompt(build, monkeypatch):
+def test_what_an_environment_returns_is_json_and_a_reward_sees_it_and_what_it_added_to_the_prompt(build, monkeypatch):
     Path("mine.py").write_text(OWN_WORLD)
     rewards = "rlhf.rewards=[{type: function, function: 'mine:watch'}]"
     settings = ("rlhf.algorithm=grpo", "rlhf.max_completion_length=64", "rlhf.environment=mine:Own")
@@ -607,7 +607,8 @@ def test_what_an_environment_returns_is_json_and_a_reward_sees_what_it_added_to_
     call = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
     script(monkeypatch, lambda text: "no" if "<|tool|>" in text else call)
     trainer.train()
-    for prompt, said in sys.modules["mine"].SEEN:
+    for prompt, said, environment in sys.modules["mine"].SEEN:
+        assert type(environment).__name__ == "Own"
         assert prompt[-1]["content"].endswith(" now")
         assert [message["content"] for message in said if message["role"] == "tool"] == ['{"city": "Paris", "sunny": true}']
 
