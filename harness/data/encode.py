@@ -65,6 +65,15 @@ class Tokens:
         return not self.text[self.starts[token] : self.ends[token]].strip()
 
 
+def check_characters(text: str, location: str) -> None:
+    """Raises DataError where no file in UTF-8 and no tokenizer can hold a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(f"{location}: {half!r} is half of a surrogate pair, no character; write the file as UTF-8 again") from None
+
+
 class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer, self._cuts = tokenizer, begins_anew_at_lines(tokenizer)
@@ -72,11 +81,7 @@ class Encoder:
         self._kept_tokens = 0
 
     def encode(self, text: str, location: str, add_special_tokens: bool = False) -> Tokens:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = text[error.start]
-            raise DataError(f"{location}: {half!r} is half of a surrogate pair, no character; write the file as UTF-8 again") from None
+        check_characters(text, location)
         if add_special_tokens or not self._cuts:
             return Tokens(text, [(0, self._encode(text, add_special_tokens))])
         parts, at = [], 0

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from datasets import Features, Value
 
+from harness.data.encode import check_characters
 from harness.data.prepare import percentiles, tokenizer_digest
 from harness.data.report import Dropped, PrepareReport, SplitReport
 from harness.data.samples import REFUSED, TOO_LONG, TooLongError, row_digest
@@ -154,7 +155,9 @@ class Asked:
         report.rows_in += 1
         row = question_and_gold(source.row, acts=self._acts, offered=self._offered)
         self._check_runnable(row, source.location)
+        text = json.dumps(row, ensure_ascii=False)
         try:
+            check_characters(text, source.location)
             ids = self._renderer.render_prompt(row, source.location)
         except DataError as error:
             if self._on_error == "fail":
@@ -172,7 +175,6 @@ class Asked:
         report.rows += 1
         report.tokens += len(ids)
         digest = row_digest(source.row)
-        text = json.dumps(row, ensure_ascii=False)
         return {
             "input_ids": ids,
             "labels": [-100] * len(ids),

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.data import prepare_recipe
 from harness.data.questions import question_and_gold
 from harness.errors import DataError, ModelError, RecipeError
+from harness.model import load_tokenizer
 from harness.plugins import check_plugin, load_plugin
 from harness.recipe import load
 from harness.recipe.schema import RewardPart
@@ -258,6 +260,21 @@ def test_the_question_is_all_before_the_last_answer_or_before_the_first_where_to
     assert one_turn == {"messages": row["messages"][:3], "tools": TOOLS, "answer": "It is 20.", "tool_calls": []}
     assert several == {"messages": [user], "tools": TOOLS, "answer": "It is 20.", "tool_calls": [calls[0]["function"]]}
     assert question_and_gold({"messages": [user]}, acts=True, offered=[TRAIN]) == {"messages": [user], "tools": [TRAIN]}
+
+
+def test_half_a_character_in_an_answer_is_an_error_of_its_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}] for said in ("a\ud83d", "a")]
+    Path("rows.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+
+    def prepared(on_error):
+        overrides = ["data.train=rows.jsonl", "data.eval=[]", "train.eval_steps=null", f"data.on_error={on_error}", "data.cache_dir=cache"]
+        recipe = load("tiny/rlhf-rloo", overrides)
+        return prepare_recipe(recipe, load_tokenizer(recipe), packing=False, say=lambda text: None)
+
+    with pytest.raises(DataError, match="rows.jsonl:1: .* half of a surrogate pair"):
+        prepared("fail")
+    assert prepared("skip").train["location"][:] == ["rows.jsonl:2"]
 
 
 def test_rows_that_a_reward_cannot_judge_are_refused_before_a_model_is_loaded():
