@@ -150,7 +150,10 @@ def load_architecture(name: str, revision: str | None = None) -> Architecture:
     shapes = dict(tensor_shapes(folder)) if folder else {}
     kind = config.get("model_type")
     if kind in MODELS:
-        return read_config(config, name, source, parameters_in(shapes))
+        shape = read_config(config, name, source)
+        # Some that are tied were saved with a head (Qwen 3's small ones); it is not loaded.
+        loaded = {tensor: size for tensor, size in shapes.items() if not (shape.tied and tensor == "lm_head.weight")}
+        return replace(shape, counted=parameters_in(loaded))
     if shapes:
         return read_headers(config, shapes, name, f"{source} and its safetensors headers")
     inner = " (a model of text and images; only its text part could be planned)" if "text_config" in config else ""
@@ -200,7 +203,7 @@ def _hub_folder(name: str, revision: str | None) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def read_config(config: dict, name: str, source: str, counted: int | None = None) -> Architecture:
+def read_config(config: dict, name: str, source: str) -> Architecture:
     """Raises ModelError that names the key that is missing, or what of the config is not planned."""
     kind = MODELS[config["model_type"]]
 
@@ -231,7 +234,6 @@ def read_config(config: dict, name: str, source: str, counted: int | None = None
         qk_norms=kind.qk_norms,
         experts=number("num_experts", config.get("num_local_experts")) if kind.experts else 0,
         experts_per_token=number("num_experts_per_tok") if kind.experts else 0,
-        counted=counted,
     )
     if kind.experts and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
         raise ModelError(f"{source}: layers without experts (mlp_only_layers, decoder_sparse_step) among others; that is not planned")
@@ -294,8 +296,8 @@ def read_adapter(name: str) -> Lora:
 
 
 def tensor_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of every tensor in a folder's safetensors files; of a file that is none, nothing: loading it will say so."""
-    for path in sorted(folder.glob("*.safetensors")):
+    """Name and shape of every tensor that a model or an adapter is loaded from; of a file that is none, nothing: loading it will say so."""
+    for path in _weight_files(folder):
         with open(path, "rb") as file:
             try:
                 (length,) = struct.unpack("<Q", file.read(8))
@@ -303,6 +305,18 @@ def tensor_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
             except (struct.error, ValueError):
                 continue
         yield from ((name, tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """As transformers chooses: model.safetensors, or the shards of its index; Mistral's repositories hold all weights a second time, in
+    consolidated.safetensors. None of a model whose shards are not all there: a part of the weights would be taken for the whole."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    shards = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
+    return shards if all(shard.is_file() for shard in shards) else []
 
 
 def parameters_in(shapes: dict[str, list[int]]) -> int | None:
@@ -317,6 +331,9 @@ def read_headers(config: dict, shapes: dict[str, list[int]], name: str, source: 
     counted = parameters_in(shapes)
     if counted is None:
         raise ModelError(f"{name}: its weights are quantised, and model_type {config.get('model_type')!r} is not known by its config alone")
+    keys = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
+    if missing := [key for key in keys if not isinstance(config.get(key), int)]:
+        raise ModelError(f"{name}: no plan is known for model_type {config.get('model_type')!r}, whose config has no {', '.join(missing)}")
     by_layer: dict[str, dict[str, list[int]]] = {}
     for tensor, shape in shapes.items():
         before, _, after = tensor.partition(".layers.")

@@ -1,6 +1,7 @@
 """Shapes from a config alone, held against the modules that transformers builds; two models by hand; and what is refused."""
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,50 @@ def test_a_target_that_the_model_does_not_have_is_refused_with_those_that_it_has
     recipe = load("tiny/sft-lora", ["model.lora.target_modules=[q_proj, qkv_proj]"])
     with pytest.raises(RecipeError, match=r"target_modules holds qkv_proj; .* are q_proj, k_proj, v_proj, o_proj, gate_proj"):
         count_parameters(load_architecture("embedded:tiny-llama"), recipe)
+
+
+def save_weights(path: Path, tensors: dict[str, list[int]]) -> None:
+    """Their header alone."""
+    header = json.dumps({name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in tensors.items()}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def save_shards(folder: Path) -> None:
+    shards = {
+        "model-00001-of-00002.safetensors": {"model.embed_tokens.weight": [10, 4]},
+        "model-00002-of-00002.safetensors": {"lm_head.weight": [10, 4]},
+    }
+    for file, tensors in shards.items():
+        save_weights(folder / file, tensors)
+    index = {"weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(KNOWN["Qwen/Qwen3-8B"]))
+
+
+def test_weights_that_a_repository_holds_twice_are_counted_once(tmp_path):
+    save_shards(tmp_path)
+    save_weights(tmp_path / "consolidated.safetensors", {"tok_embeddings.weight": [10, 4], "output.weight": [10, 4]})
+    assert load_architecture(str(tmp_path)).parameters == 10 * 4 + 10 * 4
+
+
+def test_a_model_whose_download_is_not_whole_is_planned_by_its_config(tmp_path):
+    save_shards(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    shape = load_architecture(str(tmp_path))
+    assert (shape.counted, shape.parameters) == (None, 8_190_735_360)
+
+
+def test_a_head_that_was_saved_although_it_is_tied_is_not_counted(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN["Qwen/Qwen3-1.7B"]))
+    save_weights(tmp_path / "model.safetensors", {"model.embed_tokens.weight": [10, 4], "lm_head.weight": [10, 4]})
+    assert load_architecture(str(tmp_path)).parameters == 10 * 4
+    (tmp_path / "config.json").write_text(json.dumps(KNOWN["Qwen/Qwen3-8B"]))
+    assert load_architecture(str(tmp_path)).parameters == 2 * 10 * 4
+
+
+def test_an_architecture_whose_config_says_its_width_in_another_way_is_refused_by_the_key(tmp_path):
+    config = {"model_type": "opt", "hidden_size": 4, "num_attention_heads": 2, "ffn_dim": 8, "vocab_size": 10}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_weights(tmp_path / "model.safetensors", {"model.decoder.layers.0.fc1.weight": [8, 4]})
+    with pytest.raises(ModelError, match="no plan is known for model_type 'opt', whose config has no intermediate_size"):
+        load_architecture(str(tmp_path))
