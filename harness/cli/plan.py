@@ -50,7 +50,11 @@ def command(
     place = find_place(cluster, gpu, processes, nodes)
     if fits and place.gpu is None:
         raise RecipeError("--fit: into what? say it with --gpu, or --cluster with gpu_memory_gib in its file")
-    check_world(resolved, load_backend(resolved.backend), place.world)
+    if resolved.task == "generate":
+        if fits:
+            raise RecipeError("--fit: task = generate trains nothing, and has no batch to search; lower generate.batch_rows instead")
+    else:
+        check_world(resolved, load_backend(resolved.backend), place.world)
     plan = plan_recipe(
         resolved,
         place,

@@ -34,6 +34,7 @@ from harness.launcher import Machines, check_device, plan_launch
 from harness.model.export import MANIFEST
 from harness.planner import Place, plan_recipe
 from harness.planner.fit import plan_changes
+from harness.planner.gpus import GIB
 from harness.planner.render import gib, render_overrides
 from harness.recipe import Recipe
 from harness.recipe.backend import load_backend
@@ -176,7 +177,7 @@ def check_can_fit(submission: Submission) -> None:
     recipe, cluster = submission.recipe, submission.cluster
     if submission.share or cluster.gpu is None:
         return
-    place = Place(cluster.ranks_per_node, submission.nodes, cluster.gpu)
+    place = Place(cluster.ranks_per_node, submission.nodes, cluster.gpu, cluster.memory_gib * GIB if cluster.memory_gib else None)
     try:
         plan = plan_recipe(recipe, place)
     except ModelError:

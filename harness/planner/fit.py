@@ -13,6 +13,7 @@ from itertools import combinations, product
 from harness.errors import HarnessError
 from harness.planner.architecture import Architecture
 from harness.planner.flops import PEAK_FLOPS
+from harness.planner.host import plan_host
 from harness.planner.hours import count_operations
 from harness.planner.memory import GpuMemory, plan_memory
 from harness.planner.plan import Place, build_setting
@@ -26,6 +27,7 @@ PEAK_SHARE, HALF_SPEED_TOKENS = 0.5, 512
 """Of the card's peak, for long micro-batches; and those of so many tokens reach half of that."""
 WITHIN_NODE, BETWEEN_NODES, TO_HOST, OWN_MEMORY = 200e9, 25e9, 20e9, 2e12
 """Bytes a second of one GPU."""
+OFFLOAD = ("backend=zero3-offload", "train.optim=adamw_torch")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,13 @@ def _try(setting: Setting, place: Place, change: Change, shapes: dict[str, Archi
     except HarnessError:
         # Another number of ranks may not make the global batch.
         return None
+    if place.host_bytes and _host_bytes(other) > max(place.host_bytes, _host_bytes(setting)):
+        return None
     return Fitting(change, memory, slower) if memory.peak.expected <= place.gpu.bytes else None
+
+
+def _host_bytes(setting: Setting) -> float:
+    return sum(size.expected for size in plan_host(setting).values())
 
 
 def _single_changes(setting: Setting) -> Iterator[Change]:
@@ -113,7 +121,7 @@ def _single_changes(setting: Setting) -> Iterator[Change]:
     rows = train.per_device_train_batch_size
     if not train.gradient_checkpointing:
         yield Change(("train.gradient_checkpointing=true",), "recompute activations in the backward pass")
-    for fewer in (rows // 2, 1):
+    for fewer in sorted({rows // 2, 1}, reverse=True):
         if 0 < fewer < rows and rows % fewer == 0:
             yield Change(same_global_batch(setting, fewer), f"{fewer} rows at once, the same global batch")
     if world > 1:
@@ -121,9 +129,10 @@ def _single_changes(setting: Setting) -> Iterator[Change]:
             if backend != setting.backend.name:
                 yield Change((f"backend={backend}",), f"shard by {backend}")
     if not setting.backend.offloads and not recipe.model.trains_adapter:
-        yield Change(("backend=zero3-offload", "train.optim=adamw_torch"), "keep states and weights in host memory")
+        yield Change(OFFLOAD, "keep states and weights in host memory", is_other_run=not train.optim.startswith("adamw_torch"))
     if setting.backend.shards_parameters:
-        yield Change((), f"{2 * setting.nodes} nodes in place of {setting.nodes}", nodes=2 * setting.nodes)
+        overrides = () if train.global_batch_size else same_global_batch(setting, rows)
+        yield Change(overrides, f"{2 * setting.nodes} nodes in place of {setting.nodes}", nodes=2 * setting.nodes)
     if train.optim.startswith("adamw_torch"):
         yield Change(("train.optim=adamw_8bit",), "the optimiser's moments in 8 bits", is_other_run=True)
     if recipe.model.trains_adapter and not recipe.model.quantization:
@@ -162,14 +171,15 @@ def search(setting: Setting, place: Place) -> Fitting | None:
     else:
         backends = [(f"backend={name}",) for name in ("ddp", "zero1", "zero2", "zero3", "fsdp2")]
     if not recipe.model.trains_adapter:
-        backends.append(("backend=zero3-offload", "train.optim=adamw_torch"))
+        backends.append(OFFLOAD)
     quantized = bool(recipe.model.quantization)
     types = [("model.quantization={load_in_4bit: true}",), ("model.quantization=null",)] if recipe.model.trains_adapter else [()]
     for backend, rows, checkpoints, kind in product(backends, _divisors(each), ("false", "true"), types):
         is_quantized = kind == types[0] if recipe.model.trains_adapter else quantized
         kind_of_run = kind if recipe.model.trains_adapter and is_quantized != quantized else ()
         overrides = (*backend, *same_global_batch(setting, rows), f"train.gradient_checkpointing={checkpoints}", *kind_of_run)
-        fitting = _try(setting, place, Change(overrides, "", bool(kind_of_run)), shapes)
+        is_other_run = bool(kind_of_run) or backend == OFFLOAD and not train.optim.startswith("adamw_torch")
+        fitting = _try(setting, place, Change(overrides, "", is_other_run), shapes)
         if fitting:
             found.append(fitting)
     sure = [fitting for fitting in found if fitting.memory.peak.high <= place.gpu.bytes]

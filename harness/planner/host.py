@@ -19,7 +19,9 @@ def plan_host(setting: Setting) -> dict[str, Range]:
     `fsdp_cpu_ram_efficient_loading` as well (transformers#43749). 4-bit weights are quantised one after another on the GPU: of those the
     host holds pages of the files, which it can drop.
     """
-    ranks, recipe, loaded = setting.gpus_per_node, setting.recipe, BYTES[setting.dtype]
+    recipe, loaded = setting.recipe, BYTES[setting.dtype]
+    # device_map: auto is one process for all GPUs.
+    ranks = 1 if recipe.task == "generate" and recipe.generate.device_map else setting.gpus_per_node
     components = {
         "processes": PROCESS.times(ranks, ranks, ranks),
         "data workers": WORKER.times(*[ranks * recipe.train.dataloader_num_workers] * 3),

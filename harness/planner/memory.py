@@ -74,12 +74,21 @@ def plan_memory(setting: Setting) -> GpuMemory:
     recipe = setting.recipe
     states = plan_states(setting)
     if recipe.task == "generate":
-        moments = {"writing": states.always | writing(setting)}
+        moments = {"writing": _spread(setting, states.always) | writing(setting)}
     else:
         moments = _training(setting, states)
     if loading := _loading(setting):
         moments["loading"] = loading
     return GpuMemory({moment: _with_runtime(setting, components) for moment, components in moments.items()})
+
+
+def _spread(setting: Setting, components: dict[str, Range]) -> dict[str, Range]:
+    """With `generate.device_map: auto` each GPU of a node holds so many layers; at the most one more than is even."""
+    layers, gpus = setting.shape.layers, setting.gpus_per_node
+    if setting.recipe.generate.device_map is None or gpus == 1:
+        return components
+    most = min(1, 1 / gpus + 1 / layers)
+    return {name: size.times(1 / gpus, 1 / gpus, most) for name, size in components.items()}
 
 
 def _with_runtime(setting: Setting, components: dict[str, Range]) -> dict[str, Range]:
@@ -246,9 +255,10 @@ def writing(setting: Setting) -> dict[str, Range]:
     # What the MLP multiplies, its two factors, its input and what it is added to.
     inner = 3 * shape.intermediate * (shape.experts_per_token or 1) + 2 * shape.hidden
     read = rows * prompt * inner * width
+    cache = {"generation cache": Range(size * SHORT_ROWS, size, size)}
     return {
         # transformers' cache grows by concatenation: one layer's old and new stand at once.
-        "generation cache": Range(size * SHORT_ROWS, size, size * (1 + 1 / shape.layers)),
+        "generation cache": _spread(setting, cache)["generation cache"] + Range(0, 0, size / shape.layers),
         "prompts as they are read": Range(read * SHORT_ROWS, read, read),
         # As they come, at the temperature, their logarithms and probabilities, in float32.
         "logits of one token": Range.exact(4 * 4 * rows * shape.vocabulary),

@@ -91,9 +91,10 @@ def render_fit(found: Fitting | None) -> str:
     if found is None:
         return "--fit: nothing fits at this global batch; more GPUs, or another model"
     peak = found.memory.peak
+    note = ", and is another run" if found.change.is_other_run else ""
     return (
         f"--fit: the fastest that fits, by arithmetic, at the same global batch ({found.slower:.2f} times the step of the recipe as it is; "
-        f"{gib(peak.low)} / {gib(peak.expected)} / {gib(peak.high)} GiB):\n  {render_overrides(found)}"
+        f"{gib(peak.low)} / {gib(peak.expected)} / {gib(peak.high)} GiB{note}):\n  {render_overrides(found)}"
     )
 
 

@@ -81,6 +81,61 @@ def test_what_does_not_fit_leaves_with_1_and_three_changes_that_fit_when_they_ar
         assert recipe.train.global_batch_size == 64
 
 
+def test_no_change_is_said_twice():
+    _, said = plan("sft/qwen2.5-7b-tools-lora", "--gpu", "17.5GiB", "--json")
+    overrides = [tuple(change["overrides"]) for change in json.loads(said)["changes"]]
+    assert len(overrides) == len(set(overrides)) == 3
+    assert ("train.per_device_train_batch_size=1", "train.global_batch_size=16") in overrides
+
+
+def test_twice_the_nodes_are_the_same_global_batch_also_where_the_recipe_says_the_accumulation():
+    asked = ["train.global_batch_size=null", "train.gradient_accumulation_steps=4"]
+    _, said = plan(FULL, "--gpu", "24GiB", "--processes", "8", "--json", *asked)
+    (change,) = [change for change in json.loads(said)["changes"] if change["nodes"]]
+    assert change["step_ratio_by_arithmetic"] == pytest.approx(0.5, abs=0.1)
+    setting = build_setting(load(FULL, [*asked, *change["overrides"]]), Place(8, 2))
+    assert setting.accumulation * setting.recipe.train.per_device_train_batch_size * setting.world == 4 * 2 * 8
+
+
+def test_another_optimiser_is_another_run_also_where_it_comes_with_a_backend():
+    _, said = plan(FULL, "--gpu", "16GiB", "--processes", "8", "--json", "train.optim=adamw_8bit")
+    (change,) = [change for change in json.loads(said)["changes"] if "backend=zero3-offload" in change["overrides"]]
+    assert change["is_other_run"]
+    _, said = plan(FULL, "--gpu", "12GiB", "--processes", "8", "--fit", "train.optim=adamw_8bit")
+    assert re.search(r"--fit: the fastest .* and is another run\):\n  backend=zero3-offload", said)
+
+
+def test_what_does_not_go_into_the_hosts_memory_is_no_change_that_helps(tmp_path):
+    def offers(memory_gib: int) -> bool:
+        (tmp_path / "site.yaml").write_text(f"gpus_per_node: 8\ngpu_memory_gib: 24\nmemory_gib: {memory_gib}\n")
+        _, said = plan(FULL, "--cluster", str(tmp_path / "site.yaml"), "--json")
+        return any("backend=zero3-offload" in change["overrides"] for change in json.loads(said)["changes"])
+
+    # 16 bytes of each of 8.03e9 weights, and a tenth, are 132 GiB; the ranks themselves 20.
+    assert offers(155) and not offers(145)
+
+
+def test_what_answers_is_planned_for_as_many_processes_as_share_the_work_and_has_nothing_to_search():
+    arguments = ("distill/llama3.3-70b-answers", "--gpu", "a100-80g", "--json")
+    alone, eight = (json.loads(plan(*arguments, "--processes", str(count))[1]) for count in (1, 8))
+    assert alone["gpu_bytes"] == eight["gpu_bytes"] and eight["host_bytes"]["processes"]["low"] == 8 * GIB
+    with pytest.raises(RecipeError, match="--fit: task = generate trains nothing"):
+        plan(*arguments, "--fit")
+
+
+def test_layers_that_are_spread_over_the_gpus_of_a_node_take_a_part_of_each():
+    whole = 70_553_706_496 * 2
+    wide = ("model.quantization=null", "generate.device_map=auto")
+    code, said = plan("distill/llama3.3-70b-answers", "--gpu", "a100-80g", "--processes", "4", "--json", *wide)
+    answer = json.loads(said)
+    weights = answer["gpu_bytes"]["moments"]["writing"]["weights"]
+    assert (code, weights["expected"]) == (0, whole / 4) and whole / 4 < weights["high"] < whole / 3
+    # One process.
+    assert answer["host_bytes"]["processes"]["low"] == GIB and answer["host_bytes"]["loading"]["expected"] == whole
+    code, said = plan("distill/llama3.3-70b-answers", "--gpu", "a100-80g", "--json", *wide)
+    assert code == 1 and json.loads(said)["verdict"] == "cannot fit"
+
+
 def test_what_cannot_fit_at_all_is_said_so():
     code, said = plan(FULL, "--gpu", "8GiB", "--processes", "8", "model.name_or_path=meta-llama/Llama-3.3-70B-Instruct")
     assert code == 1 and "cannot fit 8GiB (8.00 GiB): its lowest is" in said
