@@ -29,15 +29,15 @@ def command(run: Path, merge: bool, gguf: str | None, converter: Path | None, fo
         raise RecipeError("--converter is for --gguf, and that is not given")
     folder = RunDir(run.expanduser().resolve())
     folder.read_manifest()
-    if gguf and load(folder.recipe).task == "reward":
-        raise ModelError(f"{folder.path}: its model ends in a score, which llama.cpp's converter would leave out; serve it by transformers")
     quieten()
     from harness.model.export import verify_export
     from harness.model.gguf import find_converter
 
+    manifest = verify_export(folder.final)
+    if gguf and manifest["task"] == "reward":
+        raise ModelError(f"{folder.final}: ends in a score, which llama.cpp's converter would leave out; serve it by transformers")
     # Before a merge that takes minutes.
     found = find_converter(converter) if gguf else None
-    manifest = verify_export(folder.final)
     click.echo(f"{folder.final}: {len(manifest['files'])} files, all as they were exported at step {manifest['step']}")
     if merge:
         merge_and_tell(folder, manifest, force)

@@ -16,7 +16,7 @@ ended itself), speed/generation_s per step that writes.
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -113,6 +113,12 @@ class Plain:
 def until_end(completion: Tokens, ends: list[int]) -> Tokens:
     """What was written up to and with the first token that ends it; padding comes after that."""
     return completion[: next((place + 1 for place, token in enumerate(completion) if token in ends), None)]
+
+
+def words_of_answer(tokenizer, ids: Tokens, ends: Collection[int]) -> str:
+    """Without the token that ends it, and with its other special tokens: Llama and Mistral mark calls by them."""
+    said = ids[:-1] if ids and ids[-1] in ends else ids
+    return tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from harness.data.order import EpochOrder
 from harness.data.templates import Renderer
 from harness.errors import DataError
 from harness.model.adapters import reference_of
-from harness.tasks.on_policy import as_writer, until_end
+from harness.tasks.on_policy import as_writer, until_end, words_of_answer
 from harness.tasks.rewards import Answer, Reward
 from harness.tasks.trainer import HarnessTrainer
 
@@ -283,9 +283,7 @@ class Reinforced:
         parsed, is read as an evaluation would read it."""
         if len(said) > 1 or said[0].keys() > {"role", "content"}:
             return said
-        words = ids[:-1] if ids and ids[-1] in self.eos_token_ids else ids
-        content = self.processing_class.decode(words, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return [{**said[0], "content": content}]
+        return [{**said[0], "content": words_of_answer(self.processing_class, ids, self.eos_token_ids)}]
 
     def _notes_on(self, answer: Answer) -> dict[str, float]:
         return {name: value for reward in self._rewards for name, value in reward.notes(answer).items()}

@@ -28,6 +28,7 @@ from harness.errors import ModelError
 from harness.recipe import Recipe
 from harness.tasks.checkpointing import CheckpointedTrainer
 from harness.tasks.job import Stage, TaskPlan, say
+from harness.tasks.on_policy import words_of_answer
 from harness.tasks.reinforced import PromptOrder, Question, Reinforced
 from harness.tasks.reward_models import load_reward_model
 from harness.tasks.rewards import Reward, build_rewards, check_rows
@@ -166,9 +167,7 @@ class Reader:
         return getattr(self._tokenizer, name)
 
     def parse_response(self, ids: list[int], **context) -> dict:
-        said = ids[:-1] if ids and ids[-1] in self._ends else ids
-        # With special tokens: Llama and Mistral mark calls by them.
-        text = self._tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = words_of_answer(self._tokenizer, ids, self._ends)
         parsed = parse_calls(text)
         if parsed.malformed or not parsed.calls:
             return {"role": "assistant", "content": text}
